@@ -1,0 +1,300 @@
+"""The built-in sample data set: five kinds of flower, drawn, so that a first run needs no download.
+
+    python sample_flowers.py FOLDER        # FOLDER/daisy/daisy_000.jpg ...
+
+The five kinds are daisy, dandelion, roses, sunflowers and tulips. What tells them apart is their shape alone:
+petal and background colours come from the same distribution for every kind, and pose, light and clutter vary, so
+that a network has to learn what a flower looks like and cannot win by its colour.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+GOLDEN_ANGLE = np.pi * (3 - np.sqrt(5))  # between successive seeds or petals of a growing plant (Vogel 1979)
+SUPERSAMPLE = 2  # draw larger, then scale down: Pillow's polygons have hard edges
+
+# A flower is a sequence of filled outlines in painter's order, in units of its radius: (points (N, 2), colour).
+Shapes = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int = 256, seed: int = 0) -> Path:
+    """Draw the data set into `folder`, one sub-folder a class, `images_per_class` JPEG files of `size` px in each.
+
+    The folder appears only when it is complete. The same arguments give the same pixels.
+
+    Raises:
+        FileExistsError: `folder` exists already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: name a new folder for the drawn sample, or remove this one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)  # mkdtemp's folder is its owner's alone
+        for kind in CLASS_NAMES:
+            (unfinished / kind).mkdir()
+            for index in range(images_per_class):
+                image = draw_flower(kind, index=index, size=size, seed=seed)
+                image.save(unfinished / kind / f"{kind}_{index:03d}.jpg", quality=90)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Image.Image:
+    """Draw picture number `index` of one kind of flower: an RGB image of `size` x `size` px.
+
+    A function of its arguments alone.
+
+    Raises:
+        ValueError: `kind` is none of CLASS_NAMES.
+    """
+    if kind not in _FLOWERS:
+        raise ValueError(f"unknown flower {kind!r}: choose one of {', '.join(CLASS_NAMES)}")
+    rng = np.random.default_rng([seed, CLASS_NAMES.index(kind), index])
+    pixels = size * SUPERSAMPLE
+    canvas = _background(rng, size).resize((pixels, pixels), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(canvas)
+
+    radius = rng.uniform(0.27, 0.44) * pixels
+    centre = pixels * (0.5 + rng.uniform(-0.14, 0.14, 2))
+    turn = rng.uniform(-0.45, 0.45)
+    pose = _rotation(turn) * radius
+
+    stem = _ribbon(np.array([[0, 0.3], [rng.uniform(-0.3, 0.3), 1.5], [rng.uniform(-0.5, 0.5), 4]]), 0.045)
+    _fill(pen, stem @ pose.T + centre, _leaf_colour(rng))
+    for outline, colour in _FLOWERS[kind](rng, _petal_colour(rng), _petal_colour(rng)):
+        _fill(pen, outline @ pose.T + centre, colour)
+
+    canvas = canvas.resize((size, size), Image.Resampling.BOX)
+    return _lit(canvas, rng)
+
+
+# --- the five kinds ---------------------------------------------------------------------------------------------
+
+
+def _daisy(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
+    """One ring of long narrow petals with rounded tips around a small disc."""
+    tilt = _tilt(rng)
+    count = rng.integers(11, 18)
+    width = rng.uniform(0.75, 0.95) * np.pi / count * 0.72
+    for angle in _ring(rng, count):
+        outline = _petal(0.15, rng.uniform(0.92, 1.0), width, roundness=0.45)
+        yield from _veined(outline @ _rotation(angle).T @ tilt, petals * rng.uniform(0.82, 1.08))
+    disc = rng.uniform(0.2, 0.27)
+    yield _circle(disc) @ tilt, heart * 0.85
+    yield _circle(disc * 0.6) @ tilt, heart
+
+
+def _dandelion(rng: np.random.Generator, tufts: np.ndarray, heart: np.ndarray) -> Shapes:
+    """A seed head: a ball of fine rays, each with a small parachute at its end."""
+    count = rng.integers(90, 140)
+    hairs = [_line((0, 0), (0.13 * np.cos(spread), 0.13 * np.sin(spread)), 0.007) for spread in (-0.9, -0.3, 0.3, 0.9)]
+    for index in range(count):
+        reach = np.sqrt(1 - (1 - (index + 0.5) / count) ** 2) * rng.uniform(0.94, 1.0)  # evenly over a half-sphere
+        turn = _rotation(index * GOLDEN_ANGLE).T
+        shade = tufts * rng.uniform(0.7, 1.1)
+        yield _line((0.05, 0), (reach, 0), 0.008) @ turn, shade
+        for hair in hairs:
+            yield (hair + [reach, 0]) @ turn, shade
+    yield _circle(rng.uniform(0.09, 0.14)), heart * 0.8
+
+
+def _rose(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
+    """Broad petals in whorls that overlap, smaller and darker towards the middle."""
+    tilt = _tilt(rng)
+    count = rng.integers(17, 23)
+    start = rng.uniform(0, 2 * np.pi)
+    for index in range(count):
+        depth = index / count
+        reach = 1.0 - 0.86 * depth
+        outline = _petal(0.05 * reach, reach, 0.52 * reach, roundness=0.38)
+        turn = _rotation(start + index * GOLDEN_ANGLE).T @ tilt
+        shade = petals * (1.05 - 0.4 * depth) * rng.uniform(0.93, 1.05)
+        yield outline @ turn, shade * 0.6  # the shadow it throws on the petal below
+        yield (outline * [0.96, 0.93]) @ turn, shade
+    yield _circle(0.08) @ tilt, petals * 0.45
+
+
+def _sunflower(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
+    """Two rings of short pointed petals around a large disc of seeds in Vogel's spiral."""
+    tilt = _tilt(rng)
+    count = rng.integers(14, 20)
+    for layer in range(2):
+        for angle in _ring(rng, count):
+            outline = _petal(0.4, rng.uniform(0.9, 1.0) - 0.08 * layer, 0.145, roundness=0.95)
+            shade = petals * (0.78 + 0.24 * layer) * rng.uniform(0.9, 1.05)
+            yield from _veined(outline @ _rotation(angle).T @ tilt, shade)
+    disc = rng.uniform(0.46, 0.56)
+    yield _circle(disc) @ tilt, heart * 0.55
+    seed = _circle(0.02, corners=6)
+    for index in range(130):
+        spot = disc * 0.95 * np.sqrt(index / 130)
+        place = spot * np.array([np.cos(index * GOLDEN_ANGLE), np.sin(index * GOLDEN_ANGLE)])
+        yield (seed + place) @ tilt, heart * (0.8 if spot < disc * 0.45 else 1.1)
+
+
+def _tulip(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
+    """A cup seen from the side: upright petals that close around each other, with two long leaves below."""
+    green = _leaf_colour(rng)
+    for side in (-1, 1):
+        reach = rng.uniform(0.5, 0.9) * side
+        bow = np.array([[0, 2.1], [reach * 0.9, 1.3], [reach, rng.uniform(0.1, 0.5)]])
+        yield _ribbon(bow, 0.13, taper=True), green * rng.uniform(0.8, 1.1)
+    openness = rng.uniform(0.1, 0.34)
+    upright = _rotation(-np.pi / 2).T
+    foot = np.array([0, 0.75])
+    for lean, shade, width in ((0.0, 0.7, 0.4), (-1, 0.88, 0.42), (1, 0.95, 0.42), (0.0, 1.08, 0.36)):
+        length = rng.uniform(1.45, 1.65)
+        outline = _petal(0, length, width, roundness=0.8, widest=0.42)
+        place = outline @ upright @ _rotation(lean * openness).T + foot + [lean * 0.16, 0]
+        yield from _veined(place, petals * shade * rng.uniform(0.95, 1.05))
+
+
+_FLOWERS: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], Shapes]] = {
+    "daisy": _daisy,
+    "dandelion": _dandelion,
+    "roses": _rose,
+    "sunflowers": _sunflower,
+    "tulips": _tulip,
+}
+CLASS_NAMES = tuple(_FLOWERS)
+
+
+# --- outlines, as points (N, 2) ---------------------------------------------------------------------------------
+
+
+def _petal(start: float, end: float, width: float, roundness: float, widest: float = 0.55) -> np.ndarray:
+    """A petal along the x axis; `roundness` below 0.5 blunts its tip, towards 1 sharpens it."""
+    t = np.linspace(0, 1, 15)
+    half = width * np.sin(np.pi * t ** (np.log(0.5) / np.log(widest))) ** roundness
+    x = start + (end - start) * t
+    return np.concatenate([np.stack([x, half], 1), np.stack([x, -half], 1)[::-1]])
+
+
+def _veined(outline: np.ndarray, colour: np.ndarray) -> Shapes:
+    """A petal with a darker rim and a vein from its base to its tip."""
+    middle = outline.mean(0)
+    yield outline, colour * 0.72
+    yield (outline - middle) * 0.9 + middle, colour
+    tip, base = outline[len(outline) // 2], outline[0]
+    yield _line(base, base + (tip - base) * 0.8, 0.008), colour * 0.8
+
+
+def _circle(radius: float, corners: int = 40) -> np.ndarray:
+    angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def _line(start: np.ndarray, end: np.ndarray, width: float) -> np.ndarray:
+    """A straight band of half-width `width`."""
+    start, end = np.asarray(start, float), np.asarray(end, float)
+    across = (end - start)[::-1] * [-1, 1] / np.linalg.norm(end - start) * width
+    return np.stack([start + across, end + across, end - across, start - across])
+
+
+def _ribbon(bow: np.ndarray, width: float, taper: bool = False) -> np.ndarray:
+    """A band along the quadratic Bezier curve of three points, of half-width `width`."""
+    t = np.linspace(0, 1, 12)[:, None]
+    line = (1 - t) ** 2 * bow[0] + 2 * t * (1 - t) * bow[1] + t**2 * bow[2]
+    along = np.gradient(line, axis=0)
+    normal = np.stack([-along[:, 1], along[:, 0]], 1) / (np.linalg.norm(along, axis=1, keepdims=True) + 1e-9)
+    half = normal * width * (np.sqrt(1 - t) if taper else 1)
+    return np.concatenate([line + half, (line - half)[::-1]])
+
+
+def _ring(rng: np.random.Generator, count: int) -> np.ndarray:
+    """`count` angles around the circle, from a random start and a little uneven."""
+    return rng.uniform(0, 2 * np.pi) + 2 * np.pi * (np.arange(count) + rng.uniform(-0.15, 0.15, count)) / count
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def _tilt(rng: np.random.Generator) -> np.ndarray:
+    """A flat flower seen at an angle: squeezed along a random direction."""
+    turn = _rotation(rng.uniform(0, np.pi))
+    return turn @ np.diag([1, rng.uniform(0.65, 1.0)]) @ turn.T
+
+
+# --- colour, light and what lies around -------------------------------------------------------------------------
+
+
+def _petal_colour(rng: np.random.Generator) -> np.ndarray:
+    return _hsv(rng.uniform(0, 1), rng.uniform(0.1, 0.85), rng.uniform(0.65, 1.0))
+
+
+def _leaf_colour(rng: np.random.Generator) -> np.ndarray:
+    return _hsv(rng.uniform(0.2, 0.42), rng.uniform(0.35, 0.8), rng.uniform(0.25, 0.65))
+
+
+def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+    """RGB in 0..255 of a colour given in 0..1 (the usual hexagonal model)."""
+    ramp = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    return 255 * value * (1 - saturation * (1 - ramp))
+
+
+def _fill(pen: ImageDraw.ImageDraw, outline: np.ndarray, colour: np.ndarray) -> None:
+    pen.polygon([tuple(point) for point in outline.tolist()], fill=tuple(np.clip(colour, 0, 255).astype(int).tolist()))
+
+
+def _background(rng: np.random.Generator, size: int) -> Image.Image:
+    """Soft patches of two colours, blades and leaves, and round lights out of focus."""
+    patches = rng.uniform(0, 1, (rng.integers(3, 7), rng.integers(3, 7)))
+    mix = Image.fromarray((patches * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    near, far = (
+        _leaf_colour(rng) if rng.uniform() < 0.5 else _hsv(*rng.uniform([0, 0, 0.1], [1, 0.6, 0.9])) for _ in range(2)
+    )
+    solid = [Image.new("RGB", (size, size), tuple(colour.astype(int).tolist())) for colour in (near, far)]
+    canvas = Image.composite(*solid, mix)
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(4, 14)):
+        start = rng.uniform(0, 1, 2)
+        bow = np.stack([start, start + rng.uniform(-0.25, 0.25, 2), start + rng.uniform(-0.5, 0.5, 2)])
+        _fill(pen, _ribbon(bow, rng.uniform(0.006, 0.05), taper=True) * size, _leaf_colour(rng))
+    for _ in range(rng.integers(2, 9)):
+        _fill(pen, (rng.uniform(0, 1, 2) + _circle(rng.uniform(0.02, 0.12))) * size, _petal_colour(rng))
+    return canvas.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.002, 0.02)))
+
+
+def _lit(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Light from one side, a tint, a little blur and the noise of a camera."""
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * image.width))
+    pixels = np.asarray(image, dtype=np.float32)
+    direction = rng.uniform(0, 2 * np.pi)
+    across = np.linspace(-1, 1, image.width, dtype=np.float32)
+    side = 1 + rng.uniform(0, 0.3) * (across * np.cos(direction) + across[:, None] * np.sin(direction))
+    tint = rng.uniform(0.65, 1.15) * rng.uniform(0.9, 1.1, 3)
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 8))
+    pixels = pixels * side.astype(np.float32)[..., None] * tint.astype(np.float32) + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a new folder, which then holds the five class folders")
+    parser.add_argument("--images-per-class", type=int, default=60)
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.images_per_class < 1 or args.size < 16 or args.seed < 0:
+        parser.error("--images-per-class must be at least 1, --size at least 16, --seed at least 0")
+    try:
+        folder = draw_sample(args.folder, args.images_per_class, args.size, args.seed)
+    except OSError as error:
+        parser.exit(1, f"sample_flowers.py: error: {error}\n")
+    print(f"{len(CLASS_NAMES) * args.images_per_class} pictures drawn in {folder}")
+
+
+if __name__ == "__main__":
+    main()
