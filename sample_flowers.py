@@ -65,8 +65,8 @@ def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Im
     canvas = _background(rng, size).resize((pixels, pixels), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
 
-    radius = rng.uniform(0.27, 0.44) * pixels
-    centre = pixels * (0.5 + rng.uniform(-0.14, 0.14, 2))
+    radius = rng.uniform(0.32, 0.46) * pixels
+    centre = pixels * (0.5 + rng.uniform(-0.1, 0.1, 2))
     turn = rng.uniform(-0.45, 0.45)
     pose = _rotation(turn) * radius
 
@@ -105,7 +105,7 @@ def _dandelion(rng: np.random.Generator, tufts: np.ndarray, heart: np.ndarray) -
         shade = tufts * rng.uniform(0.7, 1.1)
         yield _line((0.05, 0), (reach, 0), 0.008) @ turn, shade
         for hair in hairs:
-            yield (hair + [reach, 0]) @ turn, shade
+            yield (hair + np.array([reach, 0])) @ turn, shade
     yield _circle(rng.uniform(0.09, 0.14)), heart * 0.8
 
 
@@ -231,11 +231,11 @@ def _tilt(rng: np.random.Generator) -> np.ndarray:
 
 
 def _petal_colour(rng: np.random.Generator) -> np.ndarray:
-    return _hsv(rng.uniform(0, 1), rng.uniform(0.1, 0.85), rng.uniform(0.65, 1.0))
+    return _hsv(rng.uniform(0, 1), rng.uniform(0.1, 0.8), rng.uniform(0.75, 1.0))
 
 
 def _leaf_colour(rng: np.random.Generator) -> np.ndarray:
-    return _hsv(rng.uniform(0.2, 0.42), rng.uniform(0.35, 0.8), rng.uniform(0.25, 0.65))
+    return _hsv(rng.uniform(0.2, 0.42), rng.uniform(0.3, 0.8), rng.uniform(0.15, 0.5))
 
 
 def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -253,7 +253,7 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
     patches = rng.uniform(0, 1, (rng.integers(3, 7), rng.integers(3, 7)))
     mix = Image.fromarray((patches * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     near, far = (
-        _leaf_colour(rng) if rng.uniform() < 0.5 else _hsv(*rng.uniform([0, 0, 0.1], [1, 0.6, 0.9])) for _ in range(2)
+        _leaf_colour(rng) if rng.uniform() < 0.5 else _hsv(*rng.uniform([0, 0, 0.05], [1, 0.6, 0.6])) for _ in range(2)
     )
     solid = [Image.new("RGB", (size, size), tuple(colour.astype(int).tolist())) for colour in (near, far)]
     canvas = Image.composite(*solid, mix)
@@ -262,9 +262,9 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
         start = rng.uniform(0, 1, 2)
         bow = np.stack([start, start + rng.uniform(-0.25, 0.25, 2), start + rng.uniform(-0.5, 0.5, 2)])
         _fill(pen, _ribbon(bow, rng.uniform(0.006, 0.05), taper=True) * size, _leaf_colour(rng))
-    for _ in range(rng.integers(2, 9)):
-        _fill(pen, (rng.uniform(0, 1, 2) + _circle(rng.uniform(0.02, 0.12))) * size, _petal_colour(rng))
-    return canvas.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.002, 0.02)))
+    for _ in range(rng.integers(0, 6)):
+        _fill(pen, (rng.uniform(0, 1, 2) + _circle(rng.uniform(0.02, 0.08))) * size, _petal_colour(rng))
+    return canvas.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.006, 0.02)))
 
 
 def _lit(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -1,0 +1,455 @@
+"""A folder becomes lists of files and labels; class names, label.txt and pickles on disk; the download.
+
+The functions that draw figures import matplotlib when they are called: who only reads folders need not wait for it.
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets.utils import download_url
+
+from model import evaluation_mode
+from my_dataset import ImageError, prepare_batch, read_image, to_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found serves
+
+FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
+FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
+
+
+class DataError(ValueError):
+    """A folder or a file that cannot serve as data; the message says which, why, and what to do."""
+
+
+# --- a folder -> lists of files and labels ------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """What to train on and what to validate on; a label is an index into `class_names`."""
+
+    class_names: list[str]
+    train_paths: list[str]
+    train_labels: list[int]
+    val_paths: list[str]
+    val_labels: list[int]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.train_paths) + len(self.val_paths)} images were found in the dataset.\n"
+            f"{len(self.train_paths)} images for training.\n"
+            f"{len(self.val_paths)} images for validation."
+        )
+
+
+def read_split_data(
+    root: str | os.PathLike,
+    val_rate: float = 0.2,
+    plot_image: bool = False,
+    *,
+    class_indices_path: str | os.PathLike = "class_indices.json",
+) -> tuple[list[str], list[int], list[str], list[int]]:
+    """Split a folder of images, one sub-folder a class, into images for training and for validation.
+
+    Classes are the sub-folders in sorted order (hidden ones and __MACOSX are none). `int(n * val_rate)` of the n images
+    of each class are held out, by a generator of its own: the split depends on the files' names and `val_rate` alone.
+    Prints how many images there are and writes the class names to `class_indices_path`.
+
+    Args:
+        root: the folder.
+        val_rate: the part to hold out, 0 <= val_rate < 1.
+        plot_image: show the number of images of each class as a bar chart.
+
+    Returns:
+        train_paths, train_labels, val_paths, val_labels.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: `root` is no folder that can be read.
+        DataError: fewer than two classes, a class without images, or too few images to hold one out.
+        ValueError: `val_rate` is out of range.
+    """
+    split = split_folder(root, val_rate)
+    print(split)
+    write_class_indices(split.class_names, class_indices_path)
+    if plot_image:
+        import matplotlib.pyplot as plt
+
+        from plot_utils import class_distribution
+
+        labels = split.train_labels + split.val_labels
+        counts = [labels.count(label) for label in range(len(split.class_names))]
+        class_distribution(split.class_names, counts, figure=plt.figure())
+        plt.show()
+    return split.train_paths, split.train_labels, split.val_paths, split.val_labels
+
+
+def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
+    """`read_split_data` that prints, writes and shows nothing."""
+    if not 0 <= val_rate < 1:
+        raise ValueError(f"val_rate is {val_rate}; it must be at least 0 and below 1")
+    images = list_images_by_class(root)
+    split = Split(list(images), [], [], [], [])
+    generator = random.Random(0)  # private: no global generator moves
+    for label, paths in enumerate(images.values()):
+        held_out = set(generator.sample(paths, k=int(len(paths) * val_rate)))
+        train = [path for path in paths if path not in held_out]
+        split.train_paths += train
+        split.train_labels += [label] * len(train)
+        split.val_paths += [path for path in paths if path in held_out]
+        split.val_labels += [label] * len(held_out)
+    if val_rate > 0 and not split.val_paths:
+        raise DataError(
+            f"{os.fspath(root)}: too few images to hold any out for validation: with a rate of {val_rate:g} "
+            f"some class must have {next(n for n in range(1, 10**6) if int(n * val_rate))} images"
+        )
+    return split
+
+
+def find_split(
+    data_path: str | os.PathLike, val_path: str | os.PathLike | None = None, val_rate: float = 0.2
+) -> tuple[Split, str]:
+    """What to train and validate on, for a folder that may be arranged in one of two ways.
+
+    `data_path` holds one sub-folder a class, of which `val_rate` is held out; or it holds `train` and `val` (or
+    `valid`, `validation`, `test`), each with one sub-folder a class. `val_path`, a folder with one sub-folder a class,
+    serves for validation in either case.
+
+    Returns:
+        The split, and a line that says where its validation images come from.
+
+    Raises: as `split_folder`, and
+        DataError: the validation folder has a class that the training folder has not.
+    """
+    train_path, own_val_path = _train_and_val_folders(data_path)
+    val_path = val_path or own_val_path
+    if val_path is None:
+        return split_folder(train_path, val_rate), f"{val_rate:g} of each class, held out"
+    split = split_folder(train_path, 0)
+    val_images = list_images_by_class(val_path, least=1)
+    unknown = sorted(val_images.keys() - set(split.class_names))
+    if unknown:
+        raise DataError(f"{os.fspath(val_path)}: no such class in {train_path}: {', '.join(unknown)}")
+    for name, paths in val_images.items():
+        split.val_paths += paths
+        split.val_labels += [split.class_names.index(name)] * len(paths)
+    return split, f"from {os.fspath(val_path)}"
+
+
+def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
+    """`root/train` and `root/val` where `root` is arranged so, else `root` and None."""
+    folders = {folder.name.lower(): folder for folder in _subfolders(root)}
+    val = next((folders[name] for name in VALIDATION_FOLDERS if name in folders), None)
+    arranged = val and "train" in folders and folders.keys() <= {"train", *VALIDATION_FOLDERS}
+    if arranged and _subfolders(folders["train"]):  # else "train" and "test" are two classes by those names
+        return folders["train"], val
+    return Path(root), None
+
+
+def list_images_by_class(root: str | os.PathLike, least: int = 2) -> dict[str, list[str]]:
+    """The images of each class, of which there must be at least `least`; classes and images are sorted by name.
+
+    Raises: as `read_split_data`.
+    """
+    classes = _subfolders(root)
+    if len(classes) < least:
+        found = f"only one, {classes[0].name}" if classes else "none"
+        raise DataError(
+            f"{os.fspath(root)}: needs {'at least two sub-folders' if least > 1 else 'sub-folders'}, one a class, "
+            f"with the images of that class; there is {found}"
+        )
+    images = {folder.name: list_images(folder) for folder in classes}
+    empty = [name for name, paths in images.items() if not paths]
+    if empty:
+        raise DataError(
+            f"{os.fspath(root)}: no image ({' '.join(IMAGE_EXTENSIONS)}) in class {', '.join(empty)}; "
+            f"add some or remove the folder"
+        )
+    return images
+
+
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """The image files directly in `folder`, by their extension in any case, sorted by name; hidden ones are left out.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: it is no folder that can be read.
+    """
+    return [str(path) for path in _visible(folder) if path.suffix.lower() in IMAGE_EXTENSIONS and not path.is_dir()]
+
+
+def list_images_below(folder: str | os.PathLike) -> list[str]:
+    """As `list_images`, of the folder and then of all its sub-folders."""
+    return list_images(folder) + [path for below in _subfolders(folder) for path in list_images_below(below)]
+
+
+def _subfolders(root: str | os.PathLike) -> list[Path]:
+    return [path for path in _visible(root) if path.is_dir() and path.name != "__MACOSX"]
+
+
+def _visible(folder: str | os.PathLike) -> list[Path]:
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: a file, not a folder of images")
+    try:
+        return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
+    except PermissionError as error:
+        raise PermissionError(f"{folder}: no permission to read this folder") from error
+
+
+# --- class names, label.txt and pickles on disk -------------------------------------------------------------------
+
+
+def write_class_indices(class_names: Sequence[str], path: str | os.PathLike = "class_indices.json") -> None:
+    """Write {"0": "daisy", ...} as JSON."""
+    indices = {str(index): name for index, name in enumerate(class_names)}
+    Path(path).write_text(json.dumps(indices, indent=4, ensure_ascii=False), encoding="utf-8")
+
+
+def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[str]:
+    """The class names of a class_indices.json, in the order of their indices.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is not a JSON object of the form {"0": "daisy", "1": ...}.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{os.fspath(path)}: no such file; it holds the class names, as read_split_data writes it"
+        )
+    wrong = DataError(f'{os.fspath(path)}: not of the form {{"0": "daisy", "1": "dandelion", ...}}')
+    try:
+        indices = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise wrong from error
+    if not isinstance(indices, dict) or not all(isinstance(name, str) for name in indices.values()):
+        raise wrong
+    names = [indices.get(str(index)) for index in range(len(indices))]
+    if not names or None in names:
+        raise wrong
+    return names
+
+
+def read_label_file(
+    images_dir: str | os.PathLike, class_names: Sequence[str]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (image path, class name) of each line of `images_dir`/label.txt, and what is wrong with the other lines.
+
+    A line is a file name, white space, a class name. Both may hold spaces: the longest of `class_names` at the end of
+    the line for which the file exists is the class.
+
+    Raises:
+        FileNotFoundError: no such folder, or no label.txt in it.
+        DataError: label.txt is not UTF-8 text.
+    """
+    images_dir = Path(images_dir)
+    label_file = images_dir / "label.txt"
+    if not images_dir.is_dir():
+        raise FileNotFoundError(f"{images_dir}: no such folder")
+    if not label_file.is_file():
+        raise FileNotFoundError(f"{label_file}: no such file")
+    try:
+        lines = label_file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{label_file}: not a text file in UTF-8") from error
+    labelled, problems = [], []
+    for line in filter(None, map(str.strip, lines)):
+        try:
+            labelled.append(_read_label_line(line, images_dir, class_names))
+        except DataError as error:
+            problems.append(f"{label_file}: {error}")
+    return labelled, problems
+
+
+def _read_label_line(line: str, images_dir: Path, class_names: Sequence[str]) -> tuple[str, str]:
+    for class_name in sorted(class_names, key=len, reverse=True):
+        name = line.removesuffix(class_name)
+        if name != line and name != name.rstrip() and _is_file_in(images_dir, name.rstrip()):
+            return str(images_dir / name.rstrip()), class_name
+    name, *class_name = line.rsplit(maxsplit=1)
+    if not class_name:
+        raise DataError(f"{line!r} is not a file name and a class name")
+    known = next((known for known in class_names if line.endswith(known)), None)
+    if known is None:
+        raise DataError(f"unknown class {class_name[0]!r}")
+    raise DataError(f"no image file {line.removesuffix(known).rstrip()!r} in {images_dir}")
+
+
+def _is_file_in(folder: Path, name: str) -> bool:
+    path = folder / name
+    return bool(name) and path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def write_pickle(list_info: list, file_name: str | os.PathLike) -> None:
+    """Write lists, tuples, dicts, strings and numbers to a pickle."""
+    with open(file_name, "wb") as file:
+        pickle.dump(list_info, file)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Every class and function in a pickle is looked up here: none is allowed, so no code can run."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"it holds a {module}.{name}; only lists, dicts, strings and numbers are read")
+
+
+def read_pickle(file_name: str | os.PathLike) -> list:
+    """Read what `write_pickle` wrote; a pickle of anything but plain values is refused, and runs nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is not a pickle of plain values.
+    """
+    with open(file_name, "rb") as file:
+        try:
+            return _PlainUnpickler(file).load()
+        except Exception as error:  # damaged pickles raise nearly anything
+            raise DataError(f"{os.fspath(file_name)}: not a pickle of plain values: {error}") from error
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def plot_data_loader_image(
+    data_loader: DataLoader, *, class_indices_path: str | os.PathLike = "class_indices.json"
+) -> None:
+    """Show up to 4 images of each batch in their true colours, the class name under each.
+
+    Raises:
+        FileNotFoundError, DataError: there is no class_indices.json, or it is not one.
+    """
+    import matplotlib.pyplot as plt
+
+    from plot_utils import labelled_images
+
+    class_names = read_class_indices(class_indices_path)
+    for images, labels in data_loader:
+        names = [class_names[label] for label in labels[:4].tolist()]
+        labelled_images(to_pixels(images)[:4], names, figure=plt.figure())
+        plt.show()
+
+
+def plot_class_preds(
+    net: nn.Module,
+    images_dir: str | os.PathLike,
+    transform: Callable,
+    num_plot: int = 5,
+    device: torch.device | str = "cpu",
+    *,
+    class_indices_path: str | os.PathLike = "class_indices.json",
+) -> "Figure | None":
+    r"""Predict the first `num_plot` images that `images_dir`/label.txt lists, and draw them in a row.
+
+    Each is titled "{predicted}, {probability}%\n(label: {true})", in green when right, in red when wrong. Lines that
+    cannot be used are skipped, and said. The network predicts in evaluation mode, without gradients, and gets its mode
+    back.
+
+    Args:
+        net: takes the batch (N, 3, H, W) of the transformed images, gives logits (N, classes).
+        transform: PIL RGB image -> tensor (3, H, W), uint8 or normalised float, as in evaluation.
+
+    Returns:
+        The figure, known to pyplot (`plt.show()` shows it); None, after saying why, where there is nothing to draw.
+
+    Raises:
+        FileNotFoundError, DataError: there is no class_indices.json, or it is not one.
+    """
+    class_names = read_class_indices(class_indices_path)
+    try:
+        labelled, problems = read_label_file(images_dir, class_names)
+    except (FileNotFoundError, DataError) as error:
+        print(f"no prediction figure: {error}")
+        return None
+    for problem in problems:
+        print(f"{problem}, line skipped")
+    images, names = [], []
+    for path, name in labelled:
+        if len(images) == num_plot:
+            break
+        try:
+            images.append(transform(read_image(path)))
+        except ImageError as error:
+            print(f"{error}, line skipped")
+        else:
+            names.append(name)
+    if not images:
+        print(f"no prediction figure: no usable line in {Path(images_dir) / 'label.txt'}")
+        return None
+    import matplotlib.pyplot as plt
+
+    return draw_predictions(net, torch.stack(images), names, class_names, device, figure=plt.figure(dpi=100))
+
+
+def draw_predictions(
+    net: nn.Module,
+    images: Tensor,
+    labels: Sequence[str],
+    class_names: Sequence[str],
+    device: torch.device | str = "cpu",
+    figure: "Figure | None" = None,
+) -> "Figure":
+    """Predict images (N, 3, H, W), uint8 or normalised float, and draw them with predicted and true class."""
+    from plot_utils import predictions
+
+    with evaluation_mode(net):
+        probabilities, predicted = net(prepare_batch(images, device)).float().softmax(dim=1).cpu().max(dim=1)
+    guesses = [class_names[index] for index in predicted.tolist()]
+    return predictions(to_pixels(images), guesses, probabilities.tolist(), labels, figure)
+
+
+# --- download -----------------------------------------------------------------------------------------------------
+
+
+def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL, md5: str = FLOWER_PHOTOS_MD5) -> None:
+    """Fetch the flower_photos archive and unpack it, so that `root` itself holds the five class folders.
+
+    3,670 photographs, 218 MB, by the TensorFlow team. The checksum is compared before anything is unpacked, and `root`
+    appears only when it is complete.
+
+    Raises:
+        DataError: `root` is a file or a folder that is not empty, or the archive is not the one expected.
+        OSError: no network, or no room.
+    """
+    root = Path(root)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(
+            f"{root}: not an empty folder, nothing downloaded; if it holds the images, leave out --download"
+        )
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as unfinished:
+        archive = Path(unfinished, "archive.tgz")
+        unpacked = Path(unfinished, "unpacked")
+        try:
+            download_url(url, unfinished, archive.name, md5)
+        except OSError as error:
+            raise OSError(f"cannot download {url}: {getattr(error, 'reason', error)}") from error
+        except RuntimeError as error:
+            raise DataError(
+                f"{url}: the file that came has another checksum than expected, nothing unpacked"
+            ) from error
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")
+        except tarfile.TarError as error:
+            raise DataError(f"{url}: cannot unpack the archive: {error}") from error
+        content = unpacked / "flower_photos"
+        list_images_by_class(content)
+        if root.exists():
+            root.rmdir()
+        shutil.move(content, root)

@@ -1,0 +1,205 @@
+"""One image file becomes one (image, label): reading, transforms, normalisation, collation, the order of an epoch."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import v2
+
+# Of the images of ImageNet, in RGB, on a scale of 0 to 1: what torchvision's weights expect.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+MAX_ASPECT_RATIO = 10
+
+
+class ImageError(OSError):
+    """An image file that cannot be read; the message names the file and says why, in one line."""
+
+    def __str__(self) -> str:
+        # A DataLoader puts its worker's traceback in front of the message.
+        return super().__str__().splitlines()[-1].rpartition("ImageError: ")[-1]
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image file, of any mode that Pillow knows, as RGB with 8 bits a channel.
+
+    A photograph's orientation tag is obeyed, 16-bit grey is scaled down (not clipped), what is transparent becomes
+    white, and of an animation the first frame is taken.
+
+    Raises:
+        ImageError: the file is missing, unreadable, damaged or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or image.mode.startswith("I"):
+                image = _to_8_bit(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise ImageError(f"cannot read image {os.fspath(path)!r}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or of an unknown format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey in integers of 16 bits or in floats -> 8 bits; Pillow itself would clip everything above 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    largest = values.max(initial=0)
+    # Integers span 16 bits; floats span 0..1 or 0..255 by convention, or else whatever is there.
+    white = 65535 if image.mode != "F" else next((top for top in (1, 255) if largest <= top), largest)
+    return Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
+
+
+class MyDataSet(Dataset):
+    """Images and their labels, read when they are asked for.
+
+    Args:
+        images_path: the image files.
+        images_class: the label of each, an int from 0.
+        transform: takes a PIL RGB image; without one the PIL image itself is the item.
+
+    Images whose width/height is above 10 or below 0.1 are left out, with a line that says so; the lists given are not
+    touched. `images_path` and `images_class` hold what is left.
+
+    `dataset[i]` is (image, label); `dataset[i, seed]` draws what is random in the transform from `seed` and leaves the
+    global generator as it was, so that an item does not depend on the process or the order it is read in.
+
+    Raises (from `dataset[i]`):
+        ImageError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        images_path: Sequence[str | os.PathLike],
+        images_class: Sequence[int],
+        transform: Callable | None = None,
+    ) -> None:
+        if len(images_path) != len(images_class):
+            raise ValueError(f"{len(images_path)} images, but {len(images_class)} labels")
+        usable = [not _is_extreme(path) for path in images_path]
+        self.images_path = [path for path, use in zip(images_path, usable, strict=True) if use]
+        self.images_class = [label for label, use in zip(images_class, usable, strict=True) if use]
+        self.transform = transform
+        left_out = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
+        if left_out:
+            more = ", ..." if len(left_out) > 3 else ""
+            print(
+                f"{len(left_out)} of {len(images_path)} images left out, more than {MAX_ASPECT_RATIO} times as long as "
+                f"wide or as wide as long: {', '.join(left_out[:3])}{more}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images_path)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int]:
+        index, seed = item if isinstance(item, tuple) else (item, None)
+        image = read_image(self.images_path[index])
+        if self.transform is not None:
+            if seed is None:
+                image = self.transform(image)
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed)
+                    image = self.transform(image)
+        return image, self.images_class[index]
+
+    @staticmethod
+    def collate_fn(batch: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """[(image (3, H, W), label)] -> images (N, 3, H, W) of the same dtype, labels (N,) int64."""
+        images, labels = zip(*batch, strict=True)
+        return torch.stack(images), torch.as_tensor(labels, dtype=torch.int64)
+
+
+def _is_extreme(path: str | os.PathLike) -> bool:
+    try:
+        with Image.open(path) as image:  # reads the header only
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False  # read_image will say what is wrong with it
+    return max(width, height) > MAX_ASPECT_RATIO * min(width, height)
+
+
+class EpochSampler(Sampler):
+    """The order of an epoch and a seed for each image's augmentation, for `MyDataSet`.
+
+    Yields (index, seed): the order is a function of `seed` and the epoch, an image's seed one of `seed`, the epoch and
+    the image's index. Neither depends on the number of workers, nor on what ran before. The order lives in the main
+    process, so that workers that persist over epochs need not be told. Call `set_epoch` before each epoch.
+
+    Args:
+        size: the number of images.
+        seed: of the run.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch, from 0, the next pass is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        for index in order.tolist():
+            yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+
+
+# --- transforms and normalisation ---------------------------------------------------------------------------------
+
+
+def train_transform(img_size: int = 224) -> v2.Compose:
+    """PIL image -> uint8 (3, img_size, img_size): a random resized crop and a horizontal flip, the tutorial's."""
+    return v2.Compose([v2.RandomResizedCrop(img_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def eval_transform(img_size: int = 224) -> v2.Compose:
+    """PIL image -> uint8 (3, img_size, img_size): the shorter side to 256/224 of the size, then the centre."""
+    return v2.Compose([v2.Resize(round(img_size * 256 / 224)), v2.CenterCrop(img_size), v2.PILToTensor()])
+
+
+def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
+    """A batch on its way into a network: (N, 3, H, W) -> (N, 3, H, W) float32 on `device`.
+
+    uint8 is scaled to 0..1 and normalised there (a byte a value travels, not four); a float batch has been prepared
+    by its own transform and is used as it is.
+    """
+    images = images.to(device, non_blocking=True)
+    if images.dtype != torch.uint8:
+        return images
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
+    return images.float().sub_(mean).div_(std)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """A batch (N, 3, H, W) as it is fed to a network -> pixels (N, H, W, 3) uint8 in their true colours.
+
+    uint8 is pixels already. A float batch within 0..1 has only been scaled (ToTensor), any other is taken to be
+    normalised with MEAN and STD.
+    """
+    images = images.detach().cpu()
+    if images.dtype != torch.uint8:
+        images = images.float()
+        if images.numel() and (images.min() < 0 or images.max() > 1):
+            images = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        images = (images * 255).round().clamp(0, 255).to(torch.uint8)
+    return images.permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,75 @@
+"""Fixtures: small folders of images that the tests make, and the real photographs where there are any."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from sample_flowers import draw_sample
+
+matplotlib.use("Agg")
+
+
+def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
+    """A picture of noise, `size` being (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def write_classes(root: Path, counts: dict[str, int]) -> Path:
+    """A folder with `counts[name]` pictures in the sub-folder of each name."""
+    for label, (name, count) in enumerate(counts.items()):
+        for index in range(count):
+            write_image(root / name / f"{name} {index:02d}.png", seed=1000 * label + index)
+    return root
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may enter (pytest's tmp_path is its owner's alone)."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Permissions do not hold for root: be nobody for a while."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("permissions are those of Unix")
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def two_classes(tmp_path: Path) -> Path:
+    """10 pictures of cats, 15 of dogs."""
+    return write_classes(tmp_path / "pets", {"cat": 10, "dog": 15})
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 drawn flowers of 64 px: five classes of 20."""
+    return draw_sample(tmp_path_factory.mktemp("data") / "sample", images_per_class=20, size=64)
+
+
+@pytest.fixture(scope="session")
+def flower_photos() -> Path:
+    """The real photographs, where FLOWER_PHOTOS names their folder."""
+    if not os.environ.get("FLOWER_PHOTOS"):
+        pytest.skip("FLOWER_PHOTOS does not name the folder of the flower photographs")
+    return Path(os.environ["FLOWER_PHOTOS"])

@@ -1,0 +1,445 @@
+"""Folders into lists, class names and labels on disk, the figures, and the download."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import random
+import tarfile
+import threading
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from conftest import as_another_user, write_classes, write_image
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms as v1
+
+import data_utils
+from data_utils import (
+    DataError,
+    download_flower_photos,
+    find_split,
+    plot_class_preds,
+    plot_data_loader_image,
+    read_class_indices,
+    read_pickle,
+    read_split_data,
+    write_class_indices,
+    write_pickle,
+)
+from my_dataset import MEAN, STD, MyDataSet, eval_transform
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """As functions read and write class_indices.json in the current directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The figures that plt.show() would have shown."""
+    figures = []
+
+    def show():
+        figures.append(plt.gcf())
+        plt.close()
+
+    monkeypatch.setattr(plt, "show", show)
+    return figures
+
+
+# --- splitting --------------------------------------------------------------------------------------------------
+
+
+def test_a_fifth_of_each_class_is_held_out(two_classes, capsys):
+    train_paths, train_labels, val_paths, val_labels = read_split_data(str(two_classes))
+    assert (train_labels.count(0), train_labels.count(1)) == (8, 12)
+    assert (val_labels.count(0), val_labels.count(1)) == (2, 3)
+    assert set(train_paths).isdisjoint(val_paths)
+    assert sorted(train_paths + val_paths) == sorted(str(path) for path in two_classes.glob("*/*"))
+    for path, label in zip(train_paths + val_paths, train_labels + val_labels, strict=True):
+        assert Path(path).parent.name == ["cat", "dog"][label]
+    assert capsys.readouterr().out.splitlines() == [
+        "25 images were found in the dataset.",
+        "20 images for training.",
+        "5 images for validation.",
+    ]
+    assert Path("class_indices.json").read_text(encoding="utf-8") == '{\n    "0": "cat",\n    "1": "dog"\n}'
+
+
+def test_the_split_is_a_private_sample_over_sorted_names(two_classes):
+    generator = random.Random(0)
+    expected = []
+    for name, count in (("cat", 2), ("dog", 3)):
+        expected += sorted(generator.sample(sorted(str(path) for path in (two_classes / name).iterdir()), k=count))
+    random.seed(1)
+    state = random.getstate()
+    assert read_split_data(two_classes)[2] == expected
+    assert random.getstate() == state
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_disk(two_classes, monkeypatch):
+    expected = read_split_data(two_classes)
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(iterdir(self))))
+    assert read_split_data(two_classes) == expected
+
+
+@pytest.mark.parametrize(("val_rate", "held_out"), [(0.5, 12), (0.1, 2), (0.0, 0), (0.99, 23)])
+def test_val_rate(two_classes, val_rate, held_out):
+    assert len(read_split_data(two_classes, val_rate)[2]) == held_out
+
+
+def test_every_extension_in_any_case_counts(tmp_path):
+    names = ["a.jpg", "b.JPEG", "c.Png", "d.webp", "e.bmp", "f.GIF", "g.tif", "h.TIFF"]
+    for name in [*names, "i.txt", "Thumbs.db", ".hidden.jpg", "._a.jpg", "nameless"]:
+        (tmp_path / "data" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "x" / name).write_bytes(b"")
+    write_classes(tmp_path / "data", {"y": 1})
+    train_paths, *_ = read_split_data(tmp_path / "data", val_rate=0)
+    assert [Path(path).name for path in train_paths if "x" in Path(path).parts[-2]] == names
+
+
+def test_hidden_folders_and_macosx_are_not_classes(two_classes):
+    write_classes(two_classes, {".cache": 1, "__MACOSX": 1})
+    write_image(two_classes / "stray.png")
+    assert set(read_split_data(two_classes)[1]) == {0, 1}
+    assert read_class_indices() == ["cat", "dog"]
+
+
+def test_any_class_names(tmp_path):
+    names = ["a b", "Ä", "向日葵", "$x$"]
+    write_classes(tmp_path / "data", dict.fromkeys(names, 5))
+    read_split_data(tmp_path / "data")
+    assert read_class_indices() == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({}, "needs at least two sub-folders.*there is none"),
+        ({"cat": 5}, "needs at least two sub-folders.*only one, cat"),
+        ({"cat": 5, "dog": 0, "cow": 0}, "no image .* in class cow, dog"),
+        ({"cat": 4, "dog": 3}, "too few images.*0.2 some class must have 5 images"),
+    ],
+)
+def test_folders_that_cannot_be_split(tmp_path, counts, message):
+    (tmp_path / "data").mkdir()
+    for name in counts:
+        (tmp_path / "data" / name).mkdir()
+    write_classes(tmp_path / "data", counts)
+    with pytest.raises(DataError, match=message) as caught:
+        read_split_data(tmp_path / "data")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not Path("class_indices.json").exists()
+
+
+def test_what_is_no_folder(tmp_path, two_classes):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_split_data(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match="a file, not a folder"):
+        read_split_data(write_image(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="val_rate is 1"):
+        read_split_data(two_classes, 1)
+
+
+@pytest.mark.parametrize("locked", [".", "cat"])
+def test_a_folder_without_permission(open_folder, locked):
+    write_classes(open_folder, {"cat": 5, "dog": 5})
+    (open_folder / locked).chmod(0)
+    with as_another_user(), pytest.raises(PermissionError, match="no permission to read this folder"):
+        read_split_data(open_folder)
+
+
+def test_train_and_val_folders_are_recognised(tmp_path):
+    write_classes(tmp_path / "data" / "train", {"cat": 3, "dog": 2})
+    write_classes(tmp_path / "data" / "valid", {"dog": 2})  # a class less: its labels are still the training folder's
+    (tmp_path / "data" / "valid" / "cat").mkdir()
+    write_image(tmp_path / "data" / "valid" / "cat" / "a.png")
+    split, line = find_split(tmp_path / "data")
+    assert (split.class_names, split.train_labels, split.val_labels) == (["cat", "dog"], [0, 0, 0, 1, 1], [0, 1, 1])
+    assert line == f"from {tmp_path / 'data' / 'valid'}"
+
+
+def test_a_class_named_train_is_a_class(tmp_path):
+    write_classes(tmp_path / "data", {"train": 5, "test": 5})
+    assert find_split(tmp_path / "data")[0].class_names == ["test", "train"]
+
+
+def test_a_validation_folder_of_ones_own(tmp_path, two_classes):
+    write_classes(tmp_path / "val", {"cat": 1, "dog": 2})
+    split, line = find_split(two_classes, tmp_path / "val")
+    assert (len(split.train_paths), split.val_labels) == (25, [0, 1, 1])
+    assert line == f"from {tmp_path / 'val'}"
+    write_classes(tmp_path / "val", {"cow": 1})
+    with pytest.raises(DataError, match=r"no such class in .*pets: cow"):
+        find_split(two_classes, tmp_path / "val")
+
+
+def test_a_validation_folder_may_lack_a_class(tmp_path, two_classes):
+    write_classes(tmp_path / "val", {"dog": 2})
+    split, _ = find_split(two_classes, tmp_path / "val")
+    assert split.val_labels == [1, 1]
+
+
+def test_the_photographs_split(flower_photos):
+    split, _ = find_split(flower_photos)
+    assert split.class_names == ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+    counts = [split.val_labels.count(label) for label in range(5)]
+    assert counts == [int(len(list((flower_photos / name).iterdir())) * 0.2) for name in split.class_names]
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_class_indices_round_trip():
+    names = [f"class {index}" for index in range(12)]  # "10" sorts before "2"
+    write_class_indices(names)
+    assert read_class_indices() == names
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"1": "a"}', '{"0": 1}', '{"0": "a", "2": "b"}', "[" * 100_000])
+def test_what_is_no_class_indices(text):
+    Path("class_indices.json").write_text(text)
+    with pytest.raises(DataError, match=r"class_indices\.json: not of the form"):
+        read_class_indices()
+    with pytest.raises(FileNotFoundError, match=r"other\.json: no such file"):
+        read_class_indices("other.json")
+
+
+def test_pickles_round_trip():
+    value = ["a.jpg", {"b": (1, 2.5, None, True)}, ["日"]]
+    write_pickle(value, "list.pkl")
+    assert read_pickle("list.pkl") == value
+
+
+def test_a_pickle_runs_no_code():
+    class Payload:
+        def __reduce__(self):
+            return open, ("marker", "w")
+
+    for value in (Payload(), [Payload()], {"a": print}):
+        Path("bad.pkl").write_bytes(pickle.dumps(value))
+        with pytest.raises(DataError, match=r"bad\.pkl: not a pickle of plain values"):
+            read_pickle("bad.pkl")
+    assert not Path("marker").exists()
+    Path("bad.pkl").write_bytes(b"\x80garbage")
+    with pytest.raises(DataError):
+        read_pickle("bad.pkl")
+    with pytest.raises(FileNotFoundError):
+        read_pickle("missing.pkl")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_the_class_distribution(two_classes, shown):
+    read_split_data(two_classes, plot_image=True)
+    axes = shown[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog"]
+    assert [bar.get_height() for bar in axes.patches] == [10, 15]
+    assert [text.get_text() for text in axes.texts] == ["10", "15"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "normalised"])
+def test_the_images_of_a_loader(tmp_path, shown, kind):
+    colours = [(200, 30, 10), (10, 90, 200), (250, 250, 250), (0, 0, 0), (9, 99, 9)]
+    paths = []
+    for index, colour in enumerate(colours):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{index}.png")
+        paths.append(tmp_path / f"{index}.png")
+    write_class_indices(["cat", "do$g$"])
+    float_transform = v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])
+    transform = eval_transform(32) if kind == "uint8" else float_transform
+    data_set = MyDataSet(paths, [0, 1, 0, 1, 1], transform)
+    plot_data_loader_image(DataLoader(data_set, batch_size=5, collate_fn=data_set.collate_fn))
+    assert len(shown) == 1
+    assert [axes.get_xlabel() for axes in shown[0].axes] == ["cat", "do$g$", "cat", "do$g$"]
+    assert [tuple(axes.images[0].get_array()[0, 0].tolist()) for axes in shown[0].axes] == colours[:4]
+    shown[0].savefig(io.BytesIO())
+
+
+class Brightness(torch.nn.Module):
+    """Says "dark" (0) or "light" (1); notes in which mode it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout()
+        self.asked_in_training = []
+
+    def forward(self, images):
+        self.asked_in_training.append(self.training or torch.is_grad_enabled())
+        light = images.mean((1, 2, 3))
+        return torch.stack([-light, light], 1)
+
+
+@pytest.fixture
+def plot_img(tmp_path):
+    """Two dark and two light pictures, the last one labelled wrongly."""
+    folder = tmp_path / "plot_img"
+    folder.mkdir()
+    for index, grey in enumerate((10, 240, 30, 250)):
+        Image.new("RGB", (50, 40), (grey,) * 3).save(folder / f"{index}.png")
+    (folder / "label.txt").write_text("0.png dark\n1.png light\n\n2.png\t dark\n3.png dark\n", encoding="utf-8")
+    write_class_indices(["dark", "light"])
+    return folder
+
+
+FLOAT_TRANSFORM = v1.Compose([v1.Resize(36), v1.CenterCrop(32), v1.ToTensor(), v1.Normalize(MEAN, STD)])
+
+
+@pytest.mark.parametrize("transform", [FLOAT_TRANSFORM, eval_transform(32)])
+def test_the_prediction_figure(plot_img, transform):
+    net = Brightness().train()
+    net.dropout.eval()
+    figure = plot_class_preds(net, str(plot_img), transform, num_plot=5, device="cpu")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title.split("\n")[1] for title in titles] == [
+        f"(label: {name})" for name in ("dark", "light", "dark", "dark")
+    ]
+    mean = (240 / 255 - sum(MEAN) / 3) / (sum(STD) / 3)
+    assert titles[1].split(", ")[0] == "light"
+    assert float(titles[1].split(", ")[1].split("%")[0]) == pytest.approx(100 / (1 + 2.718282 ** (-2 * mean)), abs=0.3)
+    assert [axes.title.get_color() for axes in figure.axes] == ["green", "green", "green", "red"]
+    marks = [axes.get_xlabel() for axes in figure.axes]
+    assert marks[0] == marks[1] == marks[2] != marks[3]
+    assert [int(axes.images[0].get_array()[5, 5, 0]) for axes in figure.axes] == [10, 240, 30, 250]
+    assert net.asked_in_training == [False]
+    assert net.training
+    assert not net.dropout.training
+    assert plt.fignum_exists(figure.number)  # so that plt.show() shows it
+    figure.savefig(io.BytesIO())
+    plt.close(figure)
+
+
+def test_the_figure_takes_the_first_usable_lines(plot_img, capsys):
+    (plot_img / "broken.png").write_bytes(b"no image")
+    lines = ["gone.png dark", "0.png purple", "alone", "broken.png dark", "1.png light", "3.png light", "2.png dark"]
+    (plot_img / "label.txt").write_text("\n".join(lines), encoding="utf-8")
+    figure = plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM, num_plot=2)
+    assert [axes.get_title().split("\n")[1] for axes in figure.axes] == ["(label: light)"] * 2
+    said = capsys.readouterr().out.splitlines()
+    assert ["gone.png" in said[0], "purple" in said[1], "alone" in said[2], "broken.png" in said[3]] == [True] * 4
+    assert len(said) == 4
+    plt.close(figure)
+
+
+def test_names_with_spaces(plot_img):
+    write_class_indices(["dark", "very dark", "light"])
+    write_image(plot_img / "a very.png")
+    write_image(plot_img / "my cat.png")
+    (plot_img / "0.png").rename(plot_img / "x.png very")
+    lines = ["my cat.png very dark", "a very.png dark", "x.png very dark"]
+    (plot_img / "label.txt").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    labelled, problems = data_utils.read_label_file(plot_img, read_class_indices())
+    assert [(Path(path).name, name) for path, name in labelled] == [
+        ("my cat.png", "very dark"),
+        ("a very.png", "dark"),
+        ("x.png very", "dark"),
+    ]
+    assert problems == []
+
+
+def test_no_figure_says_why(plot_img, tmp_path, capsys):
+    def say(folder):
+        assert plot_class_preds(Brightness(), folder, FLOAT_TRANSFORM) is None
+        return capsys.readouterr().out
+
+    assert "nowhere: no such folder" in say(tmp_path / "nowhere")
+    assert "label.txt: no such file" in say(tmp_path / "here")
+    (plot_img / "label.txt").write_text("0.png purple\n")
+    assert "no usable line" in say(plot_img)
+    (plot_img / "label.txt").write_bytes(b"\xff\xfe0")
+    assert "UTF-8" in say(plot_img)
+    (plot_img / "label.txt").write_text("../secret.png dark\n")
+    write_image(plot_img.parent / "secret.png")
+    assert "no usable line" in say(plot_img)
+    Path("class_indices.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"class_indices\.json"):
+        plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM)
+
+
+# --- download ---------------------------------------------------------------------------------------------------
+
+
+def make_archive(path: Path, extra: tarfile.TarInfo | None = None) -> str:
+    """An archive of the form of flower_photos.tgz; its md5."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("daisy/a.png", "roses/b.png"):
+            tar.add(write_image(path.parent / "source" / name), f"flower_photos/{name}")
+        tar.add(write_image(path.parent / "source" / "c.png"), "flower_photos/LICENSE.txt")
+        if extra:
+            tar.addfile(extra)
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on loopback: its folder and its address."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_download(server, tmp_path, exists):
+    folder, address = server
+    md5 = make_archive(folder / "a.tgz")
+    root = tmp_path / "new" / "flowers"
+    if exists:
+        root.mkdir(parents=True)
+    download_flower_photos(root, f"{address}/a.tgz", md5)
+    assert sorted(path.name for path in root.iterdir()) == ["LICENSE.txt", "daisy", "roses"]
+    assert list(root.parent.iterdir()) == [root]
+    with pytest.raises(DataError, match="not an empty folder"):
+        download_flower_photos(root, f"{address}/a.tgz", md5)
+
+
+def test_a_download_that_fails_leaves_nothing(server, tmp_path):
+    folder, address = server
+    root = tmp_path / "new" / "flowers"
+    make_archive(folder / "a.tgz")
+    with pytest.raises(DataError, match="another checksum"):
+        download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
+    (folder / "b.tgz").write_bytes(b"not an archive")
+    with pytest.raises(DataError, match="cannot unpack"):
+        download_flower_photos(root, f"{address}/b.tgz", hashlib.md5(b"not an archive").hexdigest())
+    with pytest.raises(OSError, match=r"cannot download .*missing\.tgz"):
+        download_flower_photos(root, f"{address}/missing.tgz", "0" * 32)
+    with pytest.raises(OSError, match="cannot download"):
+        download_flower_photos(root, "http://127.0.0.1:9/nothing.tgz", "0" * 32)
+    assert list(root.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "link"),
+    [("../../escaped", None), ("flower_photos/a", "/etc/passwd"), ("flower_photos/a", "../../../escaped")],
+)
+def test_a_hostile_archive_stays_inside(server, tmp_path, name, link):
+    folder, address = server
+    member = tarfile.TarInfo(name)
+    if link:
+        member.type, member.linkname = tarfile.SYMTYPE, link
+    md5 = make_archive(folder / "a.tgz", extra=member)
+    with pytest.raises(DataError, match="cannot unpack"):
+        download_flower_photos(tmp_path / "new" / "flowers", f"{address}/a.tgz", md5)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_json_is_what_the_tutorial_writes(two_classes):
+    read_split_data(two_classes)
+    assert json.loads(Path("class_indices.json").read_text(encoding="utf-8")) == {"0": "cat", "1": "dog"}

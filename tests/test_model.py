@@ -1,0 +1,252 @@
+"""The networks against torchvision's, and weights files of every kind."""
+
+import pickle
+
+import pytest
+import torch
+from torchvision import models as torchvision_models
+
+from model import (
+    MODELS,
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    WeightsError,
+    evaluation_mode,
+    freeze_backbone,
+    load_model,
+    load_pretrained,
+    resnet18,
+    resnet34,
+    resnet101,
+)
+
+NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+def pair(name: str, num_classes: int = 7) -> tuple[ResNet, torch.nn.Module]:
+    """Our network and torchvision's, with the same weights, and BatchNorm statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    theirs = getattr(torchvision_models, name)(num_classes=num_classes)
+    theirs.train()(torch.randn(4, 3, 64, 64))
+    ours = MODELS[name](num_classes=num_classes)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_and_gradients_equal_torchvisions(name, training):
+    ours, theirs = pair(name)
+    images = torch.randn(2, 3, 70, 90)
+    for network in (ours, theirs):
+        network.train(training)
+        network(images).square().sum().backward()
+    torch.testing.assert_close(ours(images), theirs(images))
+    for (our_name, our), (their_name, their) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert our_name == their_name
+        torch.testing.assert_close(our.grad, their.grad, rtol=1e-3, atol=1e-3 * their.grad.abs().max().item())
+    for key, value in ours.state_dict().items():  # the running statistics as well
+        torch.testing.assert_close(value, theirs.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_the_top_comes_the_feature_map(name):
+    ours, theirs = pair(name)
+    headless = MODELS[name](include_top=False).eval()
+    headless.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("fc.")})
+    features = headless(torch.randn(2, 3, 64, 96))
+    assert features.shape == (2, 512 * (1 if name in ("resnet18", "resnet34") else 4), 2, 3)
+    assert not hasattr(headless, "fc")
+    torch.testing.assert_close(ours.eval().fc(features.mean((2, 3))), theirs.eval().fc(features.mean((2, 3))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchvision_loads_our_weights(name):
+    ours = MODELS[name](num_classes=3)
+    assert [child for child, _ in ours.named_children()] == [
+        *("conv1", "bn1", "relu", "maxpool"),
+        *("layer1", "layer2", "layer3", "layer4", "avgpool", "fc"),
+    ]
+    getattr(torchvision_models, name)(num_classes=3).load_state_dict(ours.state_dict())
+
+
+def test_the_interface_of_the_tutorial():
+    assert (BasicBlock.expansion, Bottleneck.expansion) == (1, 4)
+    assert resnet34().fc.out_features == resnet101().fc.out_features == 1000
+    assert resnet34(num_classes=5, include_top=True).fc.out_features == 5
+    assert ResNet(BasicBlock, [1, 1, 1, 1], 3)(torch.zeros(2, 3, 40, 40)).shape == (2, 3)
+    block = Bottleneck(in_channel=64, out_channel=64, stride=2, downsample=torch.nn.Conv2d(64, 256, 1, 2))
+    assert block(torch.zeros(1, 64, 8, 8)).shape == (1, 256, 4, 4)
+    assert block.conv2.stride == (2, 2)
+    assert block.conv1.stride == (1, 1)
+
+
+def test_convolutions_start_kaiming_normal_by_fan_out():
+    weight = resnet18().layer3[0].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
+    assert weight.mean().item() == pytest.approx(0, abs=1e-3)
+
+
+def test_evaluation_mode_gives_each_module_its_mode_back():
+    model = resnet18().train()
+    model.bn1.eval()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        assert not model(torch.zeros(1, 3, 32, 32)).requires_grad
+    assert model.training
+    assert model.layer1.training
+    assert not model.bn1.training
+
+
+def test_freezing_leaves_fc_alone():
+    model = resnet18(num_classes=2)
+    freeze_backbone(model)
+    assert [name for name, value in model.named_parameters() if value.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+# --- weights into a model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_pretrained_weights_of_wrapped_models_load(tmp_path, prefix):
+    source, target = resnet18(num_classes=3), resnet18(num_classes=3)
+    torch.save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "w.pth")
+    assert load_pretrained(target, tmp_path / "w.pth", "resnet18") == []
+    for ours, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_fc_of_another_number_of_classes_is_left_out(tmp_path):
+    source, target = resnet18(num_classes=1000), resnet18(num_classes=5)
+    fc = target.fc.weight.clone()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert load_pretrained(target, tmp_path / "w.pth", "resnet18") == ["fc.weight", "fc.bias"]
+    assert torch.equal(target.fc.weight, fc)
+    assert torch.equal(target.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_files_from_before_num_batches_tracked_load(tmp_path):
+    source, target = resnet18(num_classes=2), resnet18(num_classes=2)
+    old = {name: value for name, value in source.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(old, tmp_path / "w.pth")
+    assert load_pretrained(target, tmp_path / "w.pth", "resnet18") == []
+
+
+def test_a_mismatch_other_than_fc_is_an_error(tmp_path):
+    state = resnet18(num_classes=2).state_dict()
+    path = tmp_path / "w.pth"
+    torch.save(resnet34(num_classes=2).state_dict(), path)
+    with pytest.raises(WeightsError, match=r"w\.pth.*does not fit.*unknown"):
+        load_pretrained(resnet18(num_classes=2), path, "resnet18")
+    torch.save({name: value for name, value in state.items() if name != "bn1.weight"}, path)
+    with pytest.raises(WeightsError, match=r"bn1\.weight is missing"):
+        load_pretrained(resnet18(num_classes=2), path, "resnet18")
+    torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
+    with pytest.raises(WeightsError, match=r"conv1\.weight is \(64, 1, 7, 7\) there, \(64, 3, 7, 7\) in the model"):
+        load_pretrained(resnet18(num_classes=2), path, "resnet18")
+
+
+def test_imagenet_means_torchvisions_default_weights(monkeypatch):
+    state = torchvision_models.resnet18().state_dict()
+    asked = []
+
+    def get_state_dict(weights, progress, check_hash):
+        asked.append((weights, progress, check_hash))
+        return state
+
+    monkeypatch.setattr(torchvision_models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    model = resnet18(num_classes=5)
+    assert load_pretrained(model, "imagenet", "resnet18") == ["fc.weight", "fc.bias"]
+    assert asked == [(torchvision_models.ResNet18_Weights.DEFAULT, True, True)]
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+
+
+def test_imagenet_without_a_network_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(OSError, match=r"cannot download https://.*resnet18.*: no route"):
+        load_pretrained(resnet18(), "imagenet", "resnet18")
+
+
+class Payload:
+    """Unpickled without restriction, this would make a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"a": 1})])
+def test_what_is_no_weights_file_is_an_error(tmp_path, content):
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"w\.pth"):
+        load_model(path)
+
+
+def test_a_missing_weights_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such weights file"):
+        load_pretrained(resnet18(), tmp_path / "resNet34.pth", "resnet18")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"state_dict": Payload(tmp_path / "marker")}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError):
+        load_model(tmp_path / "w.pth")
+    assert not (tmp_path / "marker").exists()
+    torch.load(tmp_path / "w.pth", weights_only=False)["state_dict"].close()
+    assert (tmp_path / "marker").exists()  # the payload does work
+
+
+# --- a weights file as a model ----------------------------------------------------------------------------------
+
+
+def checkpoint(**changes) -> dict:
+    """What train.py saves."""
+    state = resnet18(num_classes=2).state_dict()
+    content = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "epoch": 3, "accuracy": 0.75}
+    return content | {"state_dict": state} | changes
+
+
+def test_a_checkpoint_tells_everything(tmp_path):
+    content = checkpoint()
+    torch.save(content, tmp_path / "best.pth")
+    model, info = load_model(tmp_path / "best.pth", "cpu")
+    assert not model.training
+    assert info == {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "epoch": 3, "accuracy": 0.75}
+    assert torch.equal(model.fc.weight, content["state_dict"]["fc.weight"])
+
+
+def test_a_plain_state_dict_needs_model_and_classes(tmp_path):
+    path = tmp_path / "model-29.pth"
+    torch.save(resnet18(num_classes=2).state_dict(), path)
+    with pytest.raises(WeightsError, match="--model"):
+        load_model(path)
+    model, info = load_model(path, model_name="resnet18", class_names=["cat", "dog"])
+    assert model.fc.out_features == 2
+    assert info["img_size"] == 224
+    with pytest.raises(WeightsError, match="fc"):
+        load_model(path, model_name="resnet18", class_names=["cat", "dog", "cow"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "vgg16"},
+        {"model": ["resnet18"]},
+        {"class_names": {"0": "cat"}},
+        {"class_names": []},
+        {"class_names": ["cat", 3]},
+        {"img_size": "big"},
+        {"img_size": 10**9},
+        {"state_dict": {"conv1.weight": "zeros"}},
+        {"state_dict": {}},
+    ],
+)
+def test_a_checkpoint_that_lies_is_an_error(tmp_path, changes):
+    torch.save(checkpoint(**changes), tmp_path / "best.pth")
+    with pytest.raises(WeightsError, match=r"best\.pth"):
+        load_model(tmp_path / "best.pth")

@@ -1,0 +1,246 @@
+"""Reading images of every kind, the data set, the order of an epoch, and normalisation."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_image
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms as v1
+
+from my_dataset import (
+    MEAN,
+    STD,
+    EpochSampler,
+    ImageError,
+    MyDataSet,
+    eval_transform,
+    prepare_batch,
+    read_image,
+    to_pixels,
+    train_transform,
+)
+
+RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+
+
+def saved(path: Path, image: Image.Image, **options) -> np.ndarray:
+    image.save(path, **options)
+    return np.asarray(read_image(path))
+
+
+@pytest.mark.parametrize("extension", ["png", "bmp", "gif", "tif", "webp", "jpg"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA"])
+def test_every_mode_becomes_rgb(tmp_path, extension, mode):
+    colour = Image.fromarray(np.dstack([RAMP, RAMP.T, 255 - RAMP])).resize((64, 64), Image.Resampling.NEAREST)
+    image = colour.convert(mode)
+    try:
+        image.save(tmp_path / f"a.{extension}", **({"lossless": True} if extension == "webp" else {}))
+    except (OSError, ValueError, KeyError):
+        pytest.skip(f"Pillow writes no {mode} as {extension}")
+    read = read_image(tmp_path / f"a.{extension}")
+    assert (read.mode, read.size) == ("RGB", (64, 64))
+    if extension not in ("jpg", "gif"):
+        expected = image.convert("RGBA" if "A" in mode else "RGB").convert("RGB")
+        assert np.abs(np.asarray(read).astype(int) - np.asarray(expected)).max() <= 2
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, extension):
+    pixels = saved(tmp_path / f"a.{extension}", Image.fromarray(RAMP.astype(np.uint16) * 257))
+    assert np.array_equal(pixels, np.dstack([RAMP] * 3))
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 4000.0])
+def test_float_images_are_scaled(tmp_path, white):
+    pixels = saved(tmp_path / "a.tif", Image.fromarray((RAMP / 255 * white).astype(np.float32)))
+    assert np.abs(pixels.astype(int) - RAMP[..., None]).max() <= 1
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    pixels = saved(tmp_path / "a.png", image)
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    pixels = saved(tmp_path / "a.jpg", image, exif=exif)
+    assert pixels.shape == (40, 20, 3)
+    assert pixels[:18].mean() > 250
+    assert pixels[22:].mean() < 5
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    pixels = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    good = write_image(folder / "good.png", (200, 200)).read_bytes()
+    contents = {
+        "truncated.png": good[: len(good) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"hello",
+        "header.png": good[:40],
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in [*contents, "missing.jpg"]}
+
+
+@pytest.mark.parametrize("name", ["truncated.png", "empty.jpg", "text.jpg", "header.png", "missing.jpg"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_file_raises_an_error_of_one_line_that_names_it(tmp_path, name, workers):
+    data_set = MyDataSet([broken_files(tmp_path)[name]], [0], eval_transform(32))
+    loader = DataLoader(data_set, num_workers=workers, collate_fn=MyDataSet.collate_fn)
+    with pytest.raises(ImageError) as caught:
+        next(iter(loader))
+    assert str(caught.value).startswith("cannot read image ")
+    assert name in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_items_and_attributes(tmp_path):
+    paths = [str(write_image(tmp_path / f"{i}.png", (50, 40), seed=i)) for i in range(3)]
+    data_set = MyDataSet(paths, [0, 1, 1])
+    assert len(data_set) == 3
+    assert data_set.images_path == paths
+    assert data_set.images_class == [0, 1, 1]
+    image, label = data_set[2]
+    assert isinstance(image, Image.Image)
+    assert (image.mode, image.size, label) == ("RGB", (50, 40), 1)
+    image, _ = MyDataSet(images_path=paths, images_class=[0, 1, 1], transform=v1.ToTensor())[0]
+    assert image.shape == (3, 40, 50)
+    with pytest.raises(IndexError):
+        data_set[3]
+    with pytest.raises(ValueError, match="2 labels"):
+        MyDataSet(paths, [0, 1])
+
+
+def test_extremely_long_images_are_left_out_and_the_callers_lists_left_alone(tmp_path, capsys):
+    sizes = [(400, 39), (400, 40), (40, 400), (39, 400), (40, 40)]
+    paths = [str(write_image(tmp_path / f"{w}x{h}.png", (w, h))) for w, h in sizes]
+    labels = [0, 1, 2, 3, 4]
+    data_set = MyDataSet(paths, labels)
+    assert data_set.images_class == [1, 2, 4]
+    assert [Path(path).name for path in data_set.images_path] == ["400x40.png", "40x400.png", "40x40.png"]
+    assert len(paths) == 5
+    assert labels == [0, 1, 2, 3, 4]
+    said = capsys.readouterr().out
+    assert "2 of 5 images left out" in said
+    assert "400x39.png" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_collation(dtype):
+    batch = [(torch.full((3, 4, 5), label, dtype=dtype), label) for label in (1, 0, 2)]
+    images, labels = MyDataSet.collate_fn(batch)
+    assert (images.shape, images.dtype) == ((3, 3, 4, 5), dtype)
+    assert (labels.tolist(), labels.dtype) == ([1, 0, 2], torch.int64)
+    assert images[:, 0, 0, 0].tolist() == [1, 0, 2]
+
+
+# --- transforms and normalisation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_evaluation_equals_the_tutorials_transform(tmp_path, size):
+    image = read_image(write_image(tmp_path / "a.png", (300, 260)))
+    tutorial = v1.Compose(
+        [
+            v1.Resize(round(size * 256 / 224)),
+            v1.CenterCrop(size),
+            v1.ToTensor(),
+            v1.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    ours = eval_transform(size)(image)
+    assert (ours.dtype, ours.shape) == (torch.uint8, (3, size, size))
+    torch.testing.assert_close(prepare_batch(ours[None], "cpu")[0], tutorial(image), rtol=0, atol=1e-5)
+
+
+def test_training_crops_and_flips_at_random(tmp_path):
+    image = read_image(write_image(tmp_path / "a.png", (300, 260)))
+    crops = {train_transform(64)(image).numpy().tobytes() for _ in range(5)}
+    assert len(crops) == 5
+    assert train_transform(64)(image).shape == (3, 64, 64)
+
+
+def test_a_float_batch_is_used_as_it_is():
+    batch = torch.randn(2, 3, 8, 8)
+    assert torch.equal(prepare_batch(batch, "cpu"), batch)
+
+
+def test_pixels_come_back_from_each_kind_of_batch():
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    expected = pixels.permute(0, 2, 3, 1).numpy()
+    scaled = pixels.float() / 255
+    normalised = (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    for batch in (pixels, scaled, normalised, prepare_batch(pixels, "cpu")):
+        assert np.array_equal(to_pixels(batch), expected)
+
+
+# --- what is random ---------------------------------------------------------------------------------------------
+
+
+def epoch_of(paths: list[str], epoch: int, workers: int, seed: int = 3, batch_size: int = 4) -> tuple:
+    data_set = MyDataSet(paths, list(range(len(paths))), train_transform(32))
+    sampler = EpochSampler(len(data_set), seed)
+    loader = DataLoader(
+        data_set,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=data_set.collate_fn,
+        persistent_workers=workers > 0,
+    )
+    if workers:
+        list(loader)  # workers that persist have seen epoch 0
+    sampler.set_epoch(epoch)
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_an_epoch_is_a_function_of_seed_epoch_and_index(tmp_path):
+    paths = [str(write_image(tmp_path / f"{i}.png", seed=i)) for i in range(10)]
+    images, labels = epoch_of(paths, epoch=2, workers=0)
+    assert sorted(labels.tolist()) == list(range(10))
+    for workers in (1, 2):
+        others = epoch_of(paths, epoch=2, workers=workers, batch_size=3)
+        assert torch.equal(others[0], images)
+        assert torch.equal(others[1], labels)
+    assert epoch_of(paths, epoch=1, workers=0)[1].tolist() != labels.tolist()
+    assert epoch_of(paths, epoch=2, workers=0, seed=4)[1].tolist() != labels.tolist()
+    other_epoch = dict(zip(*reversed(epoch_of(paths, epoch=3, workers=0)), strict=False))
+    assert len(other_epoch) == 10
+
+
+def test_the_augmentation_changes_with_the_epoch(tmp_path):
+    path = str(write_image(tmp_path / "a.png"))
+    data_set = MyDataSet([path], [0], train_transform(32))
+    sampler = EpochSampler(1, seed=0)
+    crops = set()
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        crops.update(data_set[item][0].numpy().tobytes() for item in sampler)
+    assert len(crops) == 5
+
+
+def test_no_global_generator_moves(tmp_path):
+    data_set = MyDataSet([str(write_image(tmp_path / "a.png"))], [0], train_transform(32))
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    for item in EpochSampler(1, seed=5):
+        data_set[item]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]

@@ -1,0 +1,135 @@
+"""Flags, devices, folders and checkpoints of a run."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from run_utils import (
+    FlagParser,
+    UsageError,
+    available_cores,
+    create_run_folder,
+    newest_weights,
+    printable,
+    save_checkpoint,
+    select_device,
+    true_or_false,
+    write_args,
+)
+
+
+def parser() -> FlagParser:
+    flags = FlagParser(prog="p")
+    flags.add_argument("--num-classes", type=int)
+    flags.add_argument("--data-path")
+    flags.add_argument("--freeze-layers", nargs="?", const=True, default=False, type=true_or_false)
+    return flags
+
+
+@pytest.mark.parametrize("argv", [["--num_classes", "3"], ["--num-classes=3"], ["--num_classes=3"]])
+def test_both_spellings(argv):
+    assert parser().parse_args(argv).num_classes == 3
+
+
+def test_values_keep_their_underscores():
+    assert parser().parse_args(["--data_path=a_b/--c_d"]).data_path == "a_b/--c_d"
+    assert parser().parse_args(["--data-path", "a_b"]).data_path == "a_b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        ([], False),
+        (["--freeze-layers"], True),
+        (["--freeze-layers", "True"], True),
+        (["--freeze_layers", "false"], False),
+    ],
+)
+def test_freeze_layers_means_what_it_says(argv, value):
+    assert parser().parse_args(argv).freeze_layers is value
+
+
+@pytest.mark.parametrize("argv", [["--freeze-layers", "maybe"], ["--num-classes", "x"], ["--unknown"]])
+def test_a_wrong_flag_is_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(argv)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("p: error: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_names_are_printed_as_text():
+    assert printable("daisy 向日葵 🌷") == "daisy 向日葵 🌷"
+    assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
+
+
+def test_devices(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert select_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+    for name in ("cuda", "cuda:1", "0", "mps"):
+        assert select_device(name) == torch.device("cpu")
+        assert "using the CPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device("cuda") == select_device("0") == torch.device("cuda:0")
+    assert select_device("cuda:1") == select_device("1") == torch.device("cuda:1")
+    for name in ("cuda:2", "2", "gpu", "0,1", "", "cuda:-1"):
+        with pytest.raises(UsageError, match="--device"):
+            select_device(name)
+
+
+def test_cores_are_those_of_this_process():
+    assert 1 <= available_cores() <= os.cpu_count()
+
+
+def test_runs_do_not_share_a_folder(tmp_path):
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(create_run_folder("run", tmp_path))) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == sorted([tmp_path / "run"] + [tmp_path / f"run-{number}" for number in range(2, 21)])
+    assert all((folder / "weights").is_dir() for folder in made)
+
+
+def test_runs_cannot_be_made_in_a_file(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(OSError, match="runs"):
+        create_run_folder("run", tmp_path / "runs")
+
+
+def test_the_newest_weights(tmp_path):
+    with pytest.raises(UsageError, match="train first"):
+        newest_weights(tmp_path)
+    for name, age in (("a", 10), ("b", 5), ("c", 20)):
+        path = tmp_path / name / "weights" / "best.pth"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1_000_000 - age,) * 2)
+    create_run_folder("d", tmp_path)
+    assert newest_weights(tmp_path) == tmp_path / "b" / "weights" / "best.pth"
+
+
+def test_args_json(tmp_path):
+    write_args(parser().parse_args(["--num-classes", "3"]), tmp_path / "args.json")
+    content = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
+    assert content["flags"] == {"num_classes": 3, "data_path": None, "freeze_layers": False}
+    assert content["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"python", "torchvision", "tensorboard", "numpy"} <= content["versions"].keys()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "best.pth"
+    save_checkpoint({"epoch": 1}, path)
+    with pytest.raises((AttributeError, TypeError)):
+        save_checkpoint({"epoch": 2, "cannot be pickled": threading.Lock()}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert list(Path(tmp_path).iterdir()) == [path]

@@ -1,0 +1,155 @@
+"""An epoch of training, a pass of evaluation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from model import BasicBlock, ResNet, freeze_backbone
+from my_dataset import prepare_batch
+from train_eval_utils import accuracy, collect_logits, evaluate, train_one_epoch
+
+CPU = torch.device("cpu")
+
+
+def tiny_resnet() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
+
+
+def loader(count: int = 10, batch_size: int = 4, seed: int = 0) -> DataLoader:
+    """uint8 images, dark ones of class 0 and light ones of class 1."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (count,), generator=generator)
+    images = torch.randint(0, 128, (count, 3, 40, 40), generator=generator) + 120 * labels.view(-1, 1, 1, 1)
+    return DataLoader(TensorDataset(images.to(torch.uint8), labels), batch_size=batch_size)
+
+
+def test_the_mean_loss_is_over_images_not_batches():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
+    data = loader(count=10, batch_size=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    images, labels = data.dataset.tensors
+    expected = F.cross_entropy(model(prepare_batch(images, CPU)), labels).item()
+    assert train_one_epoch(model, optimizer, data, CPU, 0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_is_torchs_own():
+    data = loader(count=8, batch_size=4)
+    ours, plain = tiny_resnet(), tiny_resnet()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01, momentum=0.9)
+    ours.conv1.weight.grad = torch.ones_like(ours.conv1.weight)  # left over from before: must not count
+    train_one_epoch(model=ours, optimizer=optimizer, data_loader=data, device=CPU, epoch=0)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    plain.train()
+    for images, labels in data:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(prepare_batch(images, CPU)), labels).backward()
+        optimizer.step()
+    for our, expected in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(our, expected)
+
+
+def test_it_learns():
+    model = tiny_resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = [train_one_epoch(model, optimizer, loader(32, 8), CPU, epoch) for epoch in range(4)]
+    assert losses[-1] < losses[0] / 2
+    assert evaluate(model, loader(32, 8, seed=1), CPU) > 0.9
+
+
+def test_a_frozen_batchnorm_stays_as_it_is():
+    model = tiny_resnet().eval()
+    freeze_backbone(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    train_one_epoch(model, optimizer, loader(), CPU, 0)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"fc.weight", "fc.bias"}
+    assert model.training
+    assert not model.bn1.training
+
+
+def test_a_batchnorm_that_learns_is_trained():
+    model = tiny_resnet().eval()
+    freeze_backbone(model)
+    model.bn1.requires_grad_(True)
+    train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), loader(), CPU, 0)
+    assert model.bn1.training
+    assert model.bn1.running_mean.abs().sum() > 0
+    assert not model.layer1[0].bn1.training
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_epoch(value):
+    model = tiny_resnet()
+    with torch.no_grad():
+        model.fc.bias.fill_(value)
+    before = model.conv1.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    with pytest.raises(FloatingPointError, match=r"step 0 of epoch 3, with learning rate 0\.25"):
+        train_one_epoch(model, optimizer, loader(), CPU, 3)
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_accuracy_is_over_the_images_seen():
+    class FirstPixel(nn.Module):
+        def forward(self, images):
+            return torch.stack([-images[:, 0, 0, 0], images[:, 0, 0, 0]], 1)
+
+    images = torch.zeros(5, 3, 2, 2, dtype=torch.uint8)
+    images[:3] = 255
+    labels = torch.tensor([1, 1, 0, 0, 1])
+    data = DataLoader(TensorDataset(images, labels), batch_size=2)
+    assert evaluate(model=FirstPixel(), data_loader=data, device=CPU) == pytest.approx(3 / 5)
+    logits, seen = collect_logits(FirstPixel(), data, CPU)
+    assert (logits.shape, logits.dtype) == ((5, 2), torch.float32)
+    assert torch.equal(seen, labels)
+    assert accuracy(logits, seen) == pytest.approx(3 / 5)
+
+
+def test_evaluation_has_no_gradients_and_gives_the_mode_back():
+    model = tiny_resnet().train()
+    statistics = model.bn1.running_mean.clone()
+    result = evaluate(model, loader(), CPU)
+    assert isinstance(result, float)
+    assert torch.equal(model.bn1.running_mean, statistics)
+    assert model.training
+    assert not collect_logits(model, loader(), CPU)[0].requires_grad
+
+
+@pytest.mark.parametrize("device", ["cpu", CPU])
+def test_a_normalised_float_batch_gives_the_same(device):
+    data = loader()
+    images, labels = data.dataset.tensors
+    prepared = DataLoader(TensorDataset(prepare_batch(images, CPU), labels), batch_size=4)
+    model = tiny_resnet()
+    assert torch.equal(collect_logits(model, data, device)[0], collect_logits(model, prepared, device)[0])
+
+
+def test_an_empty_loader_is_an_error():
+    empty = DataLoader(TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)))
+    model = tiny_resnet()
+    with pytest.raises(ValueError, match="empty"):
+        train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), empty, CPU, 0)
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(model, empty, CPU)
+
+
+def test_the_bar_is_for_terminals_only(capsys):
+    model = tiny_resnet()
+    train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.01), loader(), CPU, 0)
+    evaluate(model, loader(), CPU)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    model = tiny_resnet()
+    train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.01), loader(), CPU, 7)
+    shown = capsys.readouterr().err
+    assert "[epoch 7] mean loss 0." in shown
+    assert "images/s" in shown

@@ -1,0 +1,293 @@
+"""Train a ResNet on a folder of images, one sub-folder a class, and write what happens to TensorBoard.
+
+python train.py                                  # the built-in sample: nothing to download
+python train.py --data-path my_photos            # my_photos/cat/*.jpg, my_photos/dog/*.jpg, ...
+python train.py --data-path flower_photos --download
+python train.py --data-path my_photos --weights imagenet --freeze-layers
+tensorboard --logdir=runs                        # beside it; then open http://localhost:6006/
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from data_utils import (
+    DataError,
+    download_flower_photos,
+    draw_predictions,
+    find_split,
+    read_label_file,
+    write_class_indices,
+)
+from model import MODELS, ResNet, WeightsError, freeze_backbone, load_pretrained
+from my_dataset import EpochSampler, MyDataSet, eval_transform, read_image, train_transform
+from run_utils import (
+    FlagParser,
+    UsageError,
+    available_cores,
+    create_run_folder,
+    describe_device,
+    save_checkpoint,
+    select_device,
+    true_or_false,
+    write_args,
+)
+from sample_flowers import draw_sample
+from train_eval_utils import accuracy, collect_logits, train_one_epoch
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "data" / "sample_flowers"
+FLOWER_PHOTOS = HERE / "data" / "flower_photos"
+PLOT_IMG = HERE / "plot_img"
+FIGURE_IMAGES = 24  # at most, in the prediction figure
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train as the flags say."""
+    matplotlib.use("Agg")  # figures go to files, also where there is a screen
+    device = select_device(args.device)
+    torch.manual_seed(args.seed)
+
+    # The data: what to train on, and what to validate on.
+    split, val_source = find_split(find_data(args), args.val_path, args.val_rate)
+    class_names = split.class_names
+    if args.num_classes not in (None, len(class_names)):
+        raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(class_names)} classes")
+    train_set = MyDataSet(split.train_paths, split.train_labels, train_transform(args.img_size))
+    val_set = MyDataSet(split.val_paths, split.val_labels, eval_transform(args.img_size))
+    if not (len(train_set) and len(val_set)):
+        raise DataError("no usable image is left for training or for validation")
+    sampler = EpochSampler(len(train_set), args.seed)
+    train_loader = make_loader(train_set, args, device, sampler)
+    val_loader = make_loader(val_set, args, device)
+
+    # The network, from scratch or from weights.
+    model = MODELS[args.model](num_classes=len(class_names))
+    weights_line = prepare_weights(model, args)
+    model.to(device)
+
+    # Stochastic gradient descent, its rate on half a cosine from lr down to lr * lrf (https://arxiv.org/abs/1812.01187).
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=args.lr, momentum=0.9, weight_decay=0.005)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2 * (1 - args.lrf) + args.lrf
+    )
+
+    # The run's folder. Nothing has been written up to here, in case a flag or the data was wrong.
+    run = create_run_folder(args.name)
+    weights = run / "weights"
+    write_args(args, run / "args.json")
+    write_class_indices(class_names, run / "class_indices.json")
+    writer = SummaryWriter(log_dir=str(run))
+    write_graph(writer, model)
+    figure_images, figure_labels = choose_figure_images(val_set, class_names)
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"device       {describe_device(device)}")
+    print(f"model        {args.model}, {parameters:,} parameters, {weights_line}")
+    print(f"classes      {len(class_names)}: {shorten(', '.join(class_names))}")
+    print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({val_source})")
+    print(f"run          {run}")
+    print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
+
+    best = {"accuracy": -1.0, "epoch": -1}
+    try:
+        for epoch in range(args.epochs):
+            start = time.perf_counter()
+            sampler.set_epoch(epoch)
+            learning_rate = optimizer.param_groups[0]["lr"]
+            train_loss = train_one_epoch(model, optimizer, train_loader, device, epoch, keep_bar=False)
+            scheduler.step()
+
+            logits, labels = collect_logits(model, val_loader, device)
+            val_accuracy = accuracy(logits, labels)
+            val_loss = F.cross_entropy(logits, labels).item()
+
+            writer.add_scalar("train_loss", train_loss, epoch)
+            writer.add_scalar("val_loss", val_loss, epoch)
+            writer.add_scalar("accuracy", val_accuracy, epoch)
+            writer.add_scalar("learning_rate", learning_rate, epoch)
+            figure = draw_predictions(model, figure_images, figure_labels, class_names, device, Figure(dpi=100))
+            writer.add_figure("predictions vs. actuals", figure, epoch)
+            writer.add_histogram("conv1", model.conv1.weight, epoch)
+            writer.add_histogram("layer1/block0/conv1", model.layer1[0].conv1.weight, epoch)
+            writer.flush()
+
+            checkpoint = {
+                "model": args.model,
+                "class_names": class_names,
+                "img_size": args.img_size,
+                "epoch": epoch,
+                "accuracy": val_accuracy,
+                "state_dict": model.state_dict(),
+            }
+            is_best = val_accuracy > best["accuracy"]
+            if is_best:
+                best = {"accuracy": val_accuracy, "epoch": epoch}
+                save_checkpoint(checkpoint, weights / "best.pth")
+            resume = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
+            save_checkpoint(checkpoint | resume, weights / "last.pth")
+            if args.save_every and (epoch + 1) % args.save_every == 0:
+                save_checkpoint(model.state_dict(), weights / f"model-{epoch}.pth")
+
+            print(
+                f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {val_loss:.3f}  accuracy {val_accuracy:.3f}  "
+                f"learning_rate {learning_rate:.5f}  {time.perf_counter() - start:.1f} s{'  *best' if is_best else ''}",
+                flush=True,
+            )
+    finally:
+        writer.close()
+
+    print(f"best accuracy {best['accuracy']:.3f} at epoch {best['epoch']}: {weights / 'best.pth'}")
+    print(f"next: python predict.py --weights {weights / 'best.pth'} {val_set.images_path[0]}")
+
+
+def find_data(args: argparse.Namespace) -> str | Path:
+    """The folder to train on: downloaded or drawn first, where that is asked for."""
+    if args.download:
+        folder = args.data_path or FLOWER_PHOTOS
+        download_flower_photos(folder)
+        return folder
+    if args.data_path:
+        return args.data_path
+    if not SAMPLE.exists():
+        print(f"drawing the built-in sample in {SAMPLE}", flush=True)
+        draw_sample(SAMPLE)
+    print("no --data-path given: training on the built-in sample of drawn flowers")
+    print("for your own images: --data-path FOLDER, with one sub-folder a class")
+    return SAMPLE
+
+
+def make_loader(
+    dataset: MyDataSet, args: argparse.Namespace, device: torch.device, sampler: EpochSampler | None = None
+) -> DataLoader:
+    """A loader of training batches, in the sampler's order; without one of evaluation batches, in the folder's."""
+    workers = min(available_cores(), 8) if args.workers is None else args.workers
+    return DataLoader(
+        dataset,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        # BatchNorm learns nothing sensible from a single image.
+        drop_last=sampler is not None and len(dataset) > 1 and len(dataset) % args.batch_size == 1 < args.batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        collate_fn=dataset.collate_fn,
+        generator=torch.Generator(),  # its own: loading data moves no global generator
+    )
+
+
+def prepare_weights(model: ResNet, args: argparse.Namespace) -> str:
+    """Load and freeze as the flags say; a few words for the header."""
+    words = "from scratch (no --weights given)"
+    if args.weights:
+        left_out = load_pretrained(model, args.weights, args.model)
+        words = f"weights of {args.weights}"
+        if left_out:
+            words += f" but for {', '.join(left_out)}, made for another number of classes"
+    if args.freeze_layers:
+        freeze_backbone(model)
+        words += "; only fc learns"
+        if not args.weights:
+            print("warning: --freeze-layers without --weights freezes a random backbone")
+    return words
+
+
+def write_graph(writer: SummaryWriter, model: ResNet) -> None:
+    """The graph for an image of 224 px; of a copy, as tracing runs the model, which moves BatchNorm's statistics."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # add_graph traces, and torch.jit.trace is deprecated
+        writer.add_graph(copy.deepcopy(model).cpu(), torch.zeros(1, 3, 224, 224))
+
+
+def choose_figure_images(val_set: MyDataSet, class_names: list[str]) -> tuple[torch.Tensor, list[str]]:
+    """The pictures of plot_img where its labels are among the classes, else one validation image a class.
+
+    Returns:
+        Images (N, 3, H, W) uint8 and the name of each one's class.
+    """
+    labelled, problems = read_label_file(PLOT_IMG, class_names) if (PLOT_IMG / "label.txt").is_file() else ([], [])
+    if labelled and not problems:
+        images = [val_set.transform(read_image(path)) for path, _ in labelled]
+        return torch.stack(images), [name for _, name in labelled]
+    labels = sorted(set(val_set.images_class))[:FIGURE_IMAGES]
+    images = [val_set[val_set.images_class.index(label)][0] for label in labels]
+    return torch.stack(images), [class_names[label] for label in labels]
+
+
+def shorten(text: str, width: int = 100) -> str:
+    """`text` cut to a line's length."""
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with one line where a value is out of range."""
+    parser = FlagParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-path", help="a folder with one sub-folder a class (default: the built-in sample)")
+    add("--val-path", help="a folder of the same form to validate on (default: a part of --data-path)")
+    add("--val-rate", type=float, default=0.2, help="the part of each class to validate on (default: %(default)s)")
+    add("--download", action="store_true", help="first fetch the real flower photographs (218 MB) into --data-path")
+    add("--num-classes", type=int, help="only checked: the folder tells how many there are")
+    add("--model", choices=MODELS, default="resnet34", help="default: %(default)s")
+    add("--weights", default="", help="a weights file to start from, or imagenet (default: from scratch)")
+    add("--freeze-layers", nargs="?", const=True, default=False, type=true_or_false, help="train fc only")
+    add("--img-size", type=int, default=224, help="pixels of the square that is trained on (default: %(default)s)")
+    add("--epochs", type=int, default=30, help="default: %(default)s")
+    add("--batch-size", type=int, default=16, help="images a step (default: %(default)s)")
+    add("--lr", type=float, default=0.001, help="learning rate at the start (default: %(default)s)")
+    add("--lrf", type=float, default=0.1, help="learning rate at the end, as a part of --lr (default: %(default)s)")
+    add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, else the CPU)")
+    add("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--name", default="flower_experiment", help="of the run's folder under runs/ (default: %(default)s)")
+    add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
+    args = parser.parse_args(argv)
+
+    for flag, fits, need in [
+        ("val_rate", 0 < args.val_rate < 1, "above 0 and below 1"),
+        ("num_classes", args.num_classes is None or args.num_classes >= 2, "at least 2"),
+        ("img_size", args.img_size >= 32, "at least 32"),
+        ("epochs", args.epochs >= 1, "at least 1"),
+        ("batch_size", args.batch_size >= 1, "at least 1"),
+        ("batch_size", args.batch_size >= 2 or args.img_size > 32, "at least 2 for images of 32 pixels"),
+        ("lr", 0 < args.lr < math.inf, "above 0"),
+        ("lrf", 0 <= args.lrf < math.inf, "at least 0"),
+        ("workers", args.workers is None or args.workers >= 0, "at least 0"),
+        ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
+        ("name", args.name == Path(args.name).name and args.name[:1] not in ("", "."), "a plain folder name"),
+        ("save_every", args.save_every >= 0, "at least 0"),
+    ]:
+        if not fits:
+            parser.error(f"--{flag.replace('_', '-')} is {json.dumps(getattr(args, flag))}; it must be {need}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; its exit status."""
+    args = parse_args(argv)
+    try:
+        train(args)
+    except (DataError, WeightsError, UsageError, FloatingPointError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train.py: stopped; what the run has saved is whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
