@@ -65,8 +65,8 @@ def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Im
     canvas = _background(rng, size).resize((pixels, pixels), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
 
-    radius = rng.uniform(0.32, 0.46) * pixels
-    centre = pixels * (0.5 + rng.uniform(-0.1, 0.1, 2))
+    radius = rng.uniform(0.36, 0.47) * pixels
+    centre = pixels * (0.5 + rng.uniform(-0.07, 0.07, 2))
     turn = rng.uniform(-0.45, 0.45)
     pose = _rotation(turn) * radius
 
@@ -85,8 +85,8 @@ def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Im
 def _daisy(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
     """One ring of long narrow petals with rounded tips around a small disc."""
     tilt = _tilt(rng)
-    count = rng.integers(11, 18)
-    width = rng.uniform(0.75, 0.95) * np.pi / count * 0.72
+    count = rng.integers(8, 13)
+    width = rng.uniform(0.5, 0.62) * np.pi / count
     for angle in _ring(rng, count):
         outline = _petal(0.15, rng.uniform(0.92, 1.0), width, roundness=0.45)
         yield from _veined(outline @ _rotation(angle).T @ tilt, petals * rng.uniform(0.82, 1.08))
@@ -134,13 +134,13 @@ def _sunflower(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) 
             outline = _petal(0.4, rng.uniform(0.9, 1.0) - 0.08 * layer, 0.145, roundness=0.95)
             shade = petals * (0.78 + 0.24 * layer) * rng.uniform(0.9, 1.05)
             yield from _veined(outline @ _rotation(angle).T @ tilt, shade)
-    disc = rng.uniform(0.46, 0.56)
-    yield _circle(disc) @ tilt, heart * 0.55
+    disc = rng.uniform(0.5, 0.6)
+    yield _circle(disc) @ tilt, heart * 0.45
     seed = _circle(0.02, corners=6)
     for index in range(130):
         spot = disc * 0.95 * np.sqrt(index / 130)
         place = spot * np.array([np.cos(index * GOLDEN_ANGLE), np.sin(index * GOLDEN_ANGLE)])
-        yield (seed + place) @ tilt, heart * (0.8 if spot < disc * 0.45 else 1.1)
+        yield (seed + place) @ tilt, heart * (0.6 if spot < disc * 0.45 else 0.85)
 
 
 def _tulip(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
@@ -224,14 +224,14 @@ def _rotation(angle: float) -> np.ndarray:
 def _tilt(rng: np.random.Generator) -> np.ndarray:
     """A flat flower seen at an angle: squeezed along a random direction."""
     turn = _rotation(rng.uniform(0, np.pi))
-    return turn @ np.diag([1, rng.uniform(0.65, 1.0)]) @ turn.T
+    return turn @ np.diag([1, rng.uniform(0.78, 1.0)]) @ turn.T
 
 
 # --- colour, light and what lies around -------------------------------------------------------------------------
 
 
 def _petal_colour(rng: np.random.Generator) -> np.ndarray:
-    return _hsv(rng.uniform(0, 1), rng.uniform(0.1, 0.8), rng.uniform(0.75, 1.0))
+    return _hsv(rng.uniform(0, 1), rng.uniform(0.1, 0.8), rng.uniform(0.65, 1.0))
 
 
 def _leaf_colour(rng: np.random.Generator) -> np.ndarray:
@@ -262,7 +262,7 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
         start = rng.uniform(0, 1, 2)
         bow = np.stack([start, start + rng.uniform(-0.25, 0.25, 2), start + rng.uniform(-0.5, 0.5, 2)])
         _fill(pen, _ribbon(bow, rng.uniform(0.006, 0.05), taper=True) * size, _leaf_colour(rng))
-    for _ in range(rng.integers(0, 6)):
+    for _ in range(rng.integers(0, 4)):
         _fill(pen, (rng.uniform(0, 1, 2) + _circle(rng.uniform(0.02, 0.08))) * size, _petal_colour(rng))
     return canvas.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.006, 0.02)))
 
@@ -274,8 +274,8 @@ def _lit(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     direction = rng.uniform(0, 2 * np.pi)
     across = np.linspace(-1, 1, image.width, dtype=np.float32)
     side = 1 + rng.uniform(0, 0.3) * (across * np.cos(direction) + across[:, None] * np.sin(direction))
-    tint = rng.uniform(0.65, 1.15) * rng.uniform(0.9, 1.1, 3)
-    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 8))
+    tint = rng.uniform(0.6, 1.2) * rng.uniform(0.9, 1.1, 3)
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 6))
     pixels = pixels * side.astype(np.float32)[..., None] * tint.astype(np.float32) + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

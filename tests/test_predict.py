@@ -1,0 +1,191 @@
+"""predict.py from its command line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_image
+from PIL import Image
+
+import predict
+from data_utils import list_images_below, write_class_indices
+from model import resnet18
+from my_dataset import MyDataSet, eval_transform, prepare_batch
+from train_eval_utils import collect_logits
+
+NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, sample) -> Path:
+    """A best.pth of a network that says different things of different pictures."""
+    torch.manual_seed(0)
+    model = resnet18(num_classes=5)
+    images = [eval_transform(64)(Image.open(path)) for path in list_images_below(sample)[::10]]
+    model(prepare_batch(torch.stack(images), "cpu"))  # statistics for BatchNorm
+    path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
+    path.parent.mkdir(parents=True)
+    content = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "epoch": 0, "accuracy": 0.2}
+    torch.save(content | {"state_dict": model.state_dict()}, path)
+    return path
+
+
+def run(capsys, *argv) -> tuple[int, list[str], list[str]]:
+    """Exit status, lines of output, lines of complaint."""
+    status = predict.main([*map(str, argv), "--device", "cpu"])
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_a_line_for_each_image(capsys, weights, sample):
+    status, lines, complaints = run(capsys, sample / "roses", "--weights", weights, "--topk", "2")
+    assert (status, complaints, len(lines)) == (0, [], 20)
+    for path, line in zip(sorted((sample / "roses").iterdir()), lines, strict=True):
+        pattern = rf"{re.escape(str(path))}: (\w+) (\d+\.\d\d)%, (\w+) (\d+\.\d\d)%"
+        first, high, second, low = re.fullmatch(pattern, line).groups()
+        assert first != second
+        assert {first, second} <= set(NAMES)
+        assert float(high) >= float(low)
+
+
+def test_json_lines_agree_with_evaluation(capsys, weights, sample):
+    status, lines, _ = run(capsys, sample / "daisy", "--weights", weights, "--json", "--topk", "9")
+    assert status == 0
+    records = [json.loads(line) for line in lines]
+    model, info = predict.load_model(weights)
+    paths = sorted(map(str, (sample / "daisy").iterdir()))
+    data_set = MyDataSet(paths, [0] * len(paths), eval_transform(info["img_size"]))
+    loader = torch.utils.data.DataLoader(data_set, batch_size=16, collate_fn=data_set.collate_fn)
+    expected = collect_logits(model, loader, "cpu")[0].softmax(1)
+    for record, path, row in zip(records, paths, expected, strict=True):
+        assert record["image"] == path
+        assert [entry["class"] for entry in record["top"]] == [NAMES[i] for i in row.argsort(descending=True)]
+        got = {entry["class"]: entry["probability"] for entry in record["top"]}
+        assert [got[name] for name in NAMES] == pytest.approx(row.tolist(), abs=1e-4)
+        assert (record["class"], record["probability"]) == (record["top"][0]["class"], record["top"][0]["probability"])
+
+
+def test_the_digits_do_not_depend_on_what_else_is_asked_for(capsys, weights, sample):
+    paths = sorted((sample / "tulips").iterdir())[:11]
+    _, together, _ = run(capsys, *paths, "--weights", weights, "--json")
+    _, folder, _ = run(capsys, sample / "tulips", "--weights", weights, "--json")
+    assert folder[:11] == together
+    alone = [run(capsys, path, "--weights", weights, "--json")[1][0] for path in paths]
+    assert alone == together
+
+
+def test_a_labelled_folder_gets_its_accuracy(capsys, weights, sample, tmp_path):
+    status, lines, _ = run(capsys, sample, "--weights", weights)
+    assert status == 0
+    assert len(lines) == 101
+    right = sum("(label:" not in line for line in lines[:-1])
+    assert lines[-1] == f"{sample}: accuracy {right / 100:.4f} ({right} of 100 images)"
+    wrong = next(line for line in lines if "(label:" in line)
+    assert re.search(r"(\w+)[\\/]\1_\d+\.jpg: (?!\1).*\(label: \1\)", wrong)
+    _, lines, complaints = run(capsys, sample, "--weights", weights, "--json")
+    assert {json.loads(line)["label"] for line in lines} == set(NAMES)
+    assert complaints == [f"{sample}: accuracy {right / 100:.4f} ({right} of 100 images)"]
+    shutil.copytree(sample / "roses", tmp_path / "mixed" / "other things")
+    _, lines, _ = run(capsys, tmp_path / "mixed", "--weights", weights)
+    assert len(lines) == 20  # no class is known: no accuracy
+
+
+def test_what_cannot_be_read_does_not_stop_the_rest(capsys, weights, sample, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    good = next((sample / "roses").iterdir())
+    bad = [tmp_path / "broken.jpg", tmp_path / "missing.jpg", tmp_path / "empty"]
+    status, lines, complaints = run(capsys, bad[0], good, *bad[1:], good, "--weights", weights)
+    assert status == 1
+    assert [line.split(": ")[0] for line in lines] == [str(good)] * 2
+    assert len(complaints) == 3
+    for path, complaint in zip(bad, complaints, strict=True):
+        assert complaint.startswith("predict.py: ")
+        assert path.name in complaint
+
+
+def test_names_are_printed_on_one_line(capsys, weights, tmp_path):
+    path = write_image(tmp_path / "two\nlines \x1b[31m 向日葵.png")
+    status, lines, _ = run(capsys, path, "--weights", weights)
+    assert status == 0
+    assert len(lines) == 1
+    assert "two\\nlines \\x1b[31m 向日葵.png: " in lines[0]
+    _, lines, _ = run(capsys, path, "--weights", weights, "--json")
+    assert json.loads(lines[0])["image"] == str(path)
+
+
+def test_the_newest_run_is_the_default(capsys, weights, sample, monkeypatch, tmp_path):
+    image = next((sample / "roses").iterdir())
+    monkeypatch.chdir(weights.parents[3])
+    status, lines, _ = run(capsys, image)
+    assert status == 0
+    assert lines == run(capsys, image, "--weights", weights)[1]
+    monkeypatch.chdir(tmp_path)
+    status, lines, complaints = run(capsys, image)
+    assert (status, lines, len(complaints)) == (1, [], 1)
+    assert "train first" in complaints[0]
+
+
+def test_a_plain_state_dict(capsys, weights, sample, tmp_path):
+    plain = tmp_path / "model-29.pth"
+    torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
+    write_class_indices(NAMES, tmp_path / "class_indices.json")
+    image = next((sample / "roses").iterdir())
+    status, _, complaints = run(capsys, image, "--weights", plain)
+    assert status == 1
+    assert "--model" in complaints[0]
+    assert "--class-indices" in complaints[0]
+    flags = ["--weights", plain, "--model", "resnet18", "--class-indices", tmp_path / "class_indices.json"]
+    status, lines, _ = run(capsys, image, *flags)
+    assert (status, len(lines)) == (0, 1)
+
+
+@pytest.mark.parametrize("extension", ["png", "PDF"])
+def test_the_plot(capsys, weights, sample, tmp_path, extension):
+    out = tmp_path / f"out.{extension}"
+    status, lines, _ = run(capsys, sample / "roses", sample, "--weights", weights, "--save-plot", out)
+    assert (status, len(lines)) == (0, 121)
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights", "nowhere.pth"], "nowhere.pth: no such weights file"),
+        (["--save-plot", "nowhere/out.png"], "--save-plot"),
+        (["--save-plot", "out.xyz"], "--save-plot"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--class-indices", "nowhere.json"], "nowhere.json: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, weights, sample, flags, message):
+    image = str(next((sample / "roses").iterdir()))
+    assert predict.main([image, "--device", "cpu", "--weights", str(weights), *flags]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_from_a_shell_that_knows_ascii_only(weights, tmp_path):
+    path = write_image(tmp_path / "向日葵.png")
+    command = [sys.executable, predict.__file__, path, "--weights", weights, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"\n") == 1
+
+
+def test_predicting_needs_no_matplotlib(weights, sample):
+    code = (
+        "import sys, predict; predict.main(sys.argv[1:]); "
+        "sys.exit('matplotlib was imported' if 'matplotlib' in sys.modules else 0)"
+    )
+    image = next((sample / "roses").iterdir())
+    command = [sys.executable, "-c", code, image, "--weights", weights, "--device", "cpu"]
+    done = subprocess.run(command, cwd=Path(predict.__file__).parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,397 @@
+"""train.py from its command line: what it leaves behind, what it prints, what it refuses."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_classes, write_image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from model import load_model, resnet18
+from my_dataset import MyDataSet, eval_transform
+from train_eval_utils import evaluate
+
+PROGRAM = Path(train.__file__)
+TINY = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def read_events(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "weights" / "last.pth", weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for (name, a), b in zip(weights_of(one).items(), weights_of(other).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, sample):
+    """A run of three epochs on the drawn sample: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--data-path",
+        sample,
+        *TINY,
+        "--epochs",
+        "3",
+        "--lrf",
+        "0.5",
+        "--save-every",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "flower_experiment", done.stdout, done.stderr
+
+
+def test_what_a_run_leaves_behind(run):
+    folder, *_ = run
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    events = {name for name in files if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert files - events == {
+        *("args.json", "class_indices.json"),
+        *(f"weights/{name}" for name in ("best.pth", "last.pth", "model-1.pth")),
+    }
+    assert {path.name for path in folder.parent.parent.iterdir()} == {"runs"}
+    flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))["flags"]
+    assert (flags["epochs"], flags["lr"], flags["batch_size"], flags["model"]) == (3, 0.001, 16, "resnet18")
+    assert json.loads((folder / "class_indices.json").read_text(encoding="utf-8"))["4"] == "tulips"
+
+
+def test_the_events(run):
+    events = read_events(run[0])
+    tags = events.Tags()
+    assert tags["graph"]
+    assert {"train_loss", "accuracy", "learning_rate", "val_loss"} == set(tags["scalars"])
+    for tag in tags["scalars"]:
+        assert [scalar.step for scalar in events.Scalars(tag)] == [0, 1, 2]
+    assert tags["images"] == ["predictions vs. actuals"]
+    assert [image.step for image in events.Images("predictions vs. actuals")] == [0, 1, 2]
+    assert set(tags["histograms"]) == {"conv1", "layer1/block0/conv1"}
+    for tag in tags["histograms"]:
+        assert [histogram.step for histogram in events.Histograms(tag)] == [0, 1, 2]
+    rates = [scalar.value for scalar in events.Scalars("learning_rate")]
+    expected = [0.001 * (((1 + math.cos(math.pi * n / 3)) / 2) * (1 - 0.5) + 0.5) for n in range(3)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_graph_is_the_models(run):
+    graph = read_events(run[0]).Graph()
+    names = {node.name for node in graph.node}
+    assert any("layer4" in name and "conv2" in name for name in names)
+    sizes = [node.attr["_output_shapes"].list.shape for node in graph.node if node.name.startswith("input")]
+    assert [dim.size for dim in sizes[0][0].dim] == [1, 3, 224, 224]
+
+
+def test_what_a_run_prints(run):
+    folder, printed, complaints = run
+    assert "cpu" in printed
+    assert "resnet18, 11,179,077 parameters, from scratch" in printed
+    assert "5: daisy, dandelion, roses, sunflowers, tulips" in printed
+    assert "80 for training, 20 for validation" in printed
+    assert f"runs{os.sep}flower_experiment" in printed
+    assert "tensorboard --logdir=runs" in printed
+    assert "http://localhost:6006/" in printed
+    assert len(re.findall(r"^\[epoch \d\] train_loss", printed, re.M)) == 3
+    assert "python predict.py" in printed
+    assert len(printed.splitlines()) < 15
+    assert complaints == ""  # no bar where there is no terminal
+    best = torch.load(folder / "weights" / "best.pth", weights_only=True)
+    assert f"best accuracy {best['accuracy']:.3f} at epoch {best['epoch']}" in printed
+
+
+def test_the_weights_tell_what_was_measured(run, sample):
+    folder, *_ = run
+    model, info = load_model(folder / "weights" / "best.pth")
+    assert (info["model"], info["img_size"]) == ("resnet18", 32)
+    assert info["class_names"] == ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+    accuracies = [scalar.value for scalar in read_events(folder).Scalars("accuracy")]
+    assert info["accuracy"] == pytest.approx(max(accuracies))
+    assert info["epoch"] == accuracies.index(max(accuracies))
+    paths, labels = train.find_split(sample)[0].val_paths, train.find_split(sample)[0].val_labels
+    data_set = MyDataSet(paths, labels, eval_transform(32))
+    loader = torch.utils.data.DataLoader(data_set, batch_size=7, collate_fn=data_set.collate_fn)
+    assert evaluate(model, loader, "cpu") == pytest.approx(info["accuracy"])
+
+
+def test_last_holds_what_a_resume_needs(run):
+    last = torch.load(run[0] / "weights" / "last.pth", weights_only=True)
+    assert last["epoch"] == 2
+    assert last["optimizer"]["state"]
+    assert last["scheduler"]["last_epoch"] == 3
+    assert last["best"].keys() == {"accuracy", "epoch"}
+    plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
+    assert plain.keys() == resnet18(num_classes=5).state_dict().keys()
+
+
+def test_events_can_be_read_while_training_goes_on(sample, tmp_path):
+    command = [sys.executable, PROGRAM, "--data-path", sample, *TINY, "--epochs", "1000"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in running.stdout:
+            if line.startswith("[epoch 1]"):
+                break
+        time.sleep(0.1)
+        assert running.poll() is None
+        events = read_events(tmp_path / "runs" / "flower_experiment")
+        for tag in ("train_loss", "accuracy", "learning_rate"):
+            assert [scalar.step for scalar in events.Scalars(tag)][:2] == [0, 1]
+        assert events.Tags()["graph"]
+    finally:
+        running.kill()
+        running.wait()
+        running.stdout.close()
+
+
+def test_learning_for_real(tmp_path):
+    """A small network rises well above chance (20 %) on pictures that it has not seen."""
+    data = train.draw_sample(tmp_path / "sample", images_per_class=60, size=72)
+    argv = ["--data-path", str(data), "--model", "resnet18", "--img-size", "64", "--lr", "0.01", "--epochs", "9"]
+    assert train.main([*argv, "--device", "cpu", "--lrf", "0.01"]) == 0
+    assert load_model("runs/flower_experiment/weights/best.pth")[1]["accuracy"] >= 0.4
+
+
+# --- repeatability ----------------------------------------------------------------------------------------------
+
+
+def test_weights_are_a_function_of_the_flags(sample):
+    flags = ["--data-path", str(sample), *TINY, "--epochs", "3", "--seed", "7"]
+    assert train.main(flags) == 0
+    assert train.main([*flags, "--workers", "2"]) == 0
+    torch.rand(3)  # what happened before does not matter
+    assert train.main(flags) == 0
+    runs = [Path("runs", name) for name in ("flower_experiment", "flower_experiment-2", "flower_experiment-3")]
+    assert_same_weights(runs[0], runs[1])
+    assert_same_weights(runs[0], runs[2])
+    assert train.main([*flags[:-1], "8", "--name", "other"]) == 0
+    assert not torch.equal(weights_of(Path("runs/other"))["conv1.weight"], weights_of(runs[0])["conv1.weight"])
+
+
+SPAWNED = """
+import multiprocessing, sys, train
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_workers_that_are_spawned_give_the_same(tmp_path, sample):
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    flags = ["--data-path", str(sample), *TINY, "--epochs", "2"]
+    command = [sys.executable, str(tmp_path / "spawned.py"), *flags, "--workers", "2", "--name", "spawned"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
+    assert train.main([*flags, "--name", "plain"]) == 0
+    assert_same_weights(Path("runs/spawned"), Path("runs/plain"))
+
+
+def test_a_last_batch_of_one_image_is_left_out(tmp_path):
+    data = write_classes(tmp_path / "data", {"cat": 3, "dog": 6})
+    assert train.main(["--data-path", str(data), *TINY, "--epochs", "1", "--batch-size", "7"]) == 0
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_without_data_the_sample_is_drawn_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "SAMPLE", tmp_path / "data" / "sample")
+    drawn = []
+
+    def draw(folder):
+        drawn.append(folder)
+        return write_classes(folder, {"daisy": 5, "roses": 5})
+
+    monkeypatch.setattr(train, "draw_sample", draw)
+    for _ in range(2):
+        assert train.main([*TINY, "--epochs", "1"]) == 0
+        assert "--data-path FOLDER" in capsys.readouterr().out
+    assert drawn == [tmp_path / "data" / "sample"]
+
+
+def test_folders_of_ones_own(tmp_path, capsys):
+    data = write_classes(tmp_path / "pets" / "train", {"cat": 4, "a dog": 3}).parent
+    write_classes(data / "val", {"cat": 1, "a dog": 2})
+    assert train.main(["--data-path", str(data), *TINY, "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"7 for training, 3 for validation (from {data / 'val'})" in printed
+    assert len(read_events(Path("runs/flower_experiment")).Images("predictions vs. actuals")) == 1
+    write_classes(tmp_path / "mine", {"cat": 2})
+    assert train.main(["--data-path", str(data), "--val-path", str(tmp_path / "mine"), *TINY, "--epochs", "1"]) == 0
+    assert f"7 for training, 2 for validation (from {tmp_path / 'mine'})" in capsys.readouterr().out
+
+
+def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_classes, sample):
+    split, _ = train.find_split(sample)
+    images, names = train.choose_figure_images(
+        MyDataSet(split.val_paths, split.val_labels, eval_transform(32)), split.class_names
+    )
+    assert images.shape == (5, 3, 32, 32)
+    assert sorted(names) == split.class_names
+    split, _ = train.find_split(two_classes)
+    images, names = train.choose_figure_images(
+        MyDataSet(split.val_paths, split.val_labels, eval_transform(32)), split.class_names
+    )
+    assert images.shape == (2, 3, 32, 32)
+    assert names == ["cat", "dog"]
+
+
+def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "download_flower_photos", lambda root: two_classes.rename(root))
+    assert train.main(["--download", "--data-path", str(tmp_path / "new"), *TINY, "--epochs", "1"]) == 0
+    assert (tmp_path / "new" / "cat").is_dir()
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+
+def test_starting_from_weights(two_classes, tmp_path, capsys):
+    source = resnet18(num_classes=9)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1", "--weights", str(tmp_path / "w.pth")]
+    assert train.main([*flags, "--freeze-layers"]) == 0
+    printed = capsys.readouterr().out
+    assert "w.pth but for fc.weight, fc.bias, made for another number of classes; only fc learns" in printed
+    assert "warning" not in printed
+    for name, value in weights_of(Path("runs/flower_experiment")).items():
+        if not name.startswith("fc."):
+            assert torch.equal(value, source.state_dict()[name]), name
+    assert train.main([*flags, "--freeze-layers", "False"]) == 0
+    moved = weights_of(Path("runs/flower_experiment-2"))
+    assert not torch.equal(moved["conv1.weight"], source.state_dict()["conv1.weight"])
+
+
+def test_a_frozen_random_backbone_is_warned_about(two_classes, capsys):
+    assert (
+        train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--freeze-layers", "--weights", ""]) == 0
+    )
+    assert "warning: --freeze-layers without --weights freezes a random backbone" in capsys.readouterr().out
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "-1"],
+        ["--epochs", "many"],
+        ["--batch-size", "0"],
+        ["--batch_size", "-3"],
+        ["--batch-size", "1", "--img-size", "32"],
+        ["--lr", "-0.1"],
+        ["--lr", "0"],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--lrf", "-1"],
+        ["--val-rate", "0"],
+        ["--val-rate", "1"],
+        ["--workers", "-1"],
+        ["--seed", "-1"],
+        ["--img-size", "8"],
+        ["--num-classes", "1"],
+        ["--save-every", "-1"],
+        ["--name", "../elsewhere"],
+        ["--name", ""],
+        ["--model", "vgg16"],
+        ["--freeze-layers", "perhaps"],
+        ["--no-such-flag"],
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(flags)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: error: ")
+    assert flags[0].replace("_", "-") in said
+    assert len(said.splitlines()) == 1
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "nowhere"], "nowhere: no such folder"),
+        (["--data-path", "a.png"], "a.png: a file, not a folder"),
+        (["--data-path", "empty"], "needs at least two sub-folders"),
+        (["--data-path", "hollow"], "no image (.jpg .jpeg .png .webp .bmp .gif .tif .tiff) in class dog"),
+        (["--data-path", "few"], "too few images"),
+        (["--val-path", "nowhere"], "nowhere: no such folder"),
+        (["--num-classes", "3"], "--num-classes is 3, but the data has 2 classes"),
+        (["--weights", "resNet34.pth"], "resNet34.pth: no such weights file"),
+        (["--weights", "a.png"], "a.png: not a PyTorch weights file"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--download"], "not an empty folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(two_classes, flags, message, capsys):
+    Path("empty").mkdir()
+    write_image(Path("a.png"))
+    write_classes(Path("hollow"), {"cat": 1})
+    Path("hollow/dog").mkdir()
+    write_classes(Path("few"), {"cat": 2, "dog": 4})
+    before = sorted(Path().rglob("*"))
+    assert train.main(["--data-path", str(two_classes), *TINY, *flags]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: error: ")
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_ends_the_run_in_one_line(two_classes, capsys, workers):
+    (two_classes / "dog" / "broken.jpg").write_bytes(b"no image")
+    assert train.main(["--data-path", str(two_classes), *TINY, "--workers", workers, "--epochs", "1"]) == 1
+    said = capsys.readouterr().err
+    assert re.match(r"train\.py: error: cannot read image '.*broken\.jpg': not an image", said)
+    assert len(said.splitlines()) == 1
+
+
+def test_divergence_is_one_line_and_keeps_the_weights_from_before(two_classes, capsys):
+    assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "30", "--lr", "1e25"]) == 1
+    said = capsys.readouterr().err
+    assert "training diverged" in said
+    assert "learning rate 1e+25" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_runs_where_nothing_may_be_written(two_classes, capsys):
+    Path("runs").write_text("a file")
+    assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 1
+    assert "runs" in capsys.readouterr().err
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+    for flag in set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--logdir"}:
+        assert f"`{flag}`" in readme, flag
