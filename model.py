@@ -7,6 +7,7 @@ torchvision's.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,8 +265,10 @@ def _read_weights_file(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     try:
-        # weights_only: a file from a stranger may hold tensors and plain values, never code.
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
+            # weights_only: a file from a stranger may hold tensors and plain values, never code.
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint

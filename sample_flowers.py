@@ -65,7 +65,7 @@ def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Im
     canvas = _background(rng, size).resize((pixels, pixels), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
 
-    radius = rng.uniform(0.36, 0.47) * pixels
+    radius = rng.uniform(0.38, 0.47) * pixels
     centre = pixels * (0.5 + rng.uniform(-0.07, 0.07, 2))
     turn = rng.uniform(-0.45, 0.45)
     pose = _rotation(turn) * radius
@@ -120,7 +120,7 @@ def _rose(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Sh
         outline = _petal(0.05 * reach, reach, 0.52 * reach, roundness=0.38)
         turn = _rotation(start + index * GOLDEN_ANGLE).T @ tilt
         shade = petals * (1.05 - 0.4 * depth) * rng.uniform(0.93, 1.05)
-        yield outline @ turn, shade * 0.6  # the shadow it throws on the petal below
+        yield outline @ turn, shade * 0.45  # the shadow it throws on the petal below
         yield (outline * [0.96, 0.93]) @ turn, shade
     yield _circle(0.08) @ tilt, petals * 0.45
 
@@ -184,7 +184,7 @@ def _petal(start: float, end: float, width: float, roundness: float, widest: flo
 def _veined(outline: np.ndarray, colour: np.ndarray) -> Shapes:
     """A petal with a darker rim and a vein from its base to its tip."""
     middle = outline.mean(0)
-    yield outline, colour * 0.72
+    yield outline, colour * 0.6
     yield (outline - middle) * 0.9 + middle, colour
     tip, base = outline[len(outline) // 2], outline[0]
     yield _line(base, base + (tip - base) * 0.8, 0.008), colour * 0.8
@@ -269,13 +269,13 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def _lit(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Light from one side, a tint, a little blur and the noise of a camera."""
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * image.width))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.003) * image.width))
     pixels = np.asarray(image, dtype=np.float32)
     direction = rng.uniform(0, 2 * np.pi)
     across = np.linspace(-1, 1, image.width, dtype=np.float32)
     side = 1 + rng.uniform(0, 0.3) * (across * np.cos(direction) + across[:, None] * np.sin(direction))
-    tint = rng.uniform(0.6, 1.2) * rng.uniform(0.9, 1.1, 3)
-    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 6))
+    tint = rng.uniform(0.72, 1.15) * rng.uniform(0.9, 1.1, 3)
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 4))
     pixels = pixels * side.astype(np.float32)[..., None] * tint.astype(np.float32) + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
