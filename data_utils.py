@@ -3,15 +3,20 @@
 The functions that draw figures import matplotlib when they are called: who only reads folders need not wait for it.
 """
 
+import contextlib
+import io
 import json
+import math
 import os
 import pickle
 import random
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +121,7 @@ def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
     if val_rate > 0 and not split.val_paths:
         raise DataError(
             f"{os.fspath(root)}: too few images to hold any out for validation: with a rate of {val_rate:g} "
-            f"some class must have {next(n for n in range(1, 10**6) if int(n * val_rate))} images"
+            f"some class must have {math.ceil(1 / val_rate)} images"
         )
     return split
 
@@ -139,7 +144,8 @@ def find_split(
     train_path, own_val_path = _train_and_val_folders(data_path)
     val_path = val_path or own_val_path
     if val_path is None:
-        return split_folder(train_path, val_rate), f"{val_rate:g} of each class, held out"
+        where = "" if Path(train_path) == Path(data_path) else f" in {train_path}"
+        return split_folder(train_path, val_rate), f"{val_rate:g} of each class{where}, held out"
     split = split_folder(train_path, 0)
     val_images = list_images_by_class(val_path, least=1)
     unknown = sorted(val_images.keys() - set(split.class_names))
@@ -154,11 +160,14 @@ def find_split(
 def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
     """`root/train` and `root/val` where `root` is arranged so, else `root` and None."""
     folders = {folder.name.lower(): folder for folder in _subfolders(root)}
-    val = next((folders[name] for name in VALIDATION_FOLDERS if name in folders), None)
-    arranged = val and "train" in folders and folders.keys() <= {"train", *VALIDATION_FOLDERS}
-    if arranged and _subfolders(folders["train"]):  # else "train" and "test" are two classes by those names
-        return folders["train"], val
-    return Path(root), None
+    if "train" not in folders or not folders.keys() <= {"train", *VALIDATION_FOLDERS}:
+        return Path(root), None
+    if not _subfolders(folders["train"]):  # then "train" and "test" are two classes by those names
+        return Path(root), None
+    # A folder without classes in it, as of a contest's test images, cannot serve.
+    return folders["train"], next(
+        (folders[name] for name in VALIDATION_FOLDERS if name in folders and _subfolders(folders[name])), None
+    )
 
 
 def list_images_by_class(root: str | os.PathLike, least: int = 2) -> dict[str, list[str]]:
@@ -192,9 +201,23 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     return [str(path) for path in _visible(folder) if path.suffix.lower() in IMAGE_EXTENSIONS and not path.is_dir()]
 
 
-def list_images_below(folder: str | os.PathLike) -> list[str]:
-    """As `list_images`, of the folder and then of all its sub-folders."""
-    return list_images(folder) + [path for below in _subfolders(folder) for path in list_images_below(below)]
+def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], None]) -> list[str]:
+    """As `list_images`, of the folder and then of all its sub-folders; each is looked into once, links or not.
+
+    A folder that cannot be read is handed to `on_error`, and left out.
+    """
+    images, waiting, seen = [], [Path(folder)], set()
+    while waiting:
+        current = waiting.pop()
+        if current.resolve() in seen:
+            continue
+        seen.add(current.resolve())
+        try:
+            images += list_images(current)
+            waiting += reversed(_subfolders(current))
+        except OSError as error:
+            on_error(error)
+    return images
 
 
 def _subfolders(root: str | os.PathLike) -> list[Path]:
@@ -219,7 +242,7 @@ def _visible(folder: str | os.PathLike) -> list[Path]:
 def write_class_indices(class_names: Sequence[str], path: str | os.PathLike = "class_indices.json") -> None:
     """Write {"0": "daisy", ...} as JSON."""
     indices = {str(index): name for index, name in enumerate(class_names)}
-    Path(path).write_text(json.dumps(indices, indent=4, ensure_ascii=False), encoding="utf-8")
+    Path(path).write_text(json.dumps(indices, indent=4), encoding="utf-8")
 
 
 def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[str]:
@@ -258,23 +281,26 @@ def read_label_file(
         FileNotFoundError: no such folder, or no label.txt in it.
         DataError: label.txt is not UTF-8 text.
     """
-    images_dir = Path(images_dir)
-    label_file = images_dir / "label.txt"
-    if not images_dir.is_dir():
-        raise FileNotFoundError(f"{images_dir}: no such folder")
+    labelled, problems = [], []
+    for line in _label_lines(images_dir):
+        try:
+            labelled.append(_read_label_line(line, Path(images_dir), class_names))
+        except DataError as error:
+            problems.append(f"{Path(images_dir) / 'label.txt'}: {error}")
+    return labelled, problems
+
+
+def _label_lines(images_dir: str | os.PathLike) -> list[str]:
+    label_file = Path(images_dir) / "label.txt"
+    if not Path(images_dir).is_dir():
+        raise FileNotFoundError(f"{os.fspath(images_dir)}: no such folder")
     if not label_file.is_file():
         raise FileNotFoundError(f"{label_file}: no such file")
     try:
         lines = label_file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{label_file}: not a text file in UTF-8") from error
-    labelled, problems = [], []
-    for line in filter(None, map(str.strip, lines)):
-        try:
-            labelled.append(_read_label_line(line, images_dir, class_names))
-        except DataError as error:
-            problems.append(f"{label_file}: {error}")
-    return labelled, problems
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _read_label_line(line: str, images_dir: Path, class_names: Sequence[str]) -> tuple[str, str]:
@@ -288,12 +314,16 @@ def _read_label_line(line: str, images_dir: Path, class_names: Sequence[str]) ->
     known = next((known for known in class_names if line.endswith(known)), None)
     if known is None:
         raise DataError(f"unknown class {class_name[0]!r}")
-    raise DataError(f"no image file {line.removesuffix(known).rstrip()!r} in {images_dir}")
+    name = line.removesuffix(known).rstrip()
+    raise DataError(f"{name!r} is outside the folder" if _climbs_out(name) else f"no image file {name!r} in the folder")
 
 
 def _is_file_in(folder: Path, name: str) -> bool:
-    path = folder / name
-    return bool(name) and path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    return bool(name) and not _climbs_out(name) and (folder / name).is_file()
+
+
+def _climbs_out(name: str) -> bool:
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def write_pickle(list_info: list, file_name: str | os.PathLike) -> None:
@@ -341,7 +371,8 @@ def plot_data_loader_image(
     class_names = read_class_indices(class_indices_path)
     for images, labels in data_loader:
         names = [class_names[label] for label in labels[:4].tolist()]
-        labelled_images(to_pixels(images)[:4], names, figure=plt.figure())
+        figure = plt.figure("images of a batch", clear=True)  # the same window for all of them
+        labelled_images(to_pixels(images)[:4], names, figure)
         plt.show()
 
 
@@ -370,12 +401,13 @@ def plot_class_preds(
     Raises:
         FileNotFoundError, DataError: there is no class_indices.json, or it is not one.
     """
-    class_names = read_class_indices(class_indices_path)
     try:
-        labelled, problems = read_label_file(images_dir, class_names)
+        _label_lines(images_dir)
     except (FileNotFoundError, DataError) as error:
         print(f"no prediction figure: {error}")
         return None
+    class_names = read_class_indices(class_indices_path)
+    labelled, problems = read_label_file(images_dir, class_names)
     for problem in problems:
         print(f"{problem}, line skipped")
     images, names = [], []
@@ -426,7 +458,11 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
         DataError: `root` is a file or a folder that is not empty, or the archive is not the one expected.
         OSError: no network, or no room.
     """
-    root = Path(root)
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError("unpacking an archive safely needs Python 3.10.12, 3.11.4, 3.12 or newer")
+    root = Path(root).resolve()
+    if root == Path.cwd():
+        raise DataError(f"{root}: the current folder, nothing downloaded; name one for the images")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(
             f"{root}: not an empty folder, nothing downloaded; if it holds the images, leave out --download"
@@ -435,14 +471,14 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as unfinished:
         archive = Path(unfinished, "archive.tgz")
         unpacked = Path(unfinished, "unpacked")
+        progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
         try:
-            download_url(url, unfinished, archive.name, md5)
-        except OSError as error:
+            with contextlib.redirect_stderr(progress):
+                download_url(url, unfinished, archive.name, md5)
+        except (OSError, HTTPException) as error:
             raise OSError(f"cannot download {url}: {getattr(error, 'reason', error)}") from error
         except RuntimeError as error:
-            raise DataError(
-                f"{url}: the file that came has another checksum than expected, nothing unpacked"
-            ) from error
+            raise DataError(f"{url}: what came is damaged or incomplete (its checksum is another)") from error
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(unpacked, filter="data")

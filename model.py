@@ -7,6 +7,7 @@ torchvision's.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -291,7 +292,7 @@ def _without_prefixes(name: str) -> str:
 def _imagenet_state(model_name: str) -> dict[str, Tensor]:
     weights = torchvision_models.get_model_weights(model_name).DEFAULT
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except OSError as error:
         raise OSError(f"cannot download {weights.url}: {error}") from error
 

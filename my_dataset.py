@@ -22,7 +22,7 @@ class ImageError(OSError):
 
     def __str__(self) -> str:
         # A DataLoader puts its worker's traceback in front of the message.
-        return super().__str__().splitlines()[-1].rpartition("ImageError: ")[-1]
+        return super().__str__().rstrip().rpartition("\n")[-1].rpartition("ImageError: ")[-1]
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
@@ -52,7 +52,7 @@ def _reason(error: Exception) -> str:
         return "not an image, or of an unknown format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -193,13 +193,10 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
 def to_pixels(images: Tensor) -> np.ndarray:
     """A batch (N, 3, H, W) as it is fed to a network -> pixels (N, H, W, 3) uint8 in their true colours.
 
-    uint8 is pixels already. A float batch within 0..1 has only been scaled (ToTensor), any other is taken to be
-    normalised with MEAN and STD.
+    uint8 is pixels already; a float batch is one that has been normalised with MEAN and STD.
     """
     images = images.detach().cpu()
     if images.dtype != torch.uint8:
-        images = images.float()
-        if images.numel() and (images.min() < 0 or images.max() > 1):
-            images = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        images = images.float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         images = (images * 255).round().clamp(0, 255).to(torch.uint8)
     return images.permute(0, 2, 3, 1).numpy()

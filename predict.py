@@ -9,17 +9,19 @@ python predict.py photo.jpg --weights model-29.pth --model resnet34 --class-indi
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop
 
 from data_utils import DataError, list_images_below, read_class_indices
 from model import MODELS, ResNet, WeightsError, evaluation_mode, load_model
 from my_dataset import ImageError, eval_transform, prepare_batch, read_image, to_pixels
-from run_utils import FlagParser, UsageError, newest_weights, printable, select_device
+from run_utils import FlagParser, UsageError, newest_weights, printable, select_device, tolerate_any_name
 
 # Every batch has this many images, the last one filled up: kernels round differently for batches of another size,
 # and so the digits printed for an image would depend on how many others were asked for.
@@ -30,8 +32,6 @@ FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 def predict(args: argparse.Namespace) -> int:
     """Predict as the flags say; the exit status: 1 where something could not be read."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the program
-    sys.stderr.reconfigure(errors="backslashreplace")
     plot_path = Path(args.save_plot) if args.save_plot else None
     if plot_path and not (plot_path.suffix.lower() in FIGURE_FORMATS and plot_path.parent.is_dir()):
         raise UsageError(f"--save-plot {plot_path}: give a file in an existing folder, {' '.join(FIGURE_FORMATS)}")
@@ -42,20 +42,23 @@ def predict(args: argparse.Namespace) -> int:
     model, info = load_model(weights, device, args.model, class_names)
     class_names = info["class_names"]
 
-    failures = 0
+    failures = []
+
+    def fail(error: Exception) -> None:
+        complain(error)
+        failures.append(error)
+
     figure_rows = []
     hits: dict[str, list[bool]] = {}  # by labelled folder
     for argument in args.images:
         try:
-            files = find_images(argument, class_names)
+            files = find_images(argument, class_names, on_error=fail)
         except (OSError, DataError) as error:
-            complain(error)
-            failures += 1
+            fail(error)
             continue
         for (path, label), outcome in predict_images(model, files, info["img_size"], device):
             if isinstance(outcome, ImageError):
-                complain(outcome)
-                failures += 1
+                fail(outcome)
                 continue
             image, probabilities = outcome
             top = [
@@ -75,11 +78,15 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def find_images(argument: str, class_names: list[str]) -> list[tuple[str, str | None]]:
+def find_images(
+    argument: str, class_names: list[str], on_error: Callable[[OSError], None]
+) -> list[tuple[str, str | None]]:
     """(path, class) of a file, or of each image below a folder; the class is known below a folder of that name.
 
+    Sub-folders that cannot be read are handed to `on_error`, and left out.
+
     Raises:
-        FileNotFoundError, PermissionError: there is no such file, or no such right.
+        FileNotFoundError: there is no such file.
         DataError: a folder without images.
     """
     root = Path(argument)
@@ -88,7 +95,7 @@ def find_images(argument: str, class_names: list[str]) -> list[tuple[str, str | 
             raise FileNotFoundError(f"{argument!r}: no such file or folder")
         return [(argument, None)]
     files = []
-    for path in list_images_below(root):
+    for path in list_images_below(root, on_error):
         first, *rest = Path(path).relative_to(root).parts
         files.append((path, first if rest and first in class_names else None))
     if not files:
@@ -107,11 +114,14 @@ def predict_images(
         errors: dict[int, ImageError] = {}
         for slot, (path, _) in enumerate(chunk):
             try:
-                batch[slot] = transform(read_image(path))
+                image = read_image(path)
+                # Only the centre is looked at: what lies beyond it needs no scaling (a picture of 1 x 20,000 pixels).
+                sides = [min(image.height, image.width * 10), min(image.width, image.height * 10)]
+                batch[slot] = transform(center_crop(image, sides))
             except ImageError as error:
                 errors[slot] = error
         with evaluation_mode(model):
-            probabilities = model(prepare_batch(batch, device)).double().softmax(dim=1).cpu()
+            probabilities = model(prepare_batch(batch, device)).float().softmax(dim=1).cpu()
         for slot, file in enumerate(chunk):
             yield file, errors.get(slot) or (batch[slot], probabilities[slot])
 
@@ -163,9 +173,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
+    tolerate_any_name()
     args = parse_args(argv)
     try:
         return predict(args)
+    except BrokenPipeError:  # `predict.py folder | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (DataError, WeightsError, UsageError, OSError) as error:
         complain(error)
         return 1

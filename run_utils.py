@@ -1,13 +1,13 @@
 """A run: its command line, device, folder and checkpoints."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,6 +47,13 @@ def true_or_false(text: str) -> bool:
 def printable(text: str) -> str:
     """A name from somewhere else, for a line of output: control characters and the like are written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def tolerate_any_name() -> None:
+    """Escape what the terminal or the pipe cannot show: a file's name must not end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 # --- device -------------------------------------------------------------------------------------------------------
@@ -119,10 +126,10 @@ def newest_weights(root: str | os.PathLike = "runs") -> Path:
 
 def write_args(args: argparse.Namespace, path: str | os.PathLike) -> None:
     """Write every flag's value, and the versions that the run uses, as JSON."""
-    packages = ("torch", "torchvision", "tensorboard", "pillow", "matplotlib", "numpy", "tqdm")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    content = {"flags": vars(args), "versions": versions}
-    Path(path).write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
+    packages = ("torch", "torchvision", "tensorboard", "PIL", "matplotlib", "numpy", "tqdm")
+    versions = {package: importlib.import_module(package).__version__ for package in packages}
+    content = {"flags": vars(args), "versions": {"python": platform.python_version()} | versions}
+    Path(path).write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:

@@ -44,7 +44,11 @@ def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int
             for index in range(images_per_class):
                 image = draw_flower(kind, index=index, size=size, seed=seed)
                 image.save(unfinished / kind / f"{kind}_{index:03d}.jpg", quality=90)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has drawn the same pictures meanwhile
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -11,6 +11,9 @@ import argparse
 import copy
 import json
 import math
+import os
+import shlex
+import subprocess
 import sys
 import time
 import warnings
@@ -39,8 +42,10 @@ from run_utils import (
     available_cores,
     create_run_folder,
     describe_device,
+    printable,
     save_checkpoint,
     select_device,
+    tolerate_any_name,
     true_or_false,
     write_args,
 )
@@ -73,6 +78,8 @@ def train(args: argparse.Namespace) -> None:
     train_loader = make_loader(train_set, args, device, sampler)
     val_loader = make_loader(val_set, args, device)
 
+    figure_images, figure_labels = choose_figure_images(val_set, class_names)
+
     # The network, from scratch or from weights.
     model = MODELS[args.model](num_classes=len(class_names))
     weights_line = prepare_weights(model, args)
@@ -92,12 +99,11 @@ def train(args: argparse.Namespace) -> None:
     write_class_indices(class_names, run / "class_indices.json")
     writer = SummaryWriter(log_dir=str(run))
     write_graph(writer, model)
-    figure_images, figure_labels = choose_figure_images(val_set, class_names)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}")
     print(f"model        {args.model}, {parameters:,} parameters, {weights_line}")
-    print(f"classes      {len(class_names)}: {shorten(', '.join(class_names))}")
+    print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
     print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({val_source})")
     print(f"run          {run}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
@@ -114,6 +120,11 @@ def train(args: argparse.Namespace) -> None:
             logits, labels = collect_logits(model, val_loader, device)
             val_accuracy = accuracy(logits, labels)
             val_loss = F.cross_entropy(logits, labels).item()
+            if not math.isfinite(val_loss):  # before it is drawn or saved: the checkpoints stay those from before
+                raise FloatingPointError(
+                    f"the validation loss is {val_loss} after epoch {epoch}, with learning rate {learning_rate:g}: "
+                    f"training diverged, a lower rate may help"
+                )
 
             writer.add_scalar("train_loss", train_loss, epoch)
             writer.add_scalar("val_loss", val_loss, epoch)
@@ -125,13 +136,15 @@ def train(args: argparse.Namespace) -> None:
             writer.add_histogram("layer1/block0/conv1", model.layer1[0].conv1.weight, epoch)
             writer.flush()
 
+            # On the CPU, so that the files load on a machine without a GPU.
+            state = {name: value.cpu() for name, value in model.state_dict().items()}
             checkpoint = {
                 "model": args.model,
                 "class_names": class_names,
                 "img_size": args.img_size,
                 "epoch": epoch,
                 "accuracy": val_accuracy,
-                "state_dict": model.state_dict(),
+                "state_dict": state,
             }
             is_best = val_accuracy > best["accuracy"]
             if is_best:
@@ -140,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
             resume = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
             save_checkpoint(checkpoint | resume, weights / "last.pth")
             if args.save_every and (epoch + 1) % args.save_every == 0:
-                save_checkpoint(model.state_dict(), weights / f"model-{epoch}.pth")
+                save_checkpoint(state, weights / f"model-{epoch}.pth")
 
             print(
                 f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {val_loss:.3f}  accuracy {val_accuracy:.3f}  "
@@ -151,7 +164,8 @@ def train(args: argparse.Namespace) -> None:
         writer.close()
 
     print(f"best accuracy {best['accuracy']:.3f} at epoch {best['epoch']}: {weights / 'best.pth'}")
-    print(f"next: python predict.py --weights {weights / 'best.pth'} {val_set.images_path[0]}")
+    command = ["python", "predict.py", "--weights", str(weights / "best.pth"), val_set.images_path[0]]
+    print(f"next: {subprocess.list2cmdline(command) if os.name == 'nt' else shlex.join(command)}")
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
@@ -179,8 +193,8 @@ def make_loader(
         dataset,
         batch_size=args.batch_size,
         sampler=sampler,
-        # BatchNorm learns nothing sensible from a single image.
-        drop_last=sampler is not None and len(dataset) > 1 and len(dataset) % args.batch_size == 1 < args.batch_size,
+        # A last batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
+        drop_last=sampler is not None and args.img_size <= 32 and len(dataset) % args.batch_size == 1,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -220,8 +234,8 @@ def choose_figure_images(val_set: MyDataSet, class_names: list[str]) -> tuple[to
     """
     labelled, problems = read_label_file(PLOT_IMG, class_names) if (PLOT_IMG / "label.txt").is_file() else ([], [])
     if labelled and not problems:
-        images = [val_set.transform(read_image(path)) for path, _ in labelled]
-        return torch.stack(images), [name for _, name in labelled]
+        images = [val_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
+        return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
     labels = sorted(set(val_set.images_class))[:FIGURE_IMAGES]
     images = [val_set[val_set.images_class.index(label)][0] for label in labels]
     return torch.stack(images), [class_names[label] for label in labels]
@@ -277,11 +291,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
+    tolerate_any_name()
     args = parse_args(argv)
     try:
         train(args)
     except (DataError, WeightsError, UsageError, FloatingPointError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train.py: stopped; what the run has saved is whole", file=sys.stderr)

@@ -72,7 +72,7 @@ def train_one_epoch(
 def _train_mode(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):
+        if isinstance(module, _BatchNorm) and module.affine and not module.weight.requires_grad:
             module.eval()
 
 

@@ -127,7 +127,7 @@ def test_any_class_names(tmp_path):
         ({}, "needs at least two sub-folders.*there is none"),
         ({"cat": 5}, "needs at least two sub-folders.*only one, cat"),
         ({"cat": 5, "dog": 0, "cow": 0}, "no image .* in class cow, dog"),
-        ({"cat": 4, "dog": 3}, "too few images.*0.2 some class must have 5 images"),
+        ({"cat": 4, "dog": 3}, r"too few images.*0\.2 some class must have 5 images"),
     ],
 )
 def test_folders_that_cannot_be_split(tmp_path, counts, message):
@@ -139,6 +139,11 @@ def test_folders_that_cannot_be_split(tmp_path, counts, message):
         read_split_data(tmp_path / "data")
     assert len(str(caught.value).splitlines()) == 1
     assert not Path("class_indices.json").exists()
+
+
+def test_a_tiny_val_rate_holds_nothing_out(two_classes):
+    with pytest.raises(DataError, match="some class must have 10000000 images"):
+        read_split_data(two_classes, 1e-7)
 
 
 def test_what_is_no_folder(tmp_path, two_classes):
@@ -166,6 +171,14 @@ def test_train_and_val_folders_are_recognised(tmp_path):
     split, line = find_split(tmp_path / "data")
     assert (split.class_names, split.train_labels, split.val_labels) == (["cat", "dog"], [0, 0, 0, 1, 1], [0, 1, 1])
     assert line == f"from {tmp_path / 'data' / 'valid'}"
+
+
+def test_a_folder_without_classes_does_not_serve_for_validation(tmp_path):
+    write_classes(tmp_path / "data" / "train", {"cat": 5, "dog": 5})
+    write_image(tmp_path / "data" / "test" / "1.png")
+    split, line = find_split(tmp_path / "data")
+    assert (split.class_names, split.val_labels) == (["cat", "dog"], [0, 1])
+    assert line == f"0.2 of each class in {tmp_path / 'data' / 'train'}, held out"
 
 
 def test_a_class_named_train_is_a_class(tmp_path):
@@ -360,8 +373,9 @@ def test_no_figure_says_why(plot_img, tmp_path, capsys):
     assert "UTF-8" in say(plot_img)
     (plot_img / "label.txt").write_text("../secret.png dark\n")
     write_image(plot_img.parent / "secret.png")
-    assert "no usable line" in say(plot_img)
+    assert "'../secret.png' is outside the folder" in say(plot_img)
     Path("class_indices.json").unlink()
+    assert "nowhere: no such folder" in say(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"class_indices\.json"):
         plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM)
 
@@ -409,11 +423,16 @@ def test_download(server, tmp_path, exists):
         download_flower_photos(root, f"{address}/a.tgz", md5)
 
 
+def test_the_current_folder_is_no_place_for_a_download(server):
+    with pytest.raises(DataError, match="the current folder"):
+        download_flower_photos(".", f"{server[1]}/a.tgz", "0" * 32)
+
+
 def test_a_download_that_fails_leaves_nothing(server, tmp_path):
     folder, address = server
     root = tmp_path / "new" / "flowers"
     make_archive(folder / "a.tgz")
-    with pytest.raises(DataError, match="another checksum"):
+    with pytest.raises(DataError, match="damaged or incomplete"):
         download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
     (folder / "b.tgz").write_bytes(b"not an archive")
     with pytest.raises(DataError, match="cannot unpack"):

@@ -158,7 +158,7 @@ def test_imagenet_means_torchvisions_default_weights(monkeypatch):
     monkeypatch.setattr(torchvision_models.ResNet18_Weights, "get_state_dict", get_state_dict)
     model = resnet18(num_classes=5)
     assert load_pretrained(model, "imagenet", "resnet18") == ["fc.weight", "fc.bias"]
-    assert asked == [(torchvision_models.ResNet18_Weights.DEFAULT, True, True)]
+    assert asked == [(torchvision_models.ResNet18_Weights.DEFAULT, False, True)]
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
 

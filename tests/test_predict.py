@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_image
+from conftest import as_another_user, write_image
 from PIL import Image
 
 import predict
@@ -26,7 +26,7 @@ def weights(tmp_path_factory, sample) -> Path:
     """A best.pth of a network that says different things of different pictures."""
     torch.manual_seed(0)
     model = resnet18(num_classes=5)
-    images = [eval_transform(64)(Image.open(path)) for path in list_images_below(sample)[::10]]
+    images = [eval_transform(64)(Image.open(path)) for path in list_images_below(sample, print)[::10]]
     model(prepare_batch(torch.stack(images), "cpu"))  # statistics for BatchNorm
     path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
     path.parent.mkdir(parents=True)
@@ -107,6 +107,33 @@ def test_what_cannot_be_read_does_not_stop_the_rest(capsys, weights, sample, tmp
     for path, complaint in zip(bad, complaints, strict=True):
         assert complaint.startswith("predict.py: ")
         assert path.name in complaint
+
+
+def test_a_very_long_image_is_predicted_by_its_centre(capsys, weights, tmp_path):
+    long, centre = Image.new("RGB", (2, 20_000), "red"), Image.new("RGB", (2, 20), "blue")
+    long.paste(centre, (0, 9_990))
+    long.save(tmp_path / "long.png")
+    centre.save(tmp_path / "short.png")
+    status, lines, _ = run(capsys, tmp_path / "long.png", tmp_path / "short.png", "--weights", weights, "--topk", "5")
+    assert status == 0
+    assert lines[0].split(".png: ")[1] == lines[1].split(".png: ")[1]
+
+
+def test_links_in_circles_and_locked_folders(capsys, weights, open_folder):
+    write_image(open_folder / "sub" / "a.png")
+    write_image(open_folder / "locked" / "b.png")
+    try:
+        (open_folder / "sub" / "again").symlink_to(open_folder, target_is_directory=True)
+    except OSError:
+        pytest.skip("this user may not make symbolic links")
+    shutil.copy(weights, open_folder / "best.pth")
+    (open_folder / "locked").chmod(0)
+    with as_another_user():
+        status, lines, complaints = run(capsys, open_folder, "--weights", open_folder / "best.pth")
+    assert status == 1
+    assert [line.split(": ")[0] for line in lines] == [str(open_folder / "sub" / "a.png")]
+    assert len(complaints) == 1
+    assert "locked: no permission to read this folder" in complaints[0]
 
 
 def test_names_are_printed_on_one_line(capsys, weights, tmp_path):

@@ -122,7 +122,7 @@ def test_args_json(tmp_path):
     write_args(parser().parse_args(["--num-classes", "3"]), tmp_path / "args.json")
     content = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
     assert content["flags"] == {"num_classes": 3, "data_path": None, "freeze_layers": False}
-    assert content["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert content["versions"]["torch"] == torch.__version__
     assert {"python", "torchvision", "tensorboard", "numpy"} <= content["versions"].keys()
 
 

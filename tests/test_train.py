@@ -383,8 +383,11 @@ def test_a_broken_image_ends_the_run_in_one_line(two_classes, capsys, workers):
     assert len(said.splitlines()) == 1
 
 
-def test_divergence_is_one_line_and_keeps_the_weights_from_before(two_classes, capsys):
-    assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "30", "--lr", "1e25"]) == 1
+@pytest.mark.parametrize("batch_size", ["4", "32"])  # found in a later step, or in the evaluation after the only one
+def test_divergence_is_one_line_and_nothing_is_saved_of_it(two_classes, capsys, batch_size):
+    flags = ["--data-path", str(two_classes), *TINY, "--epochs", "30", "--lr", "1e25", "--batch-size", batch_size]
+    assert train.main(flags) == 1
+    assert list(Path("runs/flower_experiment/weights").iterdir()) == []
     said = capsys.readouterr().err
     assert "training diverged" in said
     assert "learning rate 1e+25" in said
@@ -395,6 +398,15 @@ def test_runs_where_nothing_may_be_written(two_classes, capsys):
     Path("runs").write_text("a file")
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 1
     assert "runs" in capsys.readouterr().err
+
+
+def test_names_that_the_output_cannot_show(tmp_path):
+    data = write_classes(tmp_path / "data", {"向日葵": 5, "two\nlines": 5})
+    command = [sys.executable, PROGRAM, "--data-path", data, *TINY, "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"2: two\\nlines, \\u5411\\u65e5\\u8475" in done.stdout
+    assert load_model("runs/flower_experiment/weights/best.pth")[1]["class_names"] == ["two\nlines", "向日葵"]
 
 
 def test_help_names_every_flag(capsys):

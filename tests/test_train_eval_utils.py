@@ -83,6 +83,12 @@ def test_a_batchnorm_that_learns_is_trained():
     assert not model.layer1[0].bn1.training
 
 
+def test_a_batchnorm_without_parameters_is_trained():
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
+    train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=1e-4), loader(), CPU, 0)
+    assert model[0].running_mean.abs().sum() > 0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_epoch(value):
     model = tiny_resnet()
