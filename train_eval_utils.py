@@ -44,7 +44,8 @@ def train_one_epoch(
     """
     _train_mode(model)
     loss_sum, seen, start = 0.0, 0, time.perf_counter()
-    with tqdm(total=len(data_loader), leave=keep_bar, disable=None, dynamic_ncols=True) as bar:
+    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=len(data_loader), leave=keep_bar, disable=None, dynamic_ncols=True, bar_format=layout) as bar:
         for step, (images, labels) in enumerate(data_loader):
             optimizer.zero_grad()
             logits = model(prepare_batch(images, device))
