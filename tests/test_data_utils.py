@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -349,13 +350,16 @@ def test_names_with_spaces(plot_img):
     write_image(plot_img / "a very.png")
     write_image(plot_img / "my cat.png")
     (plot_img / "0.png").rename(plot_img / "x.png very")
-    lines = ["my cat.png very dark", "a very.png dark", "x.png very dark"]
+    write_image(plot_img / "both.png")
+    shutil.copy(plot_img / "both.png", plot_img / "both.png very")  # then the longest class name counts
+    lines = ["my cat.png very dark", "a very.png dark", "x.png very dark", "both.png very dark"]
     (plot_img / "label.txt").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     labelled, problems = data_utils.read_label_file(plot_img, read_class_indices())
     assert [(Path(path).name, name) for path, name in labelled] == [
         ("my cat.png", "very dark"),
         ("a very.png", "dark"),
         ("x.png very", "dark"),
+        ("both.png", "very dark"),
     ]
     assert problems == []
 
