@@ -27,7 +27,7 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
         ha="right" if crowded else "center",
     )
     axes.margins(y=0.1)
-    figure.set_layout_engine("tight")
+    figure.set_layout_engine("constrained")
     return figure
 
 
@@ -39,7 +39,7 @@ def labelled_images(images: np.ndarray, names: Sequence[str], figure: Figure | N
         axes = figure.add_subplot(1, len(images), number, xticks=[], yticks=[])
         axes.imshow(image)
         axes.set_xlabel(name, parse_math=False)
-    figure.set_layout_engine("tight")
+    figure.set_layout_engine("constrained")
     return figure
 
 
@@ -58,7 +58,7 @@ def predictions(
     columns = min(len(images), MAX_COLUMNS)
     rows = -(-len(images) // columns)
     figure = figure or Figure(dpi=100)
-    figure.set_size_inches(2.5 * columns, 3 * rows)
+    figure.set_size_inches(2.5 * columns, 3.3 * rows)
     for index, (image, guess, probability, label) in enumerate(
         zip(images, predicted, probabilities, actual, strict=True)
     ):
@@ -72,5 +72,5 @@ def predictions(
             colour = "green" if right else "red"
             axes.set_xlabel("\N{CHECK MARK}" if right else "\N{MULTIPLICATION SIGN}", color=colour, fontsize=16)
         axes.set_title(title, color=colour, parse_math=False)
-    figure.set_layout_engine("tight")
+    figure.set_layout_engine("constrained")
     return figure

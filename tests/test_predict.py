@@ -1,6 +1,7 @@
 """predict.py from its command line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -136,6 +137,7 @@ def test_links_in_circles_and_locked_folders(capsys, weights, open_folder):
     assert "locked: no permission to read this folder" in complaints[0]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
 def test_names_are_printed_on_one_line(capsys, weights, tmp_path):
     path = write_image(tmp_path / "two\nlines \x1b[31m 向日葵.png")
     status, lines, _ = run(capsys, path, "--weights", weights)

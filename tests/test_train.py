@@ -400,6 +400,7 @@ def test_runs_where_nothing_may_be_written(two_classes, capsys):
     assert "runs" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
 def test_names_that_the_output_cannot_show(tmp_path):
     data = write_classes(tmp_path / "data", {"向日葵": 5, "two\nlines": 5})
     command = [sys.executable, PROGRAM, "--data-path", data, *TINY, "--epochs", "1"]
