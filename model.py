@@ -178,6 +178,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def to_device(model: ResNet, device: torch.device | str) -> ResNet:
+    """Move `model`, its weights in channels-last order: convolutions are faster so, on CPUs and on tensor cores.
+
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    """
+    return model.to(device, memory_format=torch.channels_last)
+
+
 def freeze_backbone(model: ResNet) -> None:
     """Let only `fc` learn. `train_one_epoch` keeps a BatchNorm whose parameters are frozen in evaluation mode."""
     for name, parameter in model.named_parameters():
@@ -248,7 +256,7 @@ def load_model(
     _check_info(path, info)
     model = MODELS[info["model"]](num_classes=len(info["class_names"]))
     _load_state(model, checkpoint["state_dict"], path)
-    return model.to(device).eval(), info
+    return to_device(model, device).eval(), info
 
 
 def _check_info(path: str | os.PathLike, info: dict[str, Any]) -> None:

@@ -1,14 +1,19 @@
 """One image file becomes one (image, label): reading, transforms, normalisation, collation, the order of an epoch."""
 
+import functools
+import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 # Of the images of ImageNet, in RGB, on a scale of 0 to 1: what torchvision's weights expect.
 MEAN = (0.485, 0.456, 0.406)
@@ -26,23 +31,67 @@ class ImageError(OSError):
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file, of any mode that Pillow knows, as RGB with 8 bits a channel.
-
-    A photograph's orientation tag is obeyed, 16-bit grey is scaled down (not clipped), what is transparent becomes
-    white, and of an animation the first frame is taken.
+    """Read an image file, of any mode that Pillow knows, as RGB with 8 bits a channel; see `decode`.
 
     Raises:
         ImageError: the file is missing, unreadable, damaged or no image.
     """
+    with open_image(path) as image:
+        return decode(image)
+
+
+@contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Open an image file for a while: its header is read, its pixels are not.
+
+    Raises:
+        ImageError: the file is missing, unreadable or no image.
+    """
+    with _errors_named(path):
+        image = Image.open(path)
+    with image:
+        yield image
+
+
+def decode(image: Image.Image, shrink: float = 1.0) -> Image.Image:
+    """An opened image, of any mode that Pillow knows, as RGB with 8 bits a channel.
+
+    A photograph's orientation tag is obeyed, 16-bit grey is scaled down (not clipped), what is transparent becomes
+    white, and of an animation the first frame is taken.
+
+    Args:
+        shrink: the caller is going to scale the image down by this factor. A JPEG may then come back at 1/2, 1/4 or
+            1/8 of its size, by no more than `shrink`: libjpeg scales while it decodes, in a fraction of the time.
+
+    Raises:
+        ImageError: the file is damaged.
+    """
+    with _errors_named(getattr(image, "filename", "")):
+        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _to_8_bit(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """The width and height that `decode` gives an opened image: its orientation tag may swap them.
+
+    Raises:
+        ImageError: the file is damaged.
+    """
+    with _errors_named(getattr(image, "filename", "")):
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if on_its_side else image.size
+
+
+@contextmanager
+def _errors_named(path: str | os.PathLike) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F" or image.mode.startswith("I"):
-                image = _to_8_bit(image)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
+        yield
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise ImageError(f"cannot read image {os.fspath(path)!r}: {_reason(error)}") from error
 
@@ -107,21 +156,24 @@ class MyDataSet(Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int]:
         index, seed = item if isinstance(item, tuple) else (item, None)
-        image = read_image(self.images_path[index])
-        if self.transform is not None:
-            if seed is None:
-                image = self.transform(image)
-            else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed)
+        with open_image(self.images_path[index]) as image:
+            if not isinstance(self.transform, FileTransform):
+                image = decode(image)
+            if self.transform is not None:
+                with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                    if seed is not None:
+                        torch.default_generator.manual_seed(seed)
                     image = self.transform(image)
         return image, self.images_class[index]
 
     @staticmethod
     def collate_fn(batch: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """[(image (3, H, W), label)] -> images (N, 3, H, W) of the same dtype, labels (N,) int64."""
+        """[(image (3, H, W), label)] -> images (N, 3, H, W) of the same dtype, labels (N,) int64.
+
+        uint8 images come in channels-last order, in which a decoded image lies in memory and convolutions are fast.
+        """
         images, labels = zip(*batch, strict=True)
-        return torch.stack(images), torch.as_tensor(labels, dtype=torch.int64)
+        return stack_images(images), torch.as_tensor(labels, dtype=torch.int64)
 
 
 def _is_extreme(path: str | os.PathLike) -> bool:
@@ -166,14 +218,62 @@ class EpochSampler(Sampler):
 # --- transforms and normalisation ---------------------------------------------------------------------------------
 
 
-def train_transform(img_size: int = 224) -> v2.Compose:
+class FileTransform(ABC):
+    """A transform that takes an opened image and decodes no more of it than it needs; a PIL image in memory, too.
+
+    It says how much the part that it wants of the image is going to shrink before that image is decoded.
+    """
+
+    @abstractmethod
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL image, opened or in memory -> uint8 (3, H, W).
+
+        Raises:
+            ImageError: the file is damaged.
+        """
+
+
+class TrainTransform(FileTransform):
     """PIL image -> uint8 (3, img_size, img_size): a random resized crop and a horizontal flip, the tutorial's."""
-    return v2.Compose([v2.RandomResizedCrop(img_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+    def __init__(self, img_size: int = 224) -> None:
+        self.crop = v2.RandomResizedCrop(img_size)
+        self.flip = v2.RandomHorizontalFlip()
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """See `FileTransform`."""
+        width, height = upright_size(image)
+        box = self.crop.make_params([torch.empty(3, height, width, device="meta")])  # of which it takes the size
+        pixels = decode(image, shrink=min(box["height"], box["width"]) / self.crop.size[0])
+        # The same box in what has been decoded, which may be smaller.
+        x, y = pixels.width / width, pixels.height / height
+        left, right = round(box["left"] * x), round((box["left"] + box["width"]) * x)
+        top, bottom = round(box["top"] * y), round((box["top"] + box["height"]) * y)
+        pixels = F.pil_to_tensor(pixels.crop((left, top, right, bottom)))
+        return self.flip(F.resize(pixels, self.crop.size, antialias=True))
 
 
-def eval_transform(img_size: int = 224) -> v2.Compose:
+class EvalTransform(FileTransform):
     """PIL image -> uint8 (3, img_size, img_size): the shorter side to 256/224 of the size, then the centre."""
-    return v2.Compose([v2.Resize(round(img_size * 256 / 224)), v2.CenterCrop(img_size), v2.PILToTensor()])
+
+    def __init__(self, img_size: int = 224) -> None:
+        self.img_size = img_size
+        self.shorter_side = round(img_size * 256 / 224)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """See `FileTransform`."""
+        pixels = F.pil_to_tensor(decode(image, shrink=min(image.size) / self.shorter_side))
+        # Only the centre is looked at: what lies far from it needs no scaling (a picture of 1 x 20,000 pixels).
+        height, width = pixels.shape[-2:]
+        pixels = F.center_crop(pixels, [min(height, width * MAX_ASPECT_RATIO), min(width, height * MAX_ASPECT_RATIO)])
+        return F.center_crop(F.resize(pixels, [self.shorter_side], antialias=True), [self.img_size])
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """Images (3, H, W) -> a batch (N, 3, H, W) of the same dtype; channels-last where they are uint8."""
+    if images[0].dtype != torch.uint8:
+        return torch.stack(images)
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
@@ -185,9 +285,15 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
     images = images.to(device, non_blocking=True)
     if images.dtype != torch.uint8:
         return images
-    mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
+    mean, std = _mean_and_std(images.device)
     return images.float().sub_(mean).div_(std)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """MEAN and STD on the scale of uint8, (3, 1, 1), kept on each device: making them there waits for it."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return mean, std
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

@@ -13,19 +13,31 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop
+from torch.utils.data import DataLoader, Dataset
 
 from data_utils import DataError, list_images_below, read_class_indices
 from model import MODELS, ResNet, WeightsError, evaluation_mode, load_model
-from my_dataset import ImageError, eval_transform, prepare_batch, read_image, to_pixels
-from run_utils import FlagParser, UsageError, newest_weights, printable, select_device, tolerate_any_name
+from my_dataset import EvalTransform, ImageError, open_image, stack_images, to_pixels
+from run_utils import (
+    FlagParser,
+    UsageError,
+    available_cores,
+    newest_weights,
+    printable,
+    select_device,
+    select_precision,
+    tolerate_any_name,
+)
+from train_eval_utils import compute_logits
 
 # Every batch has this many images, the last one filled up: kernels round differently for batches of another size,
 # and so the digits printed for an image would depend on how many others were asked for.
 BATCH_SIZE = 8
+MANY_IMAGES = 100  # more than this are read by workers, which take a while to start
 FIGURE_IMAGES = 24  # at most, in --save-plot
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
@@ -36,7 +48,8 @@ def predict(args: argparse.Namespace) -> int:
     if plot_path and not (plot_path.suffix.lower() in FIGURE_FORMATS and plot_path.parent.is_dir()):
         raise UsageError(f"--save-plot {plot_path}: give a file in an existing folder, {' '.join(FIGURE_FORMATS)}")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.backends.cudnn.allow_tf32 = False  # probabilities to four digits
+    amp_dtype, _ = select_precision(args.amp, device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: probabilities to four digits
     weights = args.weights or newest_weights()
     class_names = read_class_indices(args.class_indices) if args.class_indices else None
     model, info = load_model(weights, device, args.model, class_names)
@@ -48,27 +61,26 @@ def predict(args: argparse.Namespace) -> int:
         complain(error)
         failures.append(error)
 
-    figure_rows = []
-    hits: dict[str, list[bool]] = {}  # by labelled folder
+    files = []
     for argument in args.images:
         try:
-            files = find_images(argument, class_names, on_error=fail)
+            files += find_images(argument, class_names, on_error=fail)
         except (OSError, DataError) as error:
             fail(error)
+
+    figure_rows = []
+    hits: dict[str, list[bool]] = {}  # by labelled folder
+    for file, outcome in predict_images(model, files, info["img_size"], device, amp_dtype):
+        if isinstance(outcome, ImageError):
+            fail(outcome)
             continue
-        for (path, label), outcome in predict_images(model, files, info["img_size"], device):
-            if isinstance(outcome, ImageError):
-                fail(outcome)
-                continue
-            image, probabilities = outcome
-            top = [
-                (class_names[index], probabilities[index].item()) for index in probabilities.argsort(descending=True)
-            ]
-            print_prediction(path, label, top[: args.topk], args.json)
-            if label is not None:
-                hits.setdefault(argument, []).append(top[0][0] == label)
-            if plot_path and len(figure_rows) < FIGURE_IMAGES:
-                figure_rows.append((image, *top[0], label))
+        image, probabilities = outcome
+        top = [(class_names[index], probabilities[index].item()) for index in probabilities.argsort(descending=True)]
+        print_prediction(file, top[: args.topk], args.json)
+        if file.label is not None:
+            hits.setdefault(file.argument, []).append(top[0][0] == file.label)
+        if plot_path and len(figure_rows) < FIGURE_IMAGES:
+            figure_rows.append((image, *top[0], file.label))
 
     for folder, right in hits.items():
         line = f"{printable(folder)}: accuracy {sum(right) / len(right):.4f} ({sum(right)} of {len(right)} images)"
@@ -78,10 +90,16 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def find_images(
-    argument: str, class_names: list[str], on_error: Callable[[OSError], None]
-) -> list[tuple[str, str | None]]:
-    """(path, class) of a file, or of each image below a folder; the class is known below a folder of that name.
+class ImageFile(NamedTuple):
+    """An image to predict: its path, its class where the folder tells it, and the argument that it comes from."""
+
+    path: str
+    label: str | None
+    argument: str
+
+
+def find_images(argument: str, class_names: list[str], on_error: Callable[[OSError], None]) -> list[ImageFile]:
+    """A file, or each image below a folder; the class is known below a folder of that name.
 
     Sub-folders that cannot be read are handed to `on_error`, and left out.
 
@@ -93,51 +111,63 @@ def find_images(
     if not root.is_dir():
         if not root.exists():
             raise FileNotFoundError(f"{argument!r}: no such file or folder")
-        return [(argument, None)]
+        return [ImageFile(argument, None, argument)]
     files = []
     for path in list_images_below(root, on_error):
         first, *rest = Path(path).relative_to(root).parts
-        files.append((path, first if rest and first in class_names else None))
+        files.append(ImageFile(path, first if rest and first in class_names else None, argument))
     if not files:
         raise DataError(f"{argument!r}: no image in this folder")
     return files
 
 
+class _Images(Dataset):
+    """Each file as (3, H, W) uint8, or why it cannot be read."""
+
+    def __init__(self, files: list[ImageFile], img_size: int) -> None:
+        self.files = files
+        self.transform = EvalTransform(img_size)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor | ImageError:
+        try:
+            with open_image(self.files[index].path) as image:
+                return self.transform(image)
+        except ImageError as error:
+            return error
+
+
 def predict_images(
-    model: ResNet, files: list[tuple[str, str | None]], img_size: int, device: torch.device
-) -> Iterator[tuple[tuple[str, str | None], tuple[Tensor, Tensor] | ImageError]]:
+    model: ResNet, files: list[ImageFile], img_size: int, device: torch.device, amp_dtype: torch.dtype | None
+) -> Iterator[tuple[ImageFile, tuple[Tensor, Tensor] | ImageError]]:
     """Each of `files` with its image (3, H, W) uint8 and its probabilities (classes,), or why it cannot be read."""
-    transform = eval_transform(img_size)
-    for start in range(0, len(files), BATCH_SIZE):
-        chunk = files[start : start + BATCH_SIZE]
-        batch = torch.zeros(BATCH_SIZE, 3, img_size, img_size, dtype=torch.uint8)
-        errors: dict[int, ImageError] = {}
-        for slot, (path, _) in enumerate(chunk):
-            try:
-                image = read_image(path)
-                # Only the centre is looked at: what lies beyond it needs no scaling (a picture of 1 x 20,000 pixels).
-                sides = [min(image.height, image.width * 10), min(image.width, image.height * 10)]
-                batch[slot] = transform(center_crop(image, sides))
-            except ImageError as error:
-                errors[slot] = error
+    workers = min(available_cores(), 8) if len(files) > MANY_IMAGES else 0
+    loader = DataLoader(_Images(files, img_size), BATCH_SIZE, num_workers=workers, collate_fn=list)
+    blank = torch.zeros(3, img_size, img_size, dtype=torch.uint8)
+    waiting = iter(files)
+    for outcomes in loader:
+        images = [blank if isinstance(outcome, ImageError) else outcome for outcome in outcomes]
+        batch = stack_images(images + [blank] * (BATCH_SIZE - len(images)))
         with evaluation_mode(model):
-            probabilities = model(prepare_batch(batch, device)).float().softmax(dim=1).cpu()
-        for slot, file in enumerate(chunk):
-            yield file, errors.get(slot) or (batch[slot], probabilities[slot])
+            probabilities = compute_logits(model, batch, device, amp_dtype).softmax(dim=1).cpu()
+        for outcome, row in zip(outcomes, probabilities, strict=False):  # more rows than images in the last batch
+            yield next(waiting), outcome if isinstance(outcome, ImageError) else (outcome, row)
 
 
-def print_prediction(path: str, label: str | None, top: list[tuple[str, float]], as_json: bool) -> None:
+def print_prediction(file: ImageFile, top: list[tuple[str, float]], as_json: bool) -> None:
     """One line for an image: for people, or as JSON."""
     if as_json:
-        line = {"image": path, "class": top[0][0], "probability": round(top[0][1], 6)}
-        if label is not None:
-            line["label"] = label
+        line = {"image": file.path, "class": top[0][0], "probability": round(top[0][1], 6)}
+        if file.label is not None:
+            line["label"] = file.label
         line["top"] = [{"class": name, "probability": round(probability, 6)} for name, probability in top]
         print(json.dumps(line), flush=True)
     else:
         ranking = ", ".join(f"{printable(name)} {probability:.2%}" for name, probability in top)
-        mark = "" if label in (None, top[0][0]) else f"  (label: {printable(label)})"
-        print(f"{printable(path)}: {ranking}{mark}", flush=True)
+        mark = "" if file.label in (None, top[0][0]) else f"  (label: {printable(file.label)})"
+        print(f"{printable(file.path)}: {ranking}{mark}", flush=True)
 
 
 def save_figure(rows: list[tuple[Tensor, str, float, str | None]], path: Path) -> None:
@@ -161,6 +191,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", help="a weights file (default: best.pth of the newest run)")
     add("--topk", type=int, default=3, help="classes to print of each image (default: %(default)s)")
     add("--device", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda where there is one)")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
     add("--json", action="store_true", help="print a JSON object a line")
     add("--save-plot", metavar="OUT.png", help=f"draw the predictions (of the first {FIGURE_IMAGES} images)")
     add("--model", choices=MODELS, help="for a plain state_dict, which does not tell")

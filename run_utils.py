@@ -89,6 +89,39 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
+def select_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """The number format of mixed precision, None for float32 throughout; and for people: which, and why.
+
+    Args:
+        amp: "auto": where the device computes in bfloat16 or float16 itself; "on": also where it is emulated; "off".
+    """
+    if amp == "off":
+        return None, "float32 (--amp off)"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16, "bfloat16 (mixed; this GPU computes in it)"
+            if amp == "on" or torch.cuda.get_device_capability() >= (7, 0):  # tensor cores
+                return torch.float16, "float16 (mixed, the loss scaled; this GPU has no bfloat16)"
+            return None, "float32 (this GPU gains nothing from less)"
+    if device.type == "cpu":
+        if _cpu_has_bfloat16():
+            return torch.bfloat16, "bfloat16 (mixed; this CPU computes in it)"
+        if amp == "on":
+            return torch.bfloat16, "bfloat16 (mixed; emulated, as --amp on asks for)"
+        return None, "float32 (this CPU does not compute in bfloat16)"
+    if amp == "on":
+        raise UsageError(f"--amp on: not for {device.type} devices")
+    return None, f"float32 (no mixed precision on {device.type} devices)"
+
+
+def _cpu_has_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # before torch 2.12
+
+
 def available_cores() -> int:
     """The CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux; less than the machine has in a container or under taskset

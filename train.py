@@ -34,8 +34,8 @@ from data_utils import (
     read_label_file,
     write_class_indices,
 )
-from model import MODELS, ResNet, WeightsError, freeze_backbone, load_pretrained
-from my_dataset import EpochSampler, MyDataSet, eval_transform, read_image, train_transform
+from model import MODELS, ResNet, WeightsError, freeze_backbone, load_pretrained, to_device
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, read_image
 from run_utils import (
     FlagParser,
     UsageError,
@@ -45,6 +45,7 @@ from run_utils import (
     printable,
     save_checkpoint,
     select_device,
+    select_precision,
     tolerate_any_name,
     true_or_false,
     write_args,
@@ -63,6 +64,10 @@ def train(args: argparse.Namespace) -> None:
     """Train as the flags say."""
     matplotlib.use("Agg")  # figures go to files, also where there is a screen
     device = select_device(args.device)
+    amp_dtype, precision = select_precision(args.amp, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape: try the kernels once, take the fastest
+        torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(args.seed)
 
     # The data: what to train on, and what to validate on.
@@ -70,8 +75,8 @@ def train(args: argparse.Namespace) -> None:
     class_names = split.class_names
     if args.num_classes not in (None, len(class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(class_names)} classes")
-    train_set = MyDataSet(split.train_paths, split.train_labels, train_transform(args.img_size))
-    val_set = MyDataSet(split.val_paths, split.val_labels, eval_transform(args.img_size))
+    train_set = MyDataSet(split.train_paths, split.train_labels, TrainTransform(args.img_size))
+    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(args.img_size))
     if not (len(train_set) and len(val_set)):
         raise DataError("no usable image is left for training or for validation")
     sampler = EpochSampler(len(train_set), args.seed)
@@ -83,11 +88,11 @@ def train(args: argparse.Namespace) -> None:
     # The network, from scratch or from weights.
     model = MODELS[args.model](num_classes=len(class_names))
     weights_line = prepare_weights(model, args)
-    model.to(device)
+    to_device(model, device)
 
     # Stochastic gradient descent, its rate on half a cosine from lr down to lr * lrf (https://arxiv.org/abs/1812.01187).
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=args.lr, momentum=0.9, weight_decay=0.005)
+    optimizer = make_optimizer(model, args, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2 * (1 - args.lrf) + args.lrf
     )
@@ -102,6 +107,7 @@ def train(args: argparse.Namespace) -> None:
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}")
+    print(f"precision    {precision}")
     print(f"model        {args.model}, {parameters:,} parameters, {weights_line}")
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
     print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({val_source})")
@@ -114,10 +120,12 @@ def train(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             sampler.set_epoch(epoch)
             learning_rate = optimizer.param_groups[0]["lr"]
-            train_loss = train_one_epoch(model, optimizer, train_loader, device, epoch, keep_bar=False)
+            train_loss = train_one_epoch(
+                model, optimizer, train_loader, device, epoch, amp_dtype=amp_dtype, scaler=scaler, keep_bar=False
+            )
             scheduler.step()
 
-            logits, labels = collect_logits(model, val_loader, device)
+            logits, labels = collect_logits(model, val_loader, device, amp_dtype=amp_dtype)
             val_accuracy = accuracy(logits, labels)
             val_loss = F.cross_entropy(logits, labels).item()
             if not math.isfinite(val_loss):  # before it is drawn or saved: the checkpoints stay those from before
@@ -150,7 +158,12 @@ def train(args: argparse.Namespace) -> None:
             if is_best:
                 best = {"accuracy": val_accuracy, "epoch": epoch}
                 save_checkpoint(checkpoint, weights / "best.pth")
-            resume = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
+            resume = {
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best": best,
+            }
             save_checkpoint(checkpoint | resume, weights / "last.pth")
             if args.save_every and (epoch + 1) % args.save_every == 0:
                 save_checkpoint(state, weights / f"model-{epoch}.pth")
@@ -219,6 +232,13 @@ def prepare_weights(model: ResNet, args: argparse.Namespace) -> str:
     return words
 
 
+def make_optimizer(model: ResNet, args: argparse.Namespace, device: torch.device) -> torch.optim.SGD:
+    """For the parameters that learn."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = device.type in ("cpu", "cuda") or None  # one kernel for all of them, where there is one
+    return torch.optim.SGD(learning, lr=args.lr, momentum=0.9, weight_decay=0.005, fused=fused)
+
+
 def write_graph(writer: SummaryWriter, model: ResNet) -> None:
     """The graph for an image of 224 px; of a copy, as tracing runs the model, which moves BatchNorm's statistics."""
     with warnings.catch_warnings():
@@ -264,6 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=0.001, help="learning rate at the start (default: %(default)s)")
     add("--lrf", type=float, default=0.1, help="learning rate at the end, as a part of --lr (default: %(default)s)")
     add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, else the CPU)")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
     add("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     add("--name", default="flower_experiment", help="of the run's folder under runs/ (default: %(default)s)")

@@ -6,6 +6,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from model import evaluation_mode
 from my_dataset import prepare_batch
+
+READ_SECONDS = 0.5  # between two looks at the loss
 
 
 def train_one_epoch(
@@ -22,6 +25,8 @@ def train_one_epoch(
     device: torch.device | str,
     epoch: int,
     *,
+    amp_dtype: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
     keep_bar: bool = True,
 ) -> float:
     """Train for one pass over `data_loader`: cross-entropy, a step of `optimizer` for each batch.
@@ -33,41 +38,77 @@ def train_one_epoch(
         model: takes images (N, 3, H, W), float32, normalised; gives logits (N, classes).
         data_loader: gives images (N, 3, H, W), uint8 or normalised float, and labels (N,), int64.
         epoch: its number, for the bar and for messages.
+        amp_dtype: mixed precision, see `compute_logits`.
+        scaler: of the loss, which float16 needs, as its gradients vanish otherwise (https://arxiv.org/abs/1710.03740).
         keep_bar: leave the finished bar on the terminal.
 
     Returns:
         The mean loss over the images seen.
 
     Raises:
-        FloatingPointError: the loss is infinite or not a number; the step that would follow is not taken.
+        FloatingPointError: the loss is infinite or not a number. The losses are looked at twice a second and at the
+            end, so that some more steps may have been taken; the message names the step that it happened at.
         ValueError: `data_loader` is empty.
     """
     _train_mode(model)
-    loss_sum, seen, start = 0.0, 0, time.perf_counter()
-    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    scaler = scaler or GradScaler(enabled=False)
+    mean_loss = _MeanLoss(f"of epoch {epoch}, with learning rate {optimizer.param_groups[0]['lr']:g}")
+    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
     with tqdm(total=len(data_loader), leave=keep_bar, disable=None, dynamic_ncols=True, bar_format=layout) as bar:
-        for step, (images, labels) in enumerate(data_loader):
+        for images, labels in data_loader:
             optimizer.zero_grad()
-            logits = model(prepare_batch(images, device))
+            logits = compute_logits(model, images, device, amp_dtype)
             loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
-            value = loss.item()
-            if not math.isfinite(value):
-                rate = optimizer.param_groups[0]["lr"]
-                raise FloatingPointError(
-                    f"the loss is {value} at step {step} of epoch {epoch}, with learning rate {rate:g}: "
-                    f"training diverged, a lower rate may help"
-                )
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
-            loss_sum += value * len(images)
-            seen += len(images)
-            bar.set_description_str(f"[epoch {epoch}] mean loss {loss_sum / seen:.3f}", refresh=False)
-            bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.1f} images/s", refresh=False)
+            if mean_loss.is_due():  # of the steps before this one: the device has work while they are read
+                mean_loss.read()
+                bar.set_description_str(f"[epoch {epoch}] {mean_loss}", refresh=False)
+            mean_loss.add(loss, len(images))
             bar.update()
-    if seen == 0:
-        raise ValueError("the data loader is empty: there is nothing to train on")
-    return loss_sum / seen
+        mean_loss.read()
+        bar.set_description_str(f"[epoch {epoch}] {mean_loss}")
+    return mean_loss.value
+
+
+class _MeanLoss:
+    """The mean loss over the images seen. To read a loss is to wait for its step, so they are read in bunches."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where  # for the message
+        self.sum, self.images, self.steps = 0.0, 0, 0  # of what has been read
+        self.unread: list[tuple[Tensor, int]] = []
+        self.start = self.last_read = time.perf_counter()
+
+    def __str__(self) -> str:
+        return f"mean loss {self.value:.3f}, {self.images / (self.last_read - self.start):.1f} images/s"
+
+    @property
+    def value(self) -> float:
+        return self.sum / self.images
+
+    def add(self, loss: Tensor, images: int) -> None:
+        self.unread.append((loss.detach(), images))
+
+    def is_due(self) -> bool:
+        return bool(self.unread) and time.perf_counter() - self.last_read >= READ_SECONDS
+
+    def read(self) -> None:
+        if not self.unread:
+            raise ValueError("the data loader is empty: there is nothing to train on")
+        losses, counts = zip(*self.unread, strict=True)
+        for loss, images in zip(torch.stack(losses).tolist(), counts, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {self.steps} {self.where}: training diverged, a lower rate may help"
+                )
+            self.sum += loss * images
+            self.images += images
+            self.steps += 1
+        self.unread.clear()
+        self.last_read = time.perf_counter()
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -77,18 +118,39 @@ def _train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device | str) -> float:
+def compute_logits(
+    model: nn.Module, images: Tensor, device: torch.device | str, amp_dtype: torch.dtype | None = None
+) -> Tensor:
+    """A batch, normalised where it is not yet, through `model`.
+
+    Args:
+        images: (N, 3, H, W), uint8 or normalised float.
+        amp_dtype: bfloat16 or float16 for mixed precision by autocast (https://arxiv.org/abs/1710.03740), None for
+            float32.
+
+    Returns:
+        Logits (N, classes), float32 in either case: softmax and loss need its digits.
+    """
+    with torch.autocast(torch.device(device).type, amp_dtype, enabled=amp_dtype is not None):
+        return model(prepare_batch(images, device)).float()
+
+
+def evaluate(
+    model: nn.Module, data_loader: DataLoader, device: torch.device | str, *, amp_dtype: torch.dtype | None = None
+) -> float:
     """The accuracy (top-1, in 0..1) of `model` over the images of `data_loader`.
 
-    In evaluation mode, without gradients; the model gets its mode back.
+    In evaluation mode, without gradients; the model gets its mode back. For `amp_dtype` see `compute_logits`.
 
     Raises:
         ValueError: `data_loader` is empty.
     """
-    return accuracy(*collect_logits(model, data_loader, device))
+    return accuracy(*collect_logits(model, data_loader, device, amp_dtype=amp_dtype))
 
 
-def collect_logits(model: nn.Module, data_loader: DataLoader, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def collect_logits(
+    model: nn.Module, data_loader: DataLoader, device: torch.device | str, *, amp_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """One evaluation pass: whatever is wanted of it is computed from what it returns.
 
     Returns:
@@ -100,7 +162,7 @@ def collect_logits(model: nn.Module, data_loader: DataLoader, device: torch.devi
     all_logits, all_labels = [], []
     with evaluation_mode(model):
         for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=None, dynamic_ncols=True):
-            all_logits.append(model(prepare_batch(images, device)).float())
+            all_logits.append(compute_logits(model, images, device, amp_dtype))
             all_labels.append(labels)
     if not all_logits:
         raise ValueError("the data loader is empty: there is nothing to evaluate")

@@ -33,7 +33,7 @@ from data_utils import (
     write_class_indices,
     write_pickle,
 )
-from my_dataset import MEAN, STD, MyDataSet, eval_transform
+from my_dataset import MEAN, STD, EvalTransform, MyDataSet
 
 
 @pytest.fixture(autouse=True)
@@ -271,7 +271,7 @@ def test_the_images_of_a_loader(tmp_path, shown, kind):
         paths.append(tmp_path / f"{index}.png")
     write_class_indices(["cat", "do$g$"])
     float_transform = v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])
-    transform = eval_transform(32) if kind == "uint8" else float_transform
+    transform = EvalTransform(32) if kind == "uint8" else float_transform
     data_set = MyDataSet(paths, [0, 1, 0, 1, 1], transform)
     plot_data_loader_image(DataLoader(data_set, batch_size=5, collate_fn=data_set.collate_fn))
     assert len(shown) == 1
@@ -309,7 +309,7 @@ def plot_img(tmp_path):
 FLOAT_TRANSFORM = v1.Compose([v1.Resize(36), v1.CenterCrop(32), v1.ToTensor(), v1.Normalize(MEAN, STD)])
 
 
-@pytest.mark.parametrize("transform", [FLOAT_TRANSFORM, eval_transform(32)])
+@pytest.mark.parametrize("transform", [FLOAT_TRANSFORM, EvalTransform(32)])
 def test_the_prediction_figure(plot_img, transform):
     net = Brightness().train()
     net.dropout.eval()

@@ -15,13 +15,13 @@ from my_dataset import (
     MEAN,
     STD,
     EpochSampler,
+    EvalTransform,
     ImageError,
     MyDataSet,
-    eval_transform,
+    TrainTransform,
     prepare_batch,
     read_image,
     to_pixels,
-    train_transform,
 )
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
@@ -109,7 +109,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     [("truncated.png", 0), ("empty.jpg", 0), ("text.jpg", 0), ("header.png", 0), ("missing.jpg", 0), ("text.jpg", 1)],
 )
 def test_an_unreadable_file_raises_an_error_of_one_line_that_names_it(tmp_path, name, workers):
-    data_set = MyDataSet([broken_files(tmp_path)[name]], [0], eval_transform(32))
+    data_set = MyDataSet([broken_files(tmp_path)[name]], [0], EvalTransform(32))
     loader = DataLoader(data_set, num_workers=workers, collate_fn=MyDataSet.collate_fn)
     with pytest.raises(ImageError) as caught:
         next(iter(loader))
@@ -165,24 +165,26 @@ def test_collation(dtype):
 @pytest.mark.parametrize("size", [224, 96])
 def test_evaluation_equals_the_tutorials_transform(tmp_path, size):
     image = read_image(write_image(tmp_path / "a.png", (300, 260)))
-    tutorial = v1.Compose(
-        [
-            v1.Resize(round(size * 256 / 224)),
-            v1.CenterCrop(size),
-            v1.ToTensor(),
-            v1.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    ours = eval_transform(size)(image)
+    tutorial = v1.Compose([v1.Resize(round(size * 256 / 224)), v1.CenterCrop(size)])(image)
+    ours = EvalTransform(size)(image)
     assert (ours.dtype, ours.shape) == (torch.uint8, (3, size, size))
-    torch.testing.assert_close(prepare_batch(ours[None], "cpu")[0], tutorial(image), rtol=0, atol=1e-5)
+    difference = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(tutorial))
+    assert difference.max() <= 1  # torchvision's arithmetic on tensors rounds some values the other way
+    assert difference.mean() < 0.05
+
+
+def test_normalisation_is_the_tutorials():
+    pixels = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8)
+    tutorial = v1.Compose([v1.ConvertImageDtype(torch.float), v1.Normalize(MEAN, STD)])
+    torch.testing.assert_close(prepare_batch(pixels, "cpu"), tutorial(pixels), rtol=0, atol=1e-5)
+    assert (MEAN, STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_training_crops_and_flips_at_random(tmp_path):
     image = read_image(write_image(tmp_path / "a.png", (300, 260)))
-    crops = {train_transform(64)(image).numpy().tobytes() for _ in range(5)}
+    crops = {TrainTransform(64)(image).numpy().tobytes() for _ in range(5)}
     assert len(crops) == 5
-    assert train_transform(64)(image).shape == (3, 64, 64)
+    assert TrainTransform(64)(image).shape == (3, 64, 64)
 
 
 def test_a_float_batch_is_used_as_it_is():
@@ -203,7 +205,7 @@ def test_pixels_come_back_from_each_kind_of_batch():
 
 
 def epoch_of(paths: list[str], epoch: int, workers: int, seed: int = 3, batch_size: int = 4) -> tuple:
-    data_set = MyDataSet(paths, list(range(len(paths))), train_transform(32))
+    data_set = MyDataSet(paths, list(range(len(paths))), TrainTransform(32))
     sampler = EpochSampler(len(data_set), seed)
     loader = DataLoader(
         data_set,
@@ -236,7 +238,7 @@ def test_an_epoch_is_a_function_of_seed_epoch_and_index(tmp_path):
 
 def test_the_augmentation_changes_with_the_epoch(tmp_path):
     path = str(write_image(tmp_path / "a.png"))
-    data_set = MyDataSet([path], [0], train_transform(32))
+    data_set = MyDataSet([path], [0], TrainTransform(32))
     sampler = EpochSampler(1, seed=0)
     crops = set()
     for epoch in range(5):
@@ -246,7 +248,7 @@ def test_the_augmentation_changes_with_the_epoch(tmp_path):
 
 
 def test_no_global_generator_moves(tmp_path):
-    data_set = MyDataSet([str(write_image(tmp_path / "a.png"))], [0], train_transform(32))
+    data_set = MyDataSet([str(write_image(tmp_path / "a.png"))], [0], TrainTransform(32))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     for item in EpochSampler(1, seed=5):
         data_set[item]

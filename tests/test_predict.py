@@ -16,7 +16,7 @@ from PIL import Image
 import predict
 from data_utils import list_images_below, write_class_indices
 from model import resnet18
-from my_dataset import MyDataSet, eval_transform, prepare_batch
+from my_dataset import EvalTransform, MyDataSet, prepare_batch
 from train_eval_utils import collect_logits
 
 NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
@@ -27,7 +27,7 @@ def weights(tmp_path_factory, sample) -> Path:
     """A best.pth of a network that says different things of different pictures."""
     torch.manual_seed(0)
     model = resnet18(num_classes=5)
-    images = [eval_transform(64)(Image.open(path)) for path in list_images_below(sample, print)[::10]]
+    images = [EvalTransform(64)(Image.open(path)) for path in list_images_below(sample, print)[::10]]
     model(prepare_batch(torch.stack(images), "cpu"))  # statistics for BatchNorm
     path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
     path.parent.mkdir(parents=True)
@@ -55,12 +55,12 @@ def test_a_line_for_each_image(capsys, weights, sample):
 
 
 def test_json_lines_agree_with_evaluation(capsys, weights, sample):
-    status, lines, _ = run(capsys, sample / "daisy", "--weights", weights, "--json", "--topk", "9")
+    status, lines, _ = run(capsys, sample / "daisy", "--weights", weights, "--json", "--topk", "9", "--amp", "off")
     assert status == 0
     records = [json.loads(line) for line in lines]
     model, info = predict.load_model(weights)
     paths = sorted(map(str, (sample / "daisy").iterdir()))
-    data_set = MyDataSet(paths, [0] * len(paths), eval_transform(info["img_size"]))
+    data_set = MyDataSet(paths, [0] * len(paths), EvalTransform(info["img_size"]))
     loader = torch.utils.data.DataLoader(data_set, batch_size=16, collate_fn=data_set.collate_fn)
     expected = collect_logits(model, loader, "cpu")[0].softmax(1)
     for record, path, row in zip(records, paths, expected, strict=True):
@@ -105,9 +105,8 @@ def test_what_cannot_be_read_does_not_stop_the_rest(capsys, weights, sample, tmp
     assert status == 1
     assert [line.split(": ")[0] for line in lines] == [str(good)] * 2
     assert len(complaints) == 3
-    for path, complaint in zip(bad, complaints, strict=True):
-        assert complaint.startswith("predict.py: ")
-        assert path.name in complaint
+    for path in bad:
+        assert [line.startswith("predict.py: ") for line in complaints if path.name in line] == [True]
 
 
 def test_a_very_long_image_is_predicted_by_its_centre(capsys, weights, tmp_path):

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from model import BasicBlock, ResNet, load_model, resnet18
-from my_dataset import MyDataSet, eval_transform
+from my_dataset import EvalTransform, MyDataSet
 from train_eval_utils import evaluate
 
 PROGRAM = Path(train.__file__)
@@ -135,7 +135,7 @@ def test_the_weights_tell_what_was_measured(run, sample):
     assert info["accuracy"] == pytest.approx(max(accuracies))
     assert info["epoch"] == accuracies.index(max(accuracies))
     paths, labels = train.find_split(sample)[0].val_paths, train.find_split(sample)[0].val_labels
-    data_set = MyDataSet(paths, labels, eval_transform(32))
+    data_set = MyDataSet(paths, labels, EvalTransform(32))
     loader = torch.utils.data.DataLoader(data_set, batch_size=7, collate_fn=data_set.collate_fn)
     assert evaluate(model, loader, "cpu") == pytest.approx(info["accuracy"])
 
@@ -172,8 +172,8 @@ def test_events_can_be_read_while_training_goes_on(sample, tmp_path):
 def test_learning_for_real(tmp_path):
     """A small network rises well above chance (20 %) on pictures that it has not seen."""
     split = train.find_split(train.draw_sample(tmp_path / "sample", images_per_class=50, size=72))[0]
-    train_set = MyDataSet(split.train_paths, split.train_labels, train.train_transform(64))
-    val_set = MyDataSet(split.val_paths, split.val_labels, eval_transform(64))
+    train_set = MyDataSet(split.train_paths, split.train_labels, train.TrainTransform(64))
+    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(64))
     torch.manual_seed(0)
     sampler = train.EpochSampler(len(train_set))
     train_loader = torch.utils.data.DataLoader(train_set, 16, sampler=sampler, collate_fn=train_set.collate_fn)
@@ -257,13 +257,13 @@ def test_folders_of_ones_own(tmp_path, capsys):
 def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_classes, sample):
     split, _ = train.find_split(sample)
     images, names = train.choose_figure_images(
-        MyDataSet(split.val_paths, split.val_labels, eval_transform(32)), split.class_names
+        MyDataSet(split.val_paths, split.val_labels, EvalTransform(32)), split.class_names
     )
     assert images.shape == (5, 3, 32, 32)
     assert sorted(names) == split.class_names
     split, _ = train.find_split(two_classes)
     images, names = train.choose_figure_images(
-        MyDataSet(split.val_paths, split.val_labels, eval_transform(32)), split.class_names
+        MyDataSet(split.val_paths, split.val_labels, EvalTransform(32)), split.class_names
     )
     assert images.shape == (2, 3, 32, 32)
     assert names == ["cat", "dog"]

