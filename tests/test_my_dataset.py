@@ -19,9 +19,12 @@ from my_dataset import (
     ImageError,
     MyDataSet,
     TrainTransform,
+    decode,
+    open_image,
     prepare_batch,
     read_image,
     to_pixels,
+    upright_size,
 )
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
@@ -83,6 +86,45 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert pixels.shape == (40, 20, 3)
     assert pixels[:18].mean() > 250
     assert pixels[22:].mean() < 5
+
+
+def jpeg(path: Path, size: tuple[int, int] = (1600, 1200), orientation: int = 1) -> Path:
+    """A smooth picture whose every part looks different; as a camera stores it that was held upright or turned."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    pixels = np.dstack([x, y, 127 + 60 * np.sin(x / 9) * np.cos(y / 7)]).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, quality=95, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(("shrink", "factor"), [(1, 1), (1.9, 1), (2, 2), (3.99, 2), (4, 4), (8, 8), (100, 8)])
+def test_a_jpeg_is_decoded_at_no_less_than_is_asked_for(tmp_path, orientation, shrink, factor):
+    with open_image(jpeg(tmp_path / "a.jpg", orientation=orientation)) as image:
+        width, height = upright_size(image)
+        assert (width, height) == ((1200, 1600) if orientation in (6, 8) else (1600, 1200))
+        assert decode(image, shrink).size == (width / factor, height / factor)
+
+
+def test_formats_that_cannot_be_scaled_are_decoded_in_full(tmp_path):
+    with open_image(write_image(tmp_path / "a.png", (200, 160))) as image:
+        assert decode(image, shrink=4).size == (200, 160)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("transform", [TrainTransform(64), EvalTransform(64)])
+def test_scaled_decoding_gives_the_same_picture(tmp_path, orientation, transform):
+    path = jpeg(tmp_path / "a.jpg", orientation=orientation)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        from_memory = transform(read_image(path))
+        torch.manual_seed(seed)
+        with open_image(path) as image:
+            from_file = transform(image)
+            assert image.width < 1600  # not all of it was decoded
+        assert (from_file.int() - from_memory.int()).abs().float().mean() < 2
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):

@@ -109,6 +109,26 @@ def test_what_cannot_be_read_does_not_stop_the_rest(capsys, weights, sample, tmp
         assert [line.startswith("predict.py: ") for line in complaints if path.name in line] == [True]
 
 
+def test_workers_read_what_is_many(capsys, weights, sample, tmp_path, monkeypatch):
+    for path in sorted((sample / "roses").iterdir()):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "roses_005_broken.jpg").write_bytes(b"no image")
+    expected = run(capsys, tmp_path, "--weights", weights, "--json")
+    monkeypatch.setattr(predict, "MANY_IMAGES", 10)
+    assert run(capsys, tmp_path, "--weights", weights, "--json") == expected
+    status, lines, complaints = expected
+    assert (status, len(lines), len(complaints)) == (1, 20, 1)
+
+
+def test_float32_on_request(capsys, weights, sample):
+    image = next((sample / "roses").iterdir())
+    outputs = [run(capsys, image, "--weights", weights, "--json", "--amp", amp)[1] for amp in ("off", "on", "auto")]
+    assert outputs[0] != outputs[1]
+    assert outputs[2] in outputs[:2]
+    probabilities = [json.loads(lines[0])["probability"] for lines in outputs]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=0.05)
+
+
 def test_a_very_long_image_is_predicted_by_its_centre(capsys, weights, tmp_path):
     long, centre = Image.new("RGB", (2, 20_000), "red"), Image.new("RGB", (2, 20), "blue")
     long.paste(centre, (0, 9_990))

@@ -1,5 +1,6 @@
 """Flags, devices, folders and checkpoints of a run."""
 
+import contextlib
 import json
 import os
 import threading
@@ -17,6 +18,7 @@ from run_utils import (
     printable,
     save_checkpoint,
     select_device,
+    select_precision,
     true_or_false,
     write_args,
 )
@@ -133,3 +135,46 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
         save_checkpoint({"epoch": 2, "cannot be pickled": threading.Lock()}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert list(Path(tmp_path).iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "amp", "dtype", "why"),
+    [
+        ({"avx512_bf16": True}, "auto", torch.bfloat16, "this CPU computes in it"),
+        ({"amx_bf16": True}, "auto", torch.bfloat16, "this CPU computes in it"),
+        ({"avx2": True}, "auto", None, "does not compute in bfloat16"),
+        ({"avx2": True}, "on", torch.bfloat16, "emulated"),
+        ({"avx512_bf16": True}, "off", None, "--amp off"),
+    ],
+)
+def test_mixed_precision_where_the_cpu_has_it(monkeypatch, capabilities, amp, dtype, why):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    chosen, words = select_precision(amp, torch.device("cpu"))
+    assert chosen == dtype
+    assert why in words
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_mixed_precision_on_older_versions_of_torch(monkeypatch, has_it):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert select_precision("auto", torch.device("cpu"))[0] == (torch.bfloat16 if has_it else None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amp", "dtype"),
+    [
+        ((9, 0), "auto", torch.bfloat16),
+        ((8, 0), "auto", torch.bfloat16),
+        ((7, 5), "auto", torch.float16),
+        ((6, 1), "auto", None),
+        ((6, 1), "on", torch.float16),
+        ((9, 0), "off", None),
+    ],
+)
+def test_mixed_precision_where_the_gpu_has_it(monkeypatch, capability, amp, dtype):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert select_precision(amp, torch.device("cuda", 0))[0] == dtype

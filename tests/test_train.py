@@ -112,6 +112,7 @@ def test_the_graph_is_the_models(run):
 def test_what_a_run_prints(run):
     folder, printed, complaints = run
     assert "cpu" in printed
+    assert train.select_precision("auto", torch.device("cpu"))[1] in printed
     assert "resnet18, 11,179,077 parameters, from scratch" in printed
     assert "5: daisy, dandelion, roses, sunflowers, tulips" in printed
     assert "80 for training, 20 for validation" in printed
@@ -137,7 +138,8 @@ def test_the_weights_tell_what_was_measured(run, sample):
     paths, labels = train.find_split(sample)[0].val_paths, train.find_split(sample)[0].val_labels
     data_set = MyDataSet(paths, labels, EvalTransform(32))
     loader = torch.utils.data.DataLoader(data_set, batch_size=7, collate_fn=data_set.collate_fn)
-    assert evaluate(model, loader, "cpu") == pytest.approx(info["accuracy"])
+    amp_dtype, _ = train.select_precision("auto", torch.device("cpu"))
+    assert evaluate(model, loader, "cpu", amp_dtype=amp_dtype) == pytest.approx(info["accuracy"])
 
 
 def test_last_holds_what_a_resume_needs(run):
@@ -146,6 +148,7 @@ def test_last_holds_what_a_resume_needs(run):
     assert last["optimizer"]["state"]
     assert last["scheduler"]["last_epoch"] == 3
     assert last["best"].keys() == {"accuracy", "epoch"}
+    assert last["scaler"] == {}  # of float16 alone
     plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()
 
@@ -217,6 +220,15 @@ def test_workers_that_are_spawned_give_the_same(tmp_path, sample):
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
     assert train.main([*flags, "--name", "plain"]) == 0
     assert_same_weights(Path("runs/spawned"), Path("runs/plain"))
+
+
+@pytest.mark.parametrize("amp", ["on", "off"])
+def test_mixed_precision_is_repeatable_too(sample, capsys, amp):
+    flags = ["--data-path", str(sample), *TINY, "--epochs", "1", "--amp", amp]
+    assert train.main(flags) == 0
+    assert f"precision    {'bfloat16' if amp == 'on' else 'float32 (--amp off)'}" in capsys.readouterr().out
+    assert train.main([*flags, "--workers", "1"]) == 0
+    assert_same_weights(Path("runs/flower_experiment"), Path("runs/flower_experiment-2"))
 
 
 def test_a_last_batch_of_one_image_is_left_out(tmp_path):

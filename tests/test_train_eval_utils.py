@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import train_eval_utils
 from model import BasicBlock, ResNet, freeze_backbone
 from my_dataset import prepare_batch
 from train_eval_utils import accuracy, collect_logits, evaluate, train_one_epoch
@@ -97,6 +98,56 @@ def test_a_loss_that_is_not_finite_ends_the_epoch(value):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
     with pytest.raises(FloatingPointError, match=r"step 0 of epoch 3, with learning rate 0\.25"):
         train_one_epoch(model, optimizer, loader(), CPU, 3)
+
+
+def test_the_step_at_which_it_happened_is_named():
+    images, labels = next(iter(loader(10, batch_size=10)))
+    images = prepare_batch(images, CPU)
+    images[5] = math.nan
+    data = DataLoader(TensorDataset(images, labels), batch_size=2)
+    model = tiny_resnet()
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2 of epoch 0"):
+        train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=1e-3), data, CPU, 0)
+
+
+def test_how_often_the_losses_are_read_changes_nothing(monkeypatch):
+    results = []
+    for seconds in (0, math.inf):
+        monkeypatch.setattr(train_eval_utils, "READ_SECONDS", seconds)
+        model = tiny_resnet()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        results.append((train_one_epoch(model, optimizer, loader(), CPU, 0), model.conv1.weight))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_mixed_precision_is_near_float32():
+    losses, logits = [], []
+    for amp_dtype in (None, torch.bfloat16):
+        model = tiny_resnet()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        losses.append(train_one_epoch(model, optimizer, loader(), CPU, 0, amp_dtype=amp_dtype))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        model = tiny_resnet()
+        logits.append(collect_logits(model, loader(), CPU, amp_dtype=amp_dtype)[0])
+        assert logits[-1].dtype == torch.float32
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert not torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
+
+
+def test_a_step_that_the_scaler_skips_is_no_divergence():
+    model = tiny_resnet()
+    with torch.no_grad():
+        model.fc.weight *= 1000
+    before = model.conv1.weight.clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # gradients a little larger than this overflow
+    data = loader(4, batch_size=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert math.isfinite(train_one_epoch(model, optimizer, data, CPU, 0, scaler=scaler))
+    assert torch.equal(model.conv1.weight, before)
+    assert scaler.get_scale() < 2.0**127
 
 
 def test_accuracy_is_over_the_images_seen():
