@@ -105,10 +105,12 @@ def tutorial_epoch(model, optimizer, loader, device, epoch) -> list[float]:
         loss.backward()
         mean_loss = (mean_loss * step + loss.detach()) / (step + 1)
         bar.desc = f"[epoch {epoch}] mean loss {mean_loss.item():.3f}"
-        losses.append(loss.item() if torch.isfinite(loss) else sys.exit("not finite"))
+        losses.append(loss.detach())
+        if not torch.isfinite(loss):
+            sys.exit("the loss is not finite")
         optimizer.step()
         optimizer.zero_grad()
-    return losses
+    return torch.stack(losses).tolist()
 
 
 @torch.no_grad()
@@ -313,10 +315,8 @@ class Ours:
         self.amp_dtype, _ = select_precision(args.amp, self.device)
         self.split, _ = find_split(data)
         self.train_set = MyDataSet(self.split.train_paths, self.split.train_labels, TrainTransform(args.img_size))
-        self.val_set = MyDataSet(self.split.val_paths, self.split.val_labels, EvalTransform(args.img_size))
         self.sampler = EpochSampler(len(self.train_set))
         self.train_loader = train.make_loader(self.train_set, self.args, self.device, self.sampler)
-        self.val_loader = train.make_loader(self.val_set, self.args, self.device)
         torch.manual_seed(0)
         self.model = to_device(MODELS[args.model](num_classes=len(self.split.class_names)), self.device)
         self.optimizer = train.make_optimizer(self.model, self.args, self.device)
@@ -335,6 +335,8 @@ class Ours:
 
 def bench_train(args: argparse.Namespace) -> None:
     """Whole epochs, with evaluation, logging and checkpoint."""
+    if args.epochs < 2:
+        sys.exit("train compares epochs from the second on: --epochs 2 or more")
     with subset(args.data_path, args.images) as data:
         ours, theirs = programs(args, data)
         comparison = Comparison(args, "training", "ours", "tutorial")
@@ -361,7 +363,7 @@ def bench_evaluate(args: argparse.Namespace) -> None:
 
 def bench_ceiling(args: argparse.Namespace) -> None:
     """Our epoch of training from files, against the same steps on a batch that is in memory already."""
-    with drawn_large_images(args.images) if args.large else subset(args.data_path, args.images) as data:
+    with drawn_large_images(args.images or 200) if args.large else subset(args.data_path, args.images) as data:
         ours = Ours(args, data)
         batch = next(iter(ours.train_loader))
         if ours.device.type == "cuda":

@@ -215,6 +215,7 @@ def test_a_checkpoint_tells_everything(tmp_path):
     content = checkpoint()
     torch.save(content, tmp_path / "best.pth")
     model, info = load_model(tmp_path / "best.pth", "cpu")
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.training
     assert info == {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "epoch": 3, "accuracy": 0.75}
     assert torch.equal(model.fc.weight, content["state_dict"]["fc.weight"])

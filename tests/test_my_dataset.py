@@ -199,6 +199,7 @@ def test_collation(dtype):
     assert (images.shape, images.dtype) == ((3, 3, 4, 5), dtype)
     assert (labels.tolist(), labels.dtype) == ([1, 0, 2], torch.int64)
     assert images[:, 0, 0, 0].tolist() == [1, 0, 2]
+    assert images.is_contiguous(memory_format=torch.channels_last if dtype == torch.uint8 else torch.contiguous_format)
 
 
 # --- transforms and normalisation -------------------------------------------------------------------------------
