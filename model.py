@@ -6,6 +6,8 @@ Names and shapes in `state_dict()` are torchvision's, so its official weights lo
 torchvision's.
 """
 
+import copy
+import itertools
 import os
 import sys
 import warnings
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as torchvision_models
 
 # What torch.nn.parallel and torch.compile put in front of every parameter's name.
@@ -184,6 +187,22 @@ def to_device(model: ResNet, device: torch.device | str) -> ResNet:
     https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
     """
     return model.to(device, memory_format=torch.channels_last)
+
+
+def fold_batch_norm(model: ResNet) -> ResNet:
+    """A copy of `model` for evaluation, which computes the same with each BatchNorm folded into the convolution before.
+
+    In evaluation mode a BatchNorm is an affine map with constants, and so a part of the convolution (Jacob et al. 2018,
+    https://arxiv.org/abs/1712.05877, section 3.2): a pass over the activations less for each.
+    """
+    folded = copy.deepcopy(model).eval()
+    for module in list(folded.modules()):
+        children = list(module.named_children())
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return folded
 
 
 def freeze_backbone(model: ResNet) -> None:

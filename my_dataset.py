@@ -3,13 +3,12 @@
 import functools
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
@@ -30,62 +29,39 @@ class ImageError(OSError):
         return super().__str__().rstrip().rpartition("\n")[-1].rpartition("ImageError: ")[-1]
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file, of any mode that Pillow knows, as RGB with 8 bits a channel; see `decode`.
-
-    Raises:
-        ImageError: the file is missing, unreadable, damaged or no image.
-    """
-    with open_image(path) as image:
-        return decode(image)
-
-
-@contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """Open an image file for a while: its header is read, its pixels are not.
-
-    Raises:
-        ImageError: the file is missing, unreadable or no image.
-    """
-    with _errors_named(path):
-        image = Image.open(path)
-    with image:
-        yield image
-
-
-def decode(image: Image.Image, shrink: float = 1.0) -> Image.Image:
-    """An opened image, of any mode that Pillow knows, as RGB with 8 bits a channel.
+def read_image(path: str | os.PathLike, least_side: int | None = None) -> Image.Image:
+    """Read an image file, of any mode that Pillow knows, as RGB with 8 bits a channel.
 
     A photograph's orientation tag is obeyed, 16-bit grey is scaled down (not clipped), what is transparent becomes
     white, and of an animation the first frame is taken.
 
     Args:
-        shrink: the caller is going to scale the image down by this factor. A JPEG may then come back at 1/2, 1/4 or
-            1/8 of its size, by no more than `shrink`: libjpeg scales while it decodes, in a fraction of the time.
+        least_side: the pixels that are needed of the shorter side. A larger image comes back at 1/2, 1/3, 1/4, ... of
+            its size, with no fewer than that; libjpeg scales by powers of 2 as it decodes, in a fraction of the time.
 
     Raises:
-        ImageError: the file is damaged.
+        ImageError: the file is missing, unreadable, damaged or no image.
     """
-    with _errors_named(getattr(image, "filename", "")):
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image.load()
-        image = ImageOps.exif_transpose(image)
+    return _read(path, least_side)[0]
+
+
+def _read(path: str | os.PathLike, least_side: int | None) -> tuple[Image.Image, bool]:
+    """`read_image`, and whether the image has been scaled."""
+    with _errors_named(path), Image.open(path) as file:
+        image = file
+        full_size = min(image.size)
+        if least_side is not None:
+            factor = max(1, full_size // least_side)
+            image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" or image.mode.startswith("I"):
             image = _to_8_bit(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """The width and height that `decode` gives an opened image: its orientation tag may swap them.
-
-    Raises:
-        ImageError: the file is damaged.
-    """
-    with _errors_named(getattr(image, "filename", "")):
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size[::-1] if on_its_side else image.size
+        image = image.convert("RGB")
+        if least_side is not None and min(image.size) >= 2 * least_side:
+            image = image.reduce(min(image.size) // least_side)
+        return image, min(image.size) < full_size
 
 
 @contextmanager
@@ -119,7 +95,10 @@ class MyDataSet(Dataset):
     Args:
         images_path: the image files.
         images_class: the label of each, an int from 0.
-        transform: takes a PIL RGB image; without one the PIL image itself is the item.
+        transform: takes a PIL RGB image; without one the PIL image itself is the item. One with an attribute
+            `least_side`, as this module's have, takes a uint8 tensor (3, H, W): the image that `read_image` gives.
+        cache_bytes: keep images that `least_side` made smaller, for the epochs to come, in this much memory at most.
+            It fills as they are read; the workers of a DataLoader share it.
 
     Images whose width/height is above 10 or below 0.1 are left out, with a line that says so; the lists given are not
     touched. `images_path` and `images_class` hold what is left.
@@ -136,6 +115,8 @@ class MyDataSet(Dataset):
         images_path: Sequence[str | os.PathLike],
         images_class: Sequence[int],
         transform: Callable | None = None,
+        *,
+        cache_bytes: int = 0,
     ) -> None:
         if len(images_path) != len(images_class):
             raise ValueError(f"{len(images_path)} images, but {len(images_class)} labels")
@@ -143,6 +124,7 @@ class MyDataSet(Dataset):
         self.images_path = [path for path, use in zip(images_path, usable, strict=True) if use]
         self.images_class = [label for label, use in zip(images_class, usable, strict=True) if use]
         self.transform = transform
+        self._cache = _ImageCache(len(self.images_path), cache_bytes) if cache_bytes > 0 else None
         left_out = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
         if left_out:
             more = ", ..." if len(left_out) > 3 else ""
@@ -156,15 +138,25 @@ class MyDataSet(Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int]:
         index, seed = item if isinstance(item, tuple) else (item, None)
-        with open_image(self.images_path[index]) as image:
-            if not isinstance(self.transform, FileTransform):
-                image = decode(image)
-            if self.transform is not None:
-                with torch.random.fork_rng(devices=[], enabled=seed is not None):
-                    if seed is not None:
-                        torch.default_generator.manual_seed(seed)
-                    image = self.transform(image)
+        image = self._image(index)
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)
+                image = self.transform(image)
         return image, self.images_class[index]
+
+    def _image(self, index: int) -> Image.Image | Tensor:
+        path, least_side = self.images_path[index], getattr(self.transform, "least_side", None)
+        if least_side is None:
+            return read_image(path)
+        pixels = self._cache.get(index) if self._cache else None
+        if pixels is None:
+            image, scaled = _read(path, least_side)
+            pixels = F.pil_to_tensor(image)
+            if self._cache and scaled:
+                self._cache.put(index, pixels)
+        return pixels
 
     @staticmethod
     def collate_fn(batch: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -174,6 +166,33 @@ class MyDataSet(Dataset):
         """
         images, labels = zip(*batch, strict=True)
         return stack_images(images), torch.as_tensor(labels, dtype=torch.int64)
+
+
+class _ImageCache:
+    """Decoded images (3, H, W) uint8, in memory that all worker processes share."""
+
+    def __init__(self, images: int, size: int) -> None:
+        # Memory is taken as it is written to, unlike by share_memory_(), which fills it with a copy.
+        self._pixels = torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+        self._places = torch.zeros(images, 3, dtype=torch.int64).share_memory_()  # start, height, width
+        self._used = torch.multiprocessing.get_context().Value("q", 0)
+
+    def get(self, index: int) -> Tensor | None:
+        start, height, width = self._places[index].tolist()
+        if width == 0:
+            return None
+        return self._pixels[start : start + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+
+    def put(self, index: int, image: Tensor) -> None:
+        """Keep an image, if there is still room for it."""
+        pixels = image.permute(1, 2, 0).flatten()
+        with self._used.get_lock():
+            start = self._used.value
+            if start + len(pixels) > len(self._pixels):
+                return
+            self._used.value += len(pixels)
+        self._pixels[start : start + len(pixels)] = pixels
+        self._places[index] = torch.tensor([start, *image.shape[1:]])
 
 
 def _is_extreme(path: str | os.PathLike) -> bool:
@@ -218,55 +237,45 @@ class EpochSampler(Sampler):
 # --- transforms and normalisation ---------------------------------------------------------------------------------
 
 
-class FileTransform(ABC):
-    """A transform that takes an opened image and decodes no more of it than it needs; a PIL image in memory, too.
+class TrainTransform:
+    """RGB image -> uint8 (3, img_size, img_size): a random resized crop and a horizontal flip, the tutorial's.
 
-    It says how much the part that it wants of the image is going to shrink before that image is decoded.
+    `least_side`: more pixels than that the image need not have on its shorter side. At 224 px it makes photographs
+    the size of ImageNet's, whose smallest crops are enlarged likewise.
     """
 
-    @abstractmethod
-    def __call__(self, image: Image.Image) -> Tensor:
-        """PIL image, opened or in memory -> uint8 (3, H, W).
-
-        Raises:
-            ImageError: the file is damaged.
-        """
-
-
-class TrainTransform(FileTransform):
-    """PIL image -> uint8 (3, img_size, img_size): a random resized crop and a horizontal flip, the tutorial's."""
-
     def __init__(self, img_size: int = 224) -> None:
-        self.crop = v2.RandomResizedCrop(img_size)
+        self.least_side = math.ceil(1.5 * img_size)
+        self.crop = v2.RandomResizedCrop(img_size, antialias=True)
         self.flip = v2.RandomHorizontalFlip()
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """See `FileTransform`."""
-        width, height = upright_size(image)
-        box = self.crop.make_params([torch.empty(3, height, width, device="meta")])  # of which it takes the size
-        pixels = decode(image, shrink=min(box["height"], box["width"]) / self.crop.size[0])
-        # The same box in what has been decoded, which may be smaller.
-        x, y = pixels.width / width, pixels.height / height
-        left, right = round(box["left"] * x), round((box["left"] + box["width"]) * x)
-        top, bottom = round(box["top"] * y), round((box["top"] + box["height"]) * y)
-        pixels = F.pil_to_tensor(pixels.crop((left, top, right, bottom)))
-        return self.flip(F.resize(pixels, self.crop.size, antialias=True))
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
+        return self.flip(self.crop(_to_tensor(image)))
 
 
-class EvalTransform(FileTransform):
-    """PIL image -> uint8 (3, img_size, img_size): the shorter side to 256/224 of the size, then the centre."""
+class EvalTransform:
+    """RGB image -> uint8 (3, img_size, img_size): the shorter side to 256/224 of the size, then the centre.
+
+    `least_side`: as `TrainTransform`'s.
+    """
 
     def __init__(self, img_size: int = 224) -> None:
+        self.least_side = math.ceil(1.5 * img_size)
         self.img_size = img_size
         self.shorter_side = round(img_size * 256 / 224)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """See `FileTransform`."""
-        pixels = F.pil_to_tensor(decode(image, shrink=min(image.size) / self.shorter_side))
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
+        pixels = _to_tensor(image)
         # Only the centre is looked at: what lies far from it needs no scaling (a picture of 1 x 20,000 pixels).
         height, width = pixels.shape[-2:]
         pixels = F.center_crop(pixels, [min(height, width * MAX_ASPECT_RATIO), min(width, height * MAX_ASPECT_RATIO)])
         return F.center_crop(F.resize(pixels, [self.shorter_side], antialias=True), [self.img_size])
+
+
+def _to_tensor(image: Image.Image | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else F.pil_to_tensor(image)
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_utils import DataError, list_images_below, read_class_indices
-from model import MODELS, ResNet, WeightsError, evaluation_mode, load_model
-from my_dataset import EvalTransform, ImageError, open_image, stack_images, to_pixels
+from model import MODELS, ResNet, WeightsError, evaluation_mode, fold_batch_norm, load_model
+from my_dataset import EvalTransform, ImageError, read_image, stack_images, to_pixels
 from run_utils import (
     FlagParser,
     UsageError,
@@ -133,8 +133,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
         try:
-            with open_image(self.files[index].path) as image:
-                return self.transform(image)
+            return self.transform(read_image(self.files[index].path, self.transform.least_side))
         except ImageError as error:
             return error
 
@@ -145,6 +144,7 @@ def predict_images(
     """Each of `files` with its image (3, H, W) uint8 and its probabilities (classes,), or why it cannot be read."""
     workers = min(available_cores(), 8) if len(files) > MANY_IMAGES else 0
     loader = DataLoader(_Images(files, img_size), BATCH_SIZE, num_workers=workers, collate_fn=list)
+    model = fold_batch_norm(model)
     blank = torch.zeros(3, img_size, img_size, dtype=torch.uint8)
     waiting = iter(files)
     for outcomes in loader:

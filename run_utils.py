@@ -1,11 +1,13 @@
 """A run: its command line, device, folder and checkpoints."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -127,6 +129,18 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux; less than the machine has in a container or under taskset
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """The bytes of memory that a program can still take and share among its processes; 0 where nothing tells."""
+    available = []
+    with contextlib.suppress(OSError):
+        available.append(1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]))
+        available.append(shutil.disk_usage("/dev/shm").free)  # shared memory lives there, and may be limited
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        if limit.strip() != "max":  # a container's
+            available.append(int(limit) - int(used))
+    return max(0, min(available, default=0))
 
 
 # --- folder and checkpoints ---------------------------------------------------------------------------------------

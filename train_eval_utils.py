@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import evaluation_mode
+from model import ResNet, evaluation_mode, fold_batch_norm
 from my_dataset import prepare_batch
 
 READ_SECONDS = 0.5  # between two looks at the loss
@@ -161,6 +161,7 @@ def collect_logits(
     """
     all_logits, all_labels = [], []
     with evaluation_mode(model):
+        model = fold_batch_norm(model) if isinstance(model, ResNet) else model
         for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=None, dynamic_ncols=True):
             all_logits.append(compute_logits(model, images, device, amp_dtype))
             all_labels.append(labels)

@@ -4,6 +4,7 @@ python tests/bench.py train --data-path flower_photos       # whole epochs, ours
 python tests/bench.py evaluate --data-path flower_photos    # evaluation alone, likewise
 python tests/bench.py ceiling --data-path flower_photos     # our step against the same step on data in memory
 python tests/bench.py ceiling --large                       # ... on drawn JPEGs of 4000 x 3000 px
+python tests/bench.py loading                               # images a second for a device that takes no time, on these
 python tests/bench.py logging --data-path flower_photos     # TensorBoard and checkpoints, their part of an epoch
 python tests/bench.py predict --data-path flower_photos     # predict.py: one image, and 500
 python tests/bench.py startup --data-path flower_photos     # train.py until its first step is done
@@ -17,6 +18,7 @@ serves.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -52,7 +54,7 @@ import train
 from data_utils import find_split, plot_class_preds, write_class_indices
 from model import MODELS, to_device
 from my_dataset import MEAN, STD, EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from run_utils import available_cores, describe_device, select_device, select_precision
+from run_utils import available_cores, available_memory, describe_device, select_device, select_precision
 from sample_flowers import CLASS_NAMES, draw_flower
 from train_eval_utils import collect_logits, train_one_epoch
 
@@ -314,7 +316,12 @@ class Ours:
         self.device = select_device(args.device)
         self.amp_dtype, _ = select_precision(args.amp, self.device)
         self.split, _ = find_split(data)
-        self.train_set = MyDataSet(self.split.train_paths, self.split.train_labels, TrainTransform(args.img_size))
+        self.train_set = MyDataSet(
+            self.split.train_paths,
+            self.split.train_labels,
+            TrainTransform(args.img_size),
+            cache_bytes=available_memory() // 8,
+        )
         self.sampler = EpochSampler(len(self.train_set))
         self.train_loader = train.make_loader(self.train_set, self.args, self.device, self.sampler)
         torch.manual_seed(0)
@@ -374,6 +381,22 @@ def bench_ceiling(args: argparse.Namespace) -> None:
             Comparison(args, "large files" if args.large else "files", "files", "memory", len(ours.train_set)),
             lambda: seconds_of(lambda: ours.train(ours.train_loader), ours.device),
             lambda: seconds_of(lambda: ours.train(in_memory), ours.device),
+        )
+
+
+def bench_loading(args: argparse.Namespace) -> None:
+    """Epochs of loading alone, of large images: those that are kept in memory, against all of them decoded again."""
+    with drawn_large_images(args.images or 200) as data:
+        ours = Ours(args, data)
+        paths, labels = ours.split.train_paths, ours.split.train_labels
+        again_set = MyDataSet(paths, labels, TrainTransform(args.img_size))
+        again_loader = train.make_loader(again_set, ours.args, ours.device, ours.sampler)
+        for loader in (ours.train_loader, again_loader):  # starts the workers, which stay, and fills the memory
+            collections.deque(loader, maxlen=0)
+        compare(
+            Comparison(args, "loading large files", "kept", "decoded", len(paths)),
+            lambda: seconds_of(lambda: collections.deque(ours.train_loader, maxlen=0)),
+            lambda: seconds_of(lambda: collections.deque(again_loader, maxlen=0)),
         )
 
 

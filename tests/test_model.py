@@ -13,6 +13,7 @@ from model import (
     ResNet,
     WeightsError,
     evaluation_mode,
+    fold_batch_norm,
     freeze_backbone,
     load_model,
     load_pretrained,
@@ -97,6 +98,19 @@ def test_evaluation_mode_gives_each_module_its_mode_back():
     assert model.training
     assert model.layer1.training
     assert not model.bn1.training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_batch_norm_folded_the_logits_are_the_same(name):
+    model, _ = pair(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded = fold_batch_norm(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    images = torch.randn(2, 3, 64, 64)
+    with evaluation_mode(model), evaluation_mode(folded):
+        assert torch.allclose(folded(images), model(images), rtol=1e-3, atol=1e-4)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_freezing_leaves_fc_alone():

@@ -1,6 +1,8 @@
 """Reading images of every kind, the data set, the order of an epoch, and normalisation."""
 
+import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from conftest import write_image
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
@@ -19,12 +22,9 @@ from my_dataset import (
     ImageError,
     MyDataSet,
     TrainTransform,
-    decode,
-    open_image,
     prepare_batch,
     read_image,
     to_pixels,
-    upright_size,
 )
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
@@ -100,31 +100,37 @@ def jpeg(path: Path, size: tuple[int, int] = (1600, 1200), orientation: int = 1)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize(("shrink", "factor"), [(1, 1), (1.9, 1), (2, 2), (3.99, 2), (4, 4), (8, 8), (100, 8)])
-def test_a_jpeg_is_decoded_at_no_less_than_is_asked_for(tmp_path, orientation, shrink, factor):
-    with open_image(jpeg(tmp_path / "a.jpg", orientation=orientation)) as image:
-        width, height = upright_size(image)
-        assert (width, height) == ((1200, 1600) if orientation in (6, 8) else (1600, 1200))
-        assert decode(image, shrink).size == (width / factor, height / factor)
+@pytest.mark.parametrize(
+    ("least_side", "factor"), [(1300, 1), (601, 1), (600, 2), (301, 2), (300, 4), (100, 8), (75, 16)]
+)
+def test_a_large_image_is_read_at_no_less_than_is_asked_for(tmp_path, orientation, least_side, factor):
+    image = read_image(jpeg(tmp_path / "a.jpg", orientation=orientation), least_side)
+    width, height = (1200, 1600) if orientation in (6, 8) else (1600, 1200)
+    assert image.size == (math.ceil(width / factor), math.ceil(height / factor))
 
 
-def test_formats_that_cannot_be_scaled_are_decoded_in_full(tmp_path):
-    with open_image(write_image(tmp_path / "a.png", (200, 160))) as image:
-        assert decode(image, shrink=4).size == (200, 160)
+def test_libjpeg_scales_a_large_image_while_it_decodes(tmp_path, monkeypatch):
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(image.size) or load(image))
+    read_image(jpeg(tmp_path / "a.jpg"), 150)
+    assert set(decoded) == {(200, 150)}
+
+
+@pytest.mark.parametrize(("mode", "factor"), [("RGB", 3), ("L", 3), ("P", 3), ("RGBA", 3), ("I;16", 3), ("1", 3)])
+def test_images_of_other_formats_are_scaled_after_decoding(tmp_path, mode, factor):
+    picture = Image.new("RGB", (320, 300), "red").convert("L" if mode == "I;16" else mode).convert(mode)
+    picture.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 100).size == (math.ceil(320 / factor), 100)
+    assert read_image(tmp_path / "a.png", 151).size == (320, 300)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("transform", [TrainTransform(64), EvalTransform(64)])
-def test_scaled_decoding_gives_the_same_picture(tmp_path, orientation, transform):
-    path = jpeg(tmp_path / "a.jpg", orientation=orientation)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        from_memory = transform(read_image(path))
-        torch.manual_seed(seed)
-        with open_image(path) as image:
-            from_file = transform(image)
-            assert image.width < 1600  # not all of it was decoded
-        assert (from_file.int() - from_memory.int()).abs().float().mean() < 2
+def test_a_scaled_image_gives_the_same_picture(tmp_path, orientation):
+    path, transform = jpeg(tmp_path / "a.jpg", orientation=orientation), EvalTransform(64)
+    full, scaled = read_image(path), read_image(path, transform.least_side)
+    assert scaled.width == full.width / 8
+    assert (transform(full).int() - transform(scaled).int()).abs().float().mean() < 2
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
@@ -297,3 +303,56 @@ def test_no_global_generator_moves(tmp_path):
         data_set[item]
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+# --- the images that are kept in memory -------------------------------------------------------------------------
+
+
+def large_images(folder: Path) -> list[str]:
+    return [str(jpeg(folder / f"{index}.jpg", size=(1600 + 8 * index, 1200))) for index in range(6)]
+
+
+def two_epochs(paths: list[str], workers: int, between: Callable = lambda: None, **keywords) -> list[torch.Tensor]:
+    data_set = MyDataSet(paths, range(len(paths)), TrainTransform(64), **keywords)
+    sampler = EpochSampler(len(paths))
+    loader = DataLoader(
+        data_set,
+        1,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=MyDataSet.collate_fn,
+    )
+    images = [image for image, _ in loader]
+    between()
+    sampler.set_epoch(1)
+    return images + [image for image, _ in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_images_are_read_once_by_whichever_worker_and_the_batches_are_the_same(tmp_path, workers):
+    paths = large_images(tmp_path)
+    expected = two_epochs(paths, workers=0)
+    kept = two_epochs(paths, workers, lambda: [Path(path).unlink() for path in paths], cache_bytes=2**20)
+    assert torch.equal(torch.cat(kept), torch.cat(expected))
+
+
+def test_no_more_is_kept_than_is_allowed(tmp_path):
+    paths = large_images(tmp_path)
+    data_set = MyDataSet(paths, range(len(paths)), EvalTransform(64), cache_bytes=200_000)  # each takes some 90,000
+    before = [data_set[index][0] for index in range(len(paths))]
+    for path in paths:
+        Path(path).unlink()
+    assert all(torch.equal(data_set[index][0], before[index]) for index in (0, 1))
+    for index in range(2, len(paths)):
+        with pytest.raises(ImageError, match="No such file"):
+            data_set[index]
+
+
+def test_images_that_were_not_scaled_are_not_kept(tmp_path):
+    path = write_image(tmp_path / "a.png", (190, 190))
+    data_set = MyDataSet([path], [0], EvalTransform(64), cache_bytes=2**20)
+    assert data_set[0][0].shape == (3, 64, 64)
+    path.unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        data_set[0]

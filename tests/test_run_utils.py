@@ -13,6 +13,7 @@ from run_utils import (
     FlagParser,
     UsageError,
     available_cores,
+    available_memory,
     create_run_folder,
     newest_weights,
     printable,
@@ -89,6 +90,11 @@ def test_devices(monkeypatch, capsys):
 
 def test_cores_are_those_of_this_process():
     assert 1 <= available_cores() <= os.cpu_count()
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+def test_available_memory_is_some_of_the_machines():
+    assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_runs_do_not_share_a_folder(tmp_path):
