@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import download_url
+from tqdm import tqdm
 
 from model import evaluation_mode
 from my_dataset import ImageError, prepare_batch, read_image, to_pixels
@@ -218,6 +219,96 @@ def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], N
         except OSError as error:
             on_error(error)
     return images
+
+
+class _Problems(Dataset):
+    """What is wrong with each image file, None if nothing is."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            read_image(self.paths[index], least_side=1)  # all of the file is read, as little as possible is kept
+        except ImageError as error:
+            return str(error)
+        return None
+
+
+def check_images(paths: Sequence[str], known: dict[str, list], workers: int = 0) -> dict[str, list]:
+    """Read every image, and say what is wrong with it.
+
+    Args:
+        known: the result of another time: a file of the same size and time is not read again.
+        workers: processes that read.
+
+    Returns:
+        {path in full: [size in bytes, time of its last change in ns, what is wrong or None]}.
+    """
+    found = {path: _size_and_time(path) for path in paths}
+    result, unknown = {}, []
+    for path, state in found.items():
+        full = str(Path(path).absolute())
+        before = known.get(full)
+        if isinstance(before, list) and before[:2] == state and state[0] >= 0:
+            result[full] = before
+        else:
+            unknown.append(path)
+    workers = workers if len(unknown) > 100 else 0  # which take a while to start
+    loader = DataLoader(_Problems(unknown), batch_size=16, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
+        checked = iter(unknown)
+        for problems in loader:
+            for problem in problems:
+                path = next(checked)
+                result[str(Path(path).absolute())] = [*found[path], problem]
+            bar.update(len(problems))
+    return result
+
+
+def leave_out(split: Split, problems: dict[str, str]) -> Split:
+    """`split` without the images that `problems` names by their path in full.
+
+    Raises:
+        DataError: a class, or validation, would have no image left.
+    """
+
+    def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
+        kept = [pair for pair in zip(paths, labels, strict=True) if str(Path(pair[0]).absolute()) not in problems]
+        return [path for path, _ in kept], [label for _, label in kept]
+
+    left = Split(
+        split.class_names,
+        *usable(split.train_paths, split.train_labels),
+        *usable(split.val_paths, split.val_labels),
+    )
+    for label, name in enumerate(split.class_names):
+        if label in split.train_labels and label not in left.train_labels:
+            raise DataError(f"class {name}: none of its images can be used, see {next(iter(problems.values()))}")
+    if split.val_paths and not left.val_paths:
+        raise DataError(f"none of the images for validation can be used: {next(iter(problems.values()))}")
+    return left
+
+
+def _size_and_time(path: str) -> list[int]:
+    try:
+        status = Path(path).stat()
+    except OSError:  # a link to nowhere, a folder that must not be entered: reading will tell
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def describe_files(split: Split) -> dict[str, list[list[int]]]:
+    """{"daisy/a.jpg": [[size in bytes, time of the last change in ns]], ...}; two where both folders have that name."""
+    files: dict[str, list[list[int]]] = {}
+    for paths, labels in ((split.train_paths, split.train_labels), (split.val_paths, split.val_labels)):
+        for path, label in zip(paths, labels, strict=True):
+            name = f"{split.class_names[label]}/{Path(path).name}"
+            files.setdefault(name, []).append(_size_and_time(path))
+    return {name: sorted(versions) for name, versions in files.items()}
 
 
 def _subfolders(root: str | os.PathLike) -> list[Path]:

@@ -1,10 +1,14 @@
 """One image file becomes one (image, label): reading, transforms, normalisation, collation, the order of an epoch."""
 
+import contextlib
 import functools
 import math
+import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +102,7 @@ class MyDataSet(Dataset):
         transform: takes a PIL RGB image; without one the PIL image itself is the item. One with an attribute
             `least_side`, as this module's have, takes a uint8 tensor (3, H, W): the image that `read_image` gives.
         cache_bytes: keep images that `least_side` made smaller, for the epochs to come, in this much memory at most.
-            It fills as they are read; the workers of a DataLoader share it.
+            It fills as they are read; the workers of a DataLoader share it, where they are forked (as on Linux).
 
     Images whose width/height is above 10 or below 0.1 are left out, with a line that says so; the lists given are not
     touched. `images_path` and `images_class` hold what is left.
@@ -146,6 +150,9 @@ class MyDataSet(Dataset):
                 image = self.transform(image)
         return image, self.images_class[index]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}  # memory can be inherited, not sent: spawned workers do without
+
     def _image(self, index: int) -> Image.Image | Tensor:
         path, least_side = self.images_path[index], getattr(self.transform, "least_side", None)
         if least_side is None:
@@ -169,11 +176,11 @@ class MyDataSet(Dataset):
 
 
 class _ImageCache:
-    """Decoded images (3, H, W) uint8, in memory that all worker processes share."""
+    """Decoded images (3, H, W) uint8, in memory that this process shares with those forked from it."""
 
     def __init__(self, images: int, size: int) -> None:
-        # Memory is taken as it is written to, unlike by share_memory_(), which fills it with a copy.
-        self._pixels = torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+        # An anonymous mapping takes memory when it is written to; torch's shared tensors take all of it at once.
+        self._pixels = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         self._places = torch.zeros(images, 3, dtype=torch.int64).share_memory_()  # start, height, width
         self._used = torch.multiprocessing.get_context().Value("q", 0)
 
@@ -195,6 +202,52 @@ class _ImageCache:
         self._places[index] = torch.tensor([start, *image.shape[1:]])
 
 
+class Tolerant(Dataset):
+    """A `MyDataSet` for long runs, during which files vanish and break: each such file is a line on standard error.
+
+    Args:
+        images: what to read.
+        replace: the next image that can be read, with its label, takes the place of one that cannot; otherwise that
+            is left out of its batch.
+
+    Raises (from `[]`):
+        ImageError: it is to be replaced, and no image at all can be read.
+    """
+
+    def __init__(self, images: MyDataSet, *, replace: bool) -> None:
+        self.images = images
+        self.replace = replace
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int] | None:
+        index, *seed = item if isinstance(item, tuple) else (item,)
+        try:
+            return self.images[item]
+        except ImageError as error:
+            print(
+                f"{error}; {'the next image takes its place' if self.replace else 'left out'}",
+                file=sys.stderr,
+                flush=True,
+            )
+            for offset in range(1, len(self) if self.replace else 0):
+                other = (index + offset) % len(self)
+                with contextlib.suppress(ImageError):  # which gets a line of its own when its turn comes
+                    return self.images[(other, *seed) if seed else other]
+            if self.replace:
+                raise ImageError(f"{error}; nor any other image") from error
+            return None
+
+    @staticmethod
+    def collate_fn(batch: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+        """As `MyDataSet.collate_fn`, of those that could be read; (0, 3, 0, 0) and (0,) if there are none."""
+        readable = [item for item in batch if item is not None]
+        if not readable:
+            return torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        return MyDataSet.collate_fn(readable)
+
+
 def _is_extreme(path: str | os.PathLike) -> bool:
     try:
         with Image.open(path) as image:  # reads the header only
@@ -209,7 +262,8 @@ class EpochSampler(Sampler):
 
     Yields (index, seed): the order is a function of `seed` and the epoch, an image's seed one of `seed`, the epoch and
     the image's index. Neither depends on the number of workers, nor on what ran before. The order lives in the main
-    process, so that workers that persist over epochs need not be told. Call `set_epoch` before each epoch.
+    process, so that workers that persist over epochs need not be told. Call `set_epoch` before each epoch. An epoch
+    that was broken off goes on at an image of its order.
 
     Args:
         size: the number of images.
@@ -219,18 +273,19 @@ class EpochSampler(Sampler):
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size = size
         self.seed = seed
-        self.epoch = 0
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch, from 0, the next pass is."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Say which epoch, from 0, the next pass is, and how many of its images it leaves out at the beginning."""
         self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
-        return self.size
+        return max(0, self.size - self.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        for index in order.tolist():
+        for index in order[self.start :].tolist():
             yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
 
 

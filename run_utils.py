@@ -7,14 +7,31 @@ import json
 import os
 import platform
 import re
-import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from multiprocessing import connection, parent_process
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor, nn
+
+from train_eval_utils import MeanLoss
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what earlier runs have found out about image files
+SECONDS_BETWEEN_SAVES = 60  # at least, within an epoch
 
 
 class UsageError(ValueError):
@@ -124,6 +141,11 @@ def _cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # before torch 2.12
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a GPU, or of the machine, did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def available_cores() -> int:
     """The CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux; less than the machine has in a container or under taskset
@@ -132,18 +154,17 @@ def available_cores() -> int:
 
 
 def available_memory() -> int:
-    """The bytes of memory that a program can still take and share among its processes; 0 where nothing tells."""
+    """The bytes of memory that a program can still take; 0 where nothing tells."""
     available = []
     with contextlib.suppress(OSError):
         available.append(1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]))
-        available.append(shutil.disk_usage("/dev/shm").free)  # shared memory lives there, and may be limited
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
         if limit.strip() != "max":  # a container's
             available.append(int(limit) - int(used))
     return max(0, min(available, default=0))
 
 
-# --- folder and checkpoints ---------------------------------------------------------------------------------------
+# --- folder -------------------------------------------------------------------------------------------------------
 
 
 def create_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
@@ -159,16 +180,36 @@ def create_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
         return folder
 
 
-def newest_weights(root: str | os.PathLike = "runs") -> Path:
-    """The weights/best.pth under `root` that was written last.
+def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth") -> Path:
+    """The weights/best.pth, or another `file_name`, under `root` that was written last.
 
     Raises:
         UsageError: there is none.
     """
-    found = list(Path(root).glob("*/weights/best.pth"))
+    found = list(Path(root).glob(f"*/weights/{file_name}"))
     if not found:
-        raise UsageError(f"no weights given, and no run in {root} has a best.pth: train first, or give --weights PATH")
+        raise UsageError(f"no run in {root} has a {file_name}: train first, or give a path")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def lock_run(run: Path) -> Callable[[], None]:
+    """Keep other processes from writing to this run as well; the lock ends with the process, however that ends.
+
+    Returns:
+        What ends it earlier.
+
+    Raises:
+        UsageError: another process has the lock.
+    """
+    if fcntl is None:
+        return lambda: None
+    file = open(run / ".lock", "w")  # noqa: SIM115 - held open for as long as the run takes
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(f"{run}: another process is training this run") from error
+    return file.close
 
 
 def write_args(args: argparse.Namespace, path: str | os.PathLike) -> None:
@@ -179,12 +220,323 @@ def write_args(args: argparse.Namespace, path: str | os.PathLike) -> None:
     Path(path).write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
-def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
-    """`torch.save` under a temporary name, then a rename: a file of that name is always whole."""
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp")
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file that is whole at any instant."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(content, unfinished)
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty where there is no such file, or a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_same_data(
+    folder: Path, files: dict[str, list], class_names: list[str], checkpoint: dict[str, Any], may_differ: bool
+) -> None:
+    """Compare the data with what a run was trained on before, and name each file that differs on standard error.
+
+    Args:
+        files: what `describe_files` gives; the run's folder holds what it gave then.
+
+    Raises:
+        UsageError: other classes; other files, unless they may differ.
+    """
+    if class_names != checkpoint.get("class_names"):
+        raise UsageError(f"the data has the classes {', '.join(class_names)}, and the run was trained on others")
+    before = read_json(folder / "files.json")
+    names = [name for name in sorted(before.keys() | files.keys()) if before.get(name) != files.get(name)]
+    for name in names:
+        what = "is gone" if name not in files else "is new" if name not in before else "has changed"
+        print(f"{printable(name)} {what}", file=sys.stderr)
+    if names and not may_differ:
+        raise UsageError(
+            f"{len(names)} files are not as they were when the run began; put them back, or give "
+            f"--allow-changed-data to go on with what is there"
+        )
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
+    """`torch.save`, so that a file of that name is whole at any instant, also after a power cut.
+
+    It is written under a temporary name, forced to the disk, and renamed.
+
+    Raises:
+        OSError: it cannot be written; the file that was there is as it was.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch has its own words for a disk that is full
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be written"
+        raise OSError(f"cannot save {path}: {reason}; the checkpoint from before is whole") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            unfinished.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's list of names to the disk, where the system can (Windows does so by itself)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def find_checkpoint(run: str) -> Path:
+    """The last.pth that `--resume` means: of a run's name or folder, by its own path, or ("") of the newest run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not run:
+        return newest_weights(file_name="last.pth")
+    candidates = [Path(run), Path(run, "weights", "last.pth"), Path("runs", run, "weights", "last.pth")]
+    for path in candidates:
+        if path.is_file():
+            if path.absolute().parent.name != "weights":
+                raise UsageError(f"--resume {run}: it must be the last.pth in the folder weights of its run")
+            return path.absolute() if len(path.parents) < 3 else path
+    raise UsageError(f"--resume {run}: no run with a checkpoint; there is no {candidates[1]}, nor {candidates[2]}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `train.py` saved to resume from.
+
+    Raises:
+        UsageError: it is something else, or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
+        raise UsageError(f"{path}: not a checkpoint to resume from, or a damaged one") from error
+    progress = content.get("resume") if isinstance(content, dict) else None
+    command, epoch = (progress.get("command"), progress.get("epoch")) if isinstance(progress, dict) else (None, None)
+    if not (isinstance(command, list) and all(isinstance(word, str) for word in command) and isinstance(epoch, int)):
+        raise UsageError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
+    return content
+
+
+class Run:
+    """The progress of a training run, and everything that it takes to go on after an interruption.
+
+    Args:
+        folder: the run's.
+        info: what a weights file tells of its model: {"model": ..., "class_names": ..., "img_size": ...}.
+        command: the words of its command line.
+
+    `epoch` is the one under way, `mean_loss` that of its steps so far.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        info: dict[str, Any],
+        command: list[str],
+    ) -> None:
+        self.folder = folder
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.info, self.command = info, command
+        self.epoch = 0
+        self.mean_loss = MeanLoss()
+        self.last: dict[str, Any] = {"epoch": None, "accuracy": None}
+        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0}
+        self._saved_at, self._saving_takes = 0.0, 0.0
+
+    @property
+    def weights(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "weights"
+
+    def save(self) -> None:
+        """Write last.pth: the epoch under way, after the steps that `mean_loss` counts.
+
+        The event files must have been flushed.
+
+        Raises:
+            FloatingPointError: training has diverged; last.pth stays the one from before.
+            OSError: it cannot be written, likewise.
+        """
+        start = time.perf_counter()
+        self.mean_loss.read()
+        state = self.state_dict()
+        if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+            raise FloatingPointError(
+                f"weights are infinite or not a number in epoch {self.epoch}: training diverged, a lower rate may help"
+            )
+        resume = {
+            "command": self.command,
+            "epoch": self.epoch,
+            "mean_loss": self.mean_loss.state,
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "events": event_sizes(self.folder),
+        }
+        save_checkpoint(self.info | self.last | {"state_dict": state, "resume": resume}, self.weights / "last.pth")
+        self._saved_at = time.perf_counter()
+        self._saving_takes = self._saved_at - start
+
+    def save_is_due(self) -> bool:
+        """Whether a minute has passed since last.pth was written, and 100 times as long as that took."""
+        return time.perf_counter() - self._saved_at > max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
+
+    def finish_epoch(self, accuracy: float) -> bool:
+        """Go to the next epoch: write best.pth if this one's validation `accuracy` is the best so far, and last.pth.
+
+        Returns:
+            Whether it is. Raises as `save`.
+        """
+        self.last = {"epoch": self.epoch, "accuracy": accuracy}
+        is_best = accuracy > self.best["accuracy"]
+        if is_best:
+            self.best = self.last
+            save_checkpoint(self.info | self.last | {"state_dict": self.state_dict()}, self.weights / "best.pth")
+        self.epoch += 1
+        self.mean_loss = MeanLoss()
+        self.save()
+        return is_best
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's, on the CPU, so that the files load on a machine without a GPU."""
+        return {name: value.cpu() for name, value in self.model.state_dict().items()}
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where `save` was called; what was written to the event files since then is taken back.
+
+        Raises:
+            UsageError: the checkpoint is damaged, or of another kind of model.
+        """
+        try:
+            resume = checkpoint["resume"]
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(resume["optimizer"])
+            self.scaler.load_state_dict(resume["scaler"])
+            losses = resume["mean_loss"]
+            self.epoch = resume["epoch"]
+            self.mean_loss = MeanLoss(float(losses["sum"]), int(losses["images"]), int(losses["steps"]))
+            self.best = {"epoch": resume["best"]["epoch"], "accuracy": float(resume["best"]["accuracy"])}
+            self.last = {key: checkpoint[key] for key in self.last}
+            cut_events(self.folder, dict(resume["events"]))
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
+
+
+# --- event files --------------------------------------------------------------------------------------------------
+
+
+def event_sizes(run: Path) -> dict[str, int]:
+    """The name and the size in bytes of each event file of a run, which are forced to the disk."""
+    sizes = {}
+    for path in run.glob("events.out.tfevents.*"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            sizes[path.name] = os.fstat(file.fileno()).st_size
+    return sizes
+
+
+def cut_events(run: Path, sizes: dict[str, int]) -> None:
+    """Take back what was written to a run's event files after `event_sizes`: it is going to be written again."""
+    for path in run.glob("events.out.tfevents.*"):
+        size = sizes.get(path.name, 0)
+        if size == 0:
+            path.unlink()
+        elif path.stat().st_size > size:
+            os.truncate(path, size)
+
+
+@contextlib.contextmanager
+def event_errors(run: Path) -> Iterator[None]:
+    """Let what goes wrong with a run's event file end the program with one line, which says so.
+
+    The event writer's own thread hands its error to the main thread as well: once is enough.
+    """
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            before(failure)
+
+    before, threading.excepthook = threading.excepthook, report
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # one that says already what it is about
+            raise
+        raise OSError(f"cannot write in {run}: {error.strerror}") from error
+    finally:
+        threading.excepthook = before
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+class StopRequest(Exception):  # noqa: N818 - a request, not an error
+    """The run has been asked to stop, by the signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class StopSignals:
+    """While it is entered, SIGINT and SIGTERM are noted, to be looked at between steps; a second one exits at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises `StopRequest` when a signal has come."""
+        if self.received is not None:
+            raise StopRequest(self.received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)  # workers notice; see `leave_with_the_run`
+        self.received = number
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not for signal handlers
+
+
+def leave_with_the_run(worker: int) -> None:
+    """For a DataLoader's `worker_init_fn`: a worker leaves signals to the run, and ends when the run does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def leave() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(0)
+
+    threading.Thread(target=leave, daemon=True).start()

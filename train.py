@@ -8,6 +8,7 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -28,28 +31,44 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import (
     DataError,
+    check_images,
+    describe_files,
     download_flower_photos,
     draw_predictions,
     find_split,
+    leave_out,
     read_label_file,
     write_class_indices,
 )
 from model import MODELS, ResNet, WeightsError, freeze_backbone, load_pretrained, to_device
-from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, read_image
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import (
+    KNOWN_IMAGES,
     FlagParser,
+    Run,
+    StopRequest,
+    StopSignals,
     UsageError,
     available_cores,
     available_memory,
+    check_same_data,
     create_run_folder,
     describe_device,
+    event_errors,
+    find_checkpoint,
+    is_out_of_memory,
+    leave_with_the_run,
+    lock_run,
     printable,
+    read_checkpoint,
+    read_json,
     save_checkpoint,
     select_device,
     select_precision,
     tolerate_any_name,
     true_or_false,
     write_args,
+    write_json,
 )
 from sample_flowers import draw_sample
 from train_eval_utils import accuracy, collect_logits, train_one_epoch
@@ -58,11 +77,20 @@ HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
 FLOWER_PHOTOS = HERE / "data" / "flower_photos"
 PLOT_IMG = HERE / "plot_img"
+MAY_CHANGE = {"epochs", "data_path", "val_path", "device", "workers", "save_every", "resume", "allow_changed_data"}
 FIGURE_IMAGES = 24  # at most, in the prediction figure
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train as the flags say."""
+def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, Any] | None = None) -> None:
+    """Train as the flags say.
+
+    Args:
+        command: the words of the command line, for `--resume`.
+        checkpoint: what the run that goes on has saved.
+
+    Raises:
+        StopRequest: a signal came; the run has been saved.
+    """
     matplotlib.use("Agg")  # figures go to files, also where there is a screen
     device = select_device(args.device)
     amp_dtype, precision = select_precision(args.amp, device)
@@ -72,41 +100,52 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
 
     # The data: what to train on, and what to validate on.
-    split, val_source = find_split(find_data(args), args.val_path, args.val_rate)
-    class_names = split.class_names
+    found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
+    class_names, files = found.class_names, describe_files(found)
     if args.num_classes not in (None, len(class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(class_names)} classes")
-    # Of large images the part of the memory that each set may keep them in: an eighth of what is free.
-    cache_bytes = available_memory() // 8
+    known_images = Path(args.resume).parent / KNOWN_IMAGES if checkpoint else Path("runs", KNOWN_IMAGES)
+    known = read_json(known_images)
+    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
+    problems = {path: problem for path, (*_, problem) in checked.items() if problem is not None}
+    if problems and args.strict:
+        raise DataError(f"--strict: {len(problems)} images cannot be used; {next(iter(problems.values()))}")
+    split = leave_out(found, problems)
+    cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
     train_set = MyDataSet(split.train_paths, split.train_labels, TrainTransform(args.img_size), cache_bytes=cache_bytes)
     val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(args.img_size), cache_bytes=cache_bytes)
     if not (len(train_set) and len(val_set)):
         raise DataError("no usable image is left for training or for validation")
     sampler = EpochSampler(len(train_set), args.seed)
-    train_loader = make_loader(train_set, args, device, sampler)
-    val_loader = make_loader(val_set, args, device)
+    train_loader = make_loader(Tolerant(train_set, replace=True), args, device, sampler)
+    val_loader = make_loader(Tolerant(val_set, replace=False), args, device)
 
     figure_images, figure_labels = choose_figure_images(val_set, class_names)
 
-    # The network, from scratch or from weights.
+    # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
-    weights_line = prepare_weights(model, args)
+    weights_line = prepare_weights(model, args, resumed=checkpoint is not None)
     to_device(model, device)
-
-    # Stochastic gradient descent, its rate on half a cosine from lr down to lr * lrf (https://arxiv.org/abs/1812.01187).
     optimizer = make_optimizer(model, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2 * (1 - args.lrf) + args.lrf
-    )
 
-    # The run's folder. Nothing has been written up to here, in case a flag or the data was wrong.
-    run = create_run_folder(args.name)
-    weights = run / "weights"
-    write_args(args, run / "args.json")
-    write_class_indices(class_names, run / "class_indices.json")
-    writer = SummaryWriter(log_dir=str(run))
-    write_graph(writer, model)
+    # The run. Nothing has been written up to here, in case a flag or the data was wrong.
+    folder = Path(args.resume) if checkpoint else create_run_folder(args.name)
+    unlock = lock_run(folder)
+    info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
+    run = Run(folder, model, optimizer, scaler, info, command)
+    if checkpoint:
+        check_same_data(folder, files, class_names, checkpoint, args.allow_changed_data)
+        run.load(checkpoint)
+    else:
+        write_args(args, folder / "args.json")
+        write_class_indices(class_names, folder / "class_indices.json")
+    write_json(files, folder / "files.json")
+    write_json(known | checked, known_images)
+    if problems:
+        (folder / "unusable_images.txt").write_text("\n".join([*problems.values(), ""]), encoding="utf-8")
+    with event_errors(folder):
+        writer = SummaryWriter(log_dir=str(folder))
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}")
@@ -114,74 +153,79 @@ def train(args: argparse.Namespace) -> None:
     print(f"model        {args.model}, {parameters:,} parameters, {weights_line}")
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
     print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({val_source})")
-    print(f"run          {run}")
+    if problems:
+        print(f"left out     {len(problems)} images that cannot be used: {folder / 'unusable_images.txt'} says why")
+    print(f"run          {folder}{f', on from epoch {run.epoch}, step {run.mean_loss.steps}' if checkpoint else ''}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
 
-    best = {"accuracy": -1.0, "epoch": -1}
-    try:
-        for epoch in range(args.epochs):
-            start = time.perf_counter()
-            sampler.set_epoch(epoch)
-            learning_rate = optimizer.param_groups[0]["lr"]
-            train_loss = train_one_epoch(
-                model, optimizer, train_loader, device, epoch, amp_dtype=amp_dtype, scaler=scaler, keep_bar=False
-            )
-            scheduler.step()
+    def after_step() -> None:
+        stop.check()
+        if run.save_is_due():
+            run.save()
 
-            logits, labels = collect_logits(model, val_loader, device, amp_dtype=amp_dtype)
-            val_accuracy = accuracy(logits, labels)
-            val_loss = F.cross_entropy(logits, labels).item()
-            if not math.isfinite(val_loss):  # before it is drawn or saved: the checkpoints stay those from before
-                raise FloatingPointError(
-                    f"the validation loss is {val_loss} after epoch {epoch}, with learning rate {learning_rate:g}: "
-                    f"training diverged, a lower rate may help"
+    with event_errors(folder), contextlib.closing(writer), StopSignals() as stop:
+        try:
+            if checkpoint is None:
+                write_graph(writer, model)
+                writer.flush()
+                run.save()
+            while run.epoch < args.epochs:
+                stop.check()
+                epoch, start = run.epoch, time.perf_counter()
+                learning_rate = set_learning_rate(optimizer, epoch, args)
+                sampler.set_epoch(epoch, start=run.mean_loss.steps * args.batch_size)
+                train_loss = train_one_epoch(
+                    model,
+                    optimizer,
+                    train_loader,
+                    device,
+                    epoch,
+                    amp_dtype=amp_dtype,
+                    scaler=scaler,
+                    mean_loss=run.mean_loss,
+                    after_step=after_step,
+                    keep_bar=False,
                 )
+                logits, labels = collect_logits(model, val_loader, device, amp_dtype=amp_dtype, after_step=stop.check)
+                if len(labels) < len(val_set):
+                    print(f"[epoch {epoch}] {len(val_set) - len(labels)} of {len(val_set)} validation images left out")
+                val_accuracy = accuracy(logits, labels)
+                val_loss = F.cross_entropy(logits, labels).item()
+                if not math.isfinite(val_loss):  # before it is drawn or saved: the checkpoints stay those from before
+                    raise FloatingPointError(
+                        f"the validation loss is {val_loss} after epoch {epoch}, with learning rate {learning_rate:g}: "
+                        f"training diverged, a lower rate may help"
+                    )
 
-            writer.add_scalar("train_loss", train_loss, epoch)
-            writer.add_scalar("val_loss", val_loss, epoch)
-            writer.add_scalar("accuracy", val_accuracy, epoch)
-            writer.add_scalar("learning_rate", learning_rate, epoch)
-            figure = draw_predictions(model, figure_images, figure_labels, class_names, device, Figure(dpi=100))
-            writer.add_figure("predictions vs. actuals", figure, epoch)
-            writer.add_histogram("conv1", model.conv1.weight, epoch)
-            writer.add_histogram("layer1/block0/conv1", model.layer1[0].conv1.weight, epoch)
-            writer.flush()
+                writer.add_scalar("train_loss", train_loss, epoch)
+                writer.add_scalar("val_loss", val_loss, epoch)
+                writer.add_scalar("accuracy", val_accuracy, epoch)
+                writer.add_scalar("learning_rate", learning_rate, epoch)
+                figure = draw_predictions(model, figure_images, figure_labels, class_names, device, Figure(dpi=100))
+                writer.add_figure("predictions vs. actuals", figure, epoch)
+                writer.add_histogram("conv1", model.conv1.weight, epoch)
+                writer.add_histogram("layer1/block0/conv1", model.layer1[0].conv1.weight, epoch)
+                writer.flush()
 
-            # On the CPU, so that the files load on a machine without a GPU.
-            state = {name: value.cpu() for name, value in model.state_dict().items()}
-            checkpoint = {
-                "model": args.model,
-                "class_names": class_names,
-                "img_size": args.img_size,
-                "epoch": epoch,
-                "accuracy": val_accuracy,
-                "state_dict": state,
-            }
-            is_best = val_accuracy > best["accuracy"]
-            if is_best:
-                best = {"accuracy": val_accuracy, "epoch": epoch}
-                save_checkpoint(checkpoint, weights / "best.pth")
-            resume = {
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best": best,
-            }
-            save_checkpoint(checkpoint | resume, weights / "last.pth")
-            if args.save_every and (epoch + 1) % args.save_every == 0:
-                save_checkpoint(state, weights / f"model-{epoch}.pth")
+                if args.save_every and (epoch + 1) % args.save_every == 0:
+                    save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
+                is_best = run.finish_epoch(val_accuracy)
+                print(
+                    f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {val_loss:.3f}  "
+                    f"accuracy {val_accuracy:.3f}  learning_rate {learning_rate:.5f}  "
+                    f"{time.perf_counter() - start:.1f} s{'  *best' if is_best else ''}",
+                    flush=True,
+                )
+        except StopRequest:
+            run.save()
+            where = f"epoch {run.epoch}, step {run.mean_loss.steps}"
+            print(f"train.py: stopped at {where}; to go on: python train.py --resume {folder}", file=sys.stderr)
+            raise
+    unlock()
 
-            print(
-                f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {val_loss:.3f}  accuracy {val_accuracy:.3f}  "
-                f"learning_rate {learning_rate:.5f}  {time.perf_counter() - start:.1f} s{'  *best' if is_best else ''}",
-                flush=True,
-            )
-    finally:
-        writer.close()
-
-    print(f"best accuracy {best['accuracy']:.3f} at epoch {best['epoch']}: {weights / 'best.pth'}")
-    command = ["python", "predict.py", "--weights", str(weights / "best.pth"), val_set.images_path[0]]
-    print(f"next: {subprocess.list2cmdline(command) if os.name == 'nt' else shlex.join(command)}")
+    print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {run.weights / 'best.pth'}")
+    predict = ["python", "predict.py", "--weights", str(run.weights / "best.pth"), val_set.images_path[0]]
+    print(f"next: {subprocess.list2cmdline(predict) if os.name == 'nt' else shlex.join(predict)}")
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
@@ -204,7 +248,7 @@ def make_loader(
     dataset: MyDataSet, args: argparse.Namespace, device: torch.device, sampler: EpochSampler | None = None
 ) -> DataLoader:
     """A loader of training batches, in the sampler's order; without one of evaluation batches, in the folder's."""
-    workers = min(available_cores(), 8) if args.workers is None else args.workers
+    workers = number_of_workers(args)
     return DataLoader(
         dataset,
         batch_size=args.batch_size,
@@ -215,16 +259,21 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         collate_fn=dataset.collate_fn,
+        worker_init_fn=leave_with_the_run,
         generator=torch.Generator(),  # its own: loading data moves no global generator
     )
 
 
-def prepare_weights(model: ResNet, args: argparse.Namespace) -> str:
-    """Load and freeze as the flags say; a few words for the header."""
-    words = "from scratch (no --weights given)"
-    if args.weights:
+def number_of_workers(args: argparse.Namespace) -> int:
+    """The processes that read images."""
+    return min(available_cores(), 8) if args.workers is None else args.workers
+
+
+def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> str:
+    """Load and freeze as the flags say; a few words for the header. A run that goes on loads its own weights later."""
+    words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
+    if args.weights and not resumed:
         left_out = load_pretrained(model, args.weights, args.model)
-        words = f"weights of {args.weights}"
         if left_out:
             words += f" but for {', '.join(left_out)}, made for another number of classes"
     if args.freeze_layers:
@@ -240,6 +289,14 @@ def make_optimizer(model: ResNet, args: argparse.Namespace, device: torch.device
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = device.type in ("cpu", "cuda") or None  # one kernel for all of them, where there is one
     return torch.optim.SGD(learning, lr=args.lr, momentum=0.9, weight_decay=0.005, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> float:
+    """The epoch's rate: half a cosine from lr down to lr * lrf (https://arxiv.org/abs/1812.01187)."""
+    rate = args.lr * ((1 + math.cos(math.pi * epoch / args.epochs)) / 2 * (1 - args.lrf) + args.lrf)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def write_graph(writer: SummaryWriter, model: ResNet) -> None:
@@ -291,6 +348,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     add("--name", default="flower_experiment", help="of the run's folder under runs/ (default: %(default)s)")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run (default: the newest), as if never stopped",
+    )
+    add("--allow-changed-data", action="store_true", help="--resume: also where files have been added, changed or lost")
+    add("--strict", action="store_true", help="end where an image cannot be used, instead of leaving it out")
     add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
     args = parser.parse_args(argv)
 
@@ -313,17 +379,68 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def resume(argv: list[str]) -> tuple[argparse.Namespace, list[str], dict[str, Any]]:
+    """The flags, the command line and the checkpoint of the run that `argv` wants to go on with.
+
+    Raises:
+        UsageError: there is no such run, or a flag contradicts how it was started.
+    """
+    given = parse_args(argv)
+    path = find_checkpoint(given.resume)
+    checkpoint = read_checkpoint(path)
+    command = checkpoint["resume"]["command"]
+    before, args = parse_args(command), parse_args(command + argv)
+    for flag, value in vars(before).items():
+        if flag not in MAY_CHANGE and getattr(args, flag) != value:
+            raise UsageError(
+                f"--{flag.replace('_', '-')}: the run {path.parents[1]} was started with {value}; leave the flag out "
+                f"to go on with it, or start a new run"
+            )
+    if args.epochs < before.epochs:
+        raise UsageError(f"--epochs: the run {path.parents[1]} was started with {before.epochs}; it can only be more")
+    args.resume, args.download = str(path.parents[1]), given.download
+    changed = [flag for flag in ("epochs", "data_path", "val_path") if getattr(args, flag) != getattr(before, flag)]
+    return args, command + as_words(args, changed), checkpoint
+
+
+def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """Flags as on a command line; paths in full, as a run may go on from another folder."""
+    values = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+    return [
+        f"--{flag.replace('_', '-')}={Path(value).resolve() if flag.endswith('_path') else value}"
+        for flag, value in values.items()
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
     tolerate_any_name()
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, checkpoint = parse_args(argv), None
     try:
-        train(args)
+        command = argv + as_words(args, ("data_path", "val_path"))
+        if args.resume is not None:
+            args, command, checkpoint = resume(argv)
+            if checkpoint["resume"]["epoch"] >= args.epochs:
+                print(f"{args.resume} is complete: {args.epochs} epochs; --epochs with a larger number goes on")
+                return 0
+        train(args, command, checkpoint)
     except (DataError, WeightsError, UsageError, FloatingPointError, OSError) as error:
         print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"train.py: error: out of memory with --batch-size {args.batch_size} and --img-size {args.img_size}: "
+            f"lower one of them",
+            file=sys.stderr,
+        )
+        return 1
+    except StopRequest as stop:
+        return 128 + stop.number
     except KeyboardInterrupt:
-        print("train.py: stopped; what the run has saved is whole", file=sys.stderr)
+        print("train.py: stopped before the first step", file=sys.stderr)
         return 130
     return 0
 

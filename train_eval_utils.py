@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,54 @@ from my_dataset import prepare_batch
 READ_SECONDS = 0.5  # between two looks at the loss
 
 
+class MeanLoss:
+    """The mean loss over the images seen. To read a loss is to wait for its step, so they are read in bunches.
+
+    `state` (of what has been read) gives one that goes on from there: `MeanLoss(**state)`.
+    """
+
+    def __init__(self, sum: float = 0.0, images: int = 0, steps: int = 0) -> None:
+        self.sum, self.images, self.steps = sum, images, steps
+        self.where = ""  # for the message
+        self.unread: list[tuple[Tensor, int]] = []
+        self.start = self.last_read = time.perf_counter()
+        self.images_before = images
+
+    def __str__(self) -> str:
+        speed = (self.images - self.images_before) / max(self.last_read - self.start, 1e-9)
+        return f"mean loss {self.value:.3f}, {speed:.1f} images/s"
+
+    @property
+    def value(self) -> float:
+        return self.sum / self.images
+
+    @property
+    def state(self) -> dict[str, float | int]:
+        return {"sum": self.sum, "images": self.images, "steps": self.steps}
+
+    def add(self, loss: Tensor, images: int) -> None:
+        self.unread.append((loss.detach(), images))
+
+    def is_due(self) -> bool:
+        return bool(self.unread) and time.perf_counter() - self.last_read >= READ_SECONDS
+
+    def read(self) -> None:
+        """Wait for the losses; raises FloatingPointError where one is not finite."""
+        if not self.unread:
+            return
+        losses, counts = zip(*self.unread, strict=True)
+        for loss, images in zip(torch.stack(losses).tolist(), counts, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {self.steps} {self.where}: training diverged, a lower rate may help"
+                )
+            self.sum += loss * images
+            self.images += images
+            self.steps += 1
+        self.unread.clear()
+        self.last_read = time.perf_counter()
+
+
 def train_one_epoch(
     model: nn.Module,
     optimizer: Optimizer,
@@ -27,6 +76,8 @@ def train_one_epoch(
     *,
     amp_dtype: torch.dtype | None = None,
     scaler: GradScaler | None = None,
+    mean_loss: MeanLoss | None = None,
+    after_step: Callable[[], None] | None = None,
     keep_bar: bool = True,
 ) -> float:
     """Train for one pass over `data_loader`: cross-entropy, a step of `optimizer` for each batch.
@@ -40,6 +91,8 @@ def train_one_epoch(
         epoch: its number, for the bar and for messages.
         amp_dtype: mixed precision, see `compute_logits`.
         scaler: of the loss, which float16 needs, as its gradients vanish otherwise (https://arxiv.org/abs/1710.03740).
+        mean_loss: of the steps that were taken before an interruption, for an epoch that goes on.
+        after_step: called after each step; what it raises ends the epoch.
         keep_bar: leave the finished bar on the terminal.
 
     Returns:
@@ -52,9 +105,13 @@ def train_one_epoch(
     """
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
-    mean_loss = _MeanLoss(f"of epoch {epoch}, with learning rate {optimizer.param_groups[0]['lr']:g}")
+    mean_loss = mean_loss or MeanLoss()
+    mean_loss.where = f"of epoch {epoch}, with learning rate {optimizer.param_groups[0]['lr']:g}"
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    with tqdm(total=len(data_loader), leave=keep_bar, disable=None, dynamic_ncols=True, bar_format=layout) as bar:
+    steps = mean_loss.steps + len(data_loader)
+    with tqdm(
+        total=steps, initial=mean_loss.steps, leave=keep_bar, disable=None, dynamic_ncols=True, bar_format=layout
+    ) as bar:
         for images, labels in data_loader:
             optimizer.zero_grad()
             logits = compute_logits(model, images, device, amp_dtype)
@@ -68,47 +125,13 @@ def train_one_epoch(
                 bar.set_description_str(f"[epoch {epoch}] {mean_loss}", refresh=False)
             mean_loss.add(loss, len(images))
             bar.update()
+            if after_step is not None:
+                after_step()
         mean_loss.read()
+        if mean_loss.images == 0:
+            raise ValueError("the data loader is empty: there is nothing to train on")
         bar.set_description_str(f"[epoch {epoch}] {mean_loss}")
     return mean_loss.value
-
-
-class _MeanLoss:
-    """The mean loss over the images seen. To read a loss is to wait for its step, so they are read in bunches."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where  # for the message
-        self.sum, self.images, self.steps = 0.0, 0, 0  # of what has been read
-        self.unread: list[tuple[Tensor, int]] = []
-        self.start = self.last_read = time.perf_counter()
-
-    def __str__(self) -> str:
-        return f"mean loss {self.value:.3f}, {self.images / (self.last_read - self.start):.1f} images/s"
-
-    @property
-    def value(self) -> float:
-        return self.sum / self.images
-
-    def add(self, loss: Tensor, images: int) -> None:
-        self.unread.append((loss.detach(), images))
-
-    def is_due(self) -> bool:
-        return bool(self.unread) and time.perf_counter() - self.last_read >= READ_SECONDS
-
-    def read(self) -> None:
-        if not self.unread:
-            raise ValueError("the data loader is empty: there is nothing to train on")
-        losses, counts = zip(*self.unread, strict=True)
-        for loss, images in zip(torch.stack(losses).tolist(), counts, strict=True):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {self.steps} {self.where}: training diverged, a lower rate may help"
-                )
-            self.sum += loss * images
-            self.images += images
-            self.steps += 1
-        self.unread.clear()
-        self.last_read = time.perf_counter()
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -149,9 +172,18 @@ def evaluate(
 
 
 def collect_logits(
-    model: nn.Module, data_loader: DataLoader, device: torch.device | str, *, amp_dtype: torch.dtype | None = None
+    model: nn.Module,
+    data_loader: DataLoader,
+    device: torch.device | str,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One evaluation pass: whatever is wanted of it is computed from what it returns.
+
+    Args:
+        amp_dtype: mixed precision, see `compute_logits`.
+        after_step: called after each batch; what it raises ends the pass.
 
     Returns:
         Logits (N, classes) float32 and labels (N,) int64 in the loader's order, on the CPU.
@@ -163,8 +195,11 @@ def collect_logits(
     with evaluation_mode(model):
         model = fold_batch_norm(model) if isinstance(model, ResNet) else model
         for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=None, dynamic_ncols=True):
-            all_logits.append(compute_logits(model, images, device, amp_dtype))
-            all_labels.append(labels)
+            if len(images):  # not if none of them could be read
+                all_logits.append(compute_logits(model, images, device, amp_dtype))
+                all_labels.append(labels)
+            if after_step is not None:
+                after_step()
     if not all_logits:
         raise ValueError("the data loader is empty: there is nothing to evaluate")
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()

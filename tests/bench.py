@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import predict
+import run_utils
 import train
 from data_utils import find_split, plot_class_preds, write_class_indices
 from model import MODELS, to_device
@@ -431,8 +432,9 @@ def bench_logging(args: argparse.Namespace) -> None:
 
     for name in ("add_scalar", "add_figure", "add_histogram", "flush"):
         setattr(SummaryWriter, name, timed(getattr(SummaryWriter, name)))
-    for name in ("draw_predictions", "save_checkpoint"):
-        setattr(train, name, timed(getattr(train, name)))
+    train.draw_predictions = timed(train.draw_predictions)
+    for name in ("save_checkpoint", "event_sizes"):
+        setattr(run_utils, name, timed(getattr(run_utils, name)))
     comparison = Comparison(args, "part of an epoch", "epochs", "logging")
     with subset(args.data_path, args.images) as data, tempfile.TemporaryDirectory() as folder:
         flags = programs(args, data)[0][2:]
@@ -580,16 +582,16 @@ def bench_losses(args: argparse.Namespace) -> None:
 
 def bench_accuracy(args: argparse.Namespace) -> None:
     """The last validation accuracy of three seeds, with and without mixed precision and scaled decoding."""
-    without_draft = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, PIL.JpegImagePlugin as plugin; "
-        "plugin.JpegImageFile.draft = lambda *arguments: None; sys.exit(train.main(sys.argv[1:]))"
+    without_scaling = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import my_dataset, train; read = my_dataset._read; "
+        "my_dataset._read = lambda path, least_side: read(path, None); sys.exit(train.main(sys.argv[1:]))"
     )
     with subset(args.data_path, args.images) as data:
         command = programs(args, data)[0]
         kinds = {
             "default": command,
             "float32": [*command, "--amp", "off"],
-            "full decoding": [sys.executable, "-c", without_draft, *command[2:]],
+            "full decoding": [sys.executable, "-c", without_scaling, *command[2:]],
         }
         results: dict[str, list[float]] = {kind: [] for kind in kinds}
         for seed, (kind, program) in itertools.product(range(args.rounds), kinds.items()):

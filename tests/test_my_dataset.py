@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,6 +336,17 @@ def test_large_images_are_read_once_by_whichever_worker_and_the_batches_are_the_
     expected = two_epochs(paths, workers=0)
     kept = two_epochs(paths, workers, lambda: [Path(path).unlink() for path in paths], cache_bytes=2**20)
     assert torch.equal(torch.cat(kept), torch.cat(expected))
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+def test_memory_is_taken_as_it_fills(tmp_path):
+    def shared() -> int:
+        return int(re.search(r"Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+
+    before = shared()
+    data_set = MyDataSet(large_images(tmp_path), range(6), TrainTransform(64), cache_bytes=2**32)
+    data_set[0]
+    assert shared() - before < 2**21  # KiB: half of it
 
 
 def test_no_more_is_kept_than_is_allowed(tmp_path):

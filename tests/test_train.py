@@ -75,7 +75,7 @@ def test_what_a_run_leaves_behind(run):
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert files - events == {
-        *("args.json", "class_indices.json"),
+        *("args.json", "class_indices.json", "files.json", ".lock"),
         *(f"weights/{name}" for name in ("best.pth", "last.pth", "model-1.pth")),
     }
     assert {path.name for path in folder.parent.parent.iterdir()} == {"runs"}
@@ -145,10 +145,11 @@ def test_the_weights_tell_what_was_measured(run, sample):
 def test_last_holds_what_a_resume_needs(run):
     last = torch.load(run[0] / "weights" / "last.pth", weights_only=True)
     assert last["epoch"] == 2
-    assert last["optimizer"]["state"]
-    assert last["scheduler"]["last_epoch"] == 3
-    assert last["best"].keys() == {"accuracy", "epoch"}
-    assert last["scaler"] == {}  # of float16 alone
+    resume = last["resume"]
+    assert (resume["epoch"], resume["mean_loss"]["steps"]) == (3, 0)
+    assert resume["optimizer"]["state"]
+    assert resume["best"].keys() == {"accuracy", "epoch"}
+    assert resume["scaler"] == {}  # of float16 alone
     plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()
 
@@ -386,20 +387,12 @@ def test_mistakes_are_one_line_and_leave_nothing(two_classes, flags, message, ca
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_image_ends_the_run_in_one_line(two_classes, capsys, workers):
-    (two_classes / "dog" / "broken.jpg").write_bytes(b"no image")
-    assert train.main(["--data-path", str(two_classes), *TINY, "--workers", workers, "--epochs", "1"]) == 1
-    said = capsys.readouterr().err
-    assert re.match(r"train\.py: error: cannot read image '.*broken\.jpg': not an image", said)
-    assert len(said.splitlines()) == 1
-
-
 @pytest.mark.parametrize("batch_size", ["4", "32"])  # found in a later step, or in the evaluation after the only one
 def test_divergence_is_one_line_and_nothing_is_saved_of_it(two_classes, capsys, batch_size):
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "30", "--lr", "1e25", "--batch-size", batch_size]
     assert train.main(flags) == 1
-    assert list(Path("runs/flower_experiment/weights").iterdir()) == []
+    assert [path.name for path in Path("runs/flower_experiment/weights").iterdir()] == ["last.pth"]
+    assert all(value.isfinite().all() for value in weights_of(Path("runs/flower_experiment")).values())
     said = capsys.readouterr().err
     assert "training diverged" in said
     assert "learning rate 1e+25" in said

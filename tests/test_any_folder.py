@@ -1,0 +1,201 @@
+"""Folders from anywhere: what cannot be used is left out and said, what breaks during training is stepped over."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_another_user, write_classes, write_image
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data_utils
+import train
+from data_utils import check_images, leave_out, split_folder
+from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
+from run_utils import Run
+
+SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def files_in(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+
+
+def usable_files(folder: Path) -> list[Path]:
+    """What Pillow reads, however strange."""
+    grey = np.arange(48 * 48).reshape(48, 48)
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colour.save(folder / "turned.jpg", exif=turned)
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.convert("L").save(folder / "grey.webp")
+    colour.convert("P").save(folder / "palette.gif", save_all=True, append_images=[colour])
+    colour.convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(grey.astype(np.uint16)).save(folder / "sixteen bits.png")
+    Image.fromarray(grey.astype(np.float32)).save(folder / "float.tif")
+    colour.crop((0, 0, 1, 1)).save(folder / "one pixel.bmp")
+    colour.resize((20_000, 2_000)).save(folder / "large.jpg")
+    colour.save(folder / "a png in truth.jpg", format="png")
+    for name in ("emoji 🌻.png", "名字.png", "new\nline.png", "x" * 251 + ".png", "UPPER.PNG", "-rf.png"):
+        colour.save(folder / name, format="png")
+    (folder / "link.png").symlink_to(folder / "alpha.png")
+    return [path for path in folder.iterdir() if path.suffix.lower() in data_utils.IMAGE_EXTENSIONS]
+
+
+def unusable_files(folder: Path) -> list[Path]:
+    good = write_image(folder / "good.png", (200, 200)).read_bytes()
+    (folder / "good.png").unlink()
+    bomb = bytearray(good)
+    bomb[16:24] = (2**15 - 1).to_bytes(4, "big") * 2  # says that it is 32,767 px wide and high
+    contents = {"empty.jpg": b"", "text.png": b"hello", "cut.png": good[: len(good) // 2], "bomb.png": bytes(bomb)}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "nowhere.jpg").symlink_to(folder / "missing.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    return [folder / name for name in (*contents, "nowhere.jpg", "loop.jpg")]
+
+
+def other_files(folder: Path) -> None:
+    """What is no image at all, and says so."""
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", ".hidden.jpg"):
+        (folder / name).write_bytes(b"hello")
+    write_image(folder / "nested.jpg" / "deeper.png")
+
+
+# --- before training --------------------------------------------------------------------------------------------
+
+
+def test_each_file_is_used_or_reported(tmp_path):
+    folder = write_classes(tmp_path / "zoo", {"cat": 5, "dog": 5})
+    good, bad = usable_files(folder / "cat"), unusable_files(folder / "dog")
+    other_files(folder / "cat")
+    split = split_folder(folder)
+    found = check_images(split.train_paths + split.val_paths, {})
+    problems = {Path(path): problem for path, (*_, problem) in found.items() if problem is not None}
+    assert set(problems) == set(bad)
+    assert set(good) <= {Path(path) for path in found}
+    assert len(found) == 10 - 5 + len(good) + len(bad)  # the first five of `good` are the cats from before
+    for path, problem in problems.items():
+        assert repr(str(path)) in problem
+        assert len(problem.splitlines()) == 1
+    left = leave_out(split, {str(path): problem for path, problem in problems.items()})
+    assert len(left.train_paths + left.val_paths) == len(found) - len(bad)
+
+
+def test_an_unreadable_file_is_reported(open_folder):
+    folder = write_classes(open_folder / "pets", {"cat": 2, "dog": 2})
+    (folder / "cat" / "cat 00.png").chmod(0)
+    with as_another_user():
+        found = check_images(files_in(folder), {})
+    assert [problem for *_, problem in found.values() if problem] == [
+        f"cannot read image {str(folder / 'cat' / 'cat 00.png')!r}: Permission denied"
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, workers):
+    paths = files_in(write_classes(tmp_path / "pets", {"cat": 60, "dog": 60}))
+    Path(paths[0]).write_bytes(b"hello")
+    first = check_images(paths, {}, workers)
+    assert [problem is not None for *_, problem in first.values()] == [True] + [False] * 119
+    read = []
+    monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path))
+    assert check_images(paths, first) == first
+    assert read == []
+    Path(paths[5]).write_bytes(b"hello")
+    check_images(paths, first)
+    assert read == [paths[5]]
+
+
+def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, monkeypatch):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    bad = unusable_files(folder / "dog")
+    assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"left out     {len(bad)} images" in said
+    assert "[epoch 0]" in said
+    listed = Path("runs/flower_experiment/unusable_images.txt").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == len(bad)
+    assert all(any(repr(str(path)) in line for line in listed) for path in bad)
+
+    read = []
+    monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
+    assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
+    assert f"left out     {len(bad)} images" in capsys.readouterr().out
+    assert {Path(path).name for path in read} == {"loop.jpg", "nowhere.jpg"}  # the others are known
+
+    assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1", "--strict"]) == 1
+    said = capsys.readouterr().err
+    assert "--strict" in said
+    assert len(said.splitlines()) == 1
+    assert not Path("runs/flower_experiment-3").exists()
+
+
+def test_a_class_of_which_nothing_can_be_used_is_one_line(tmp_path, capsys):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    for path in (folder / "cat").iterdir():
+        path.write_bytes(b"hello")
+    assert train.main(["--data-path", str(folder), *SMALL]) == 1
+    said = capsys.readouterr().err
+    assert "class cat" in said
+    assert len(said.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+# --- during training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_image_takes_the_place_of_one_that_breaks(tmp_path, capfd, workers):
+    paths = files_in(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}))
+    images = Tolerant(MyDataSet(paths, range(6), TrainTransform(32)), replace=True)
+    for index in (1, 2, 5):
+        Path(paths[index]).unlink()
+    loader = DataLoader(images, 2, sampler=EpochSampler(6), collate_fn=images.collate_fn, num_workers=workers)
+    labels = torch.cat([labels for _, labels in loader])
+    assert sorted(labels.tolist()) == [0, 0, 3, 3, 3, 4]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all(any(repr(paths[index]) in line for line in said) for index in (1, 2, 5))
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+    with pytest.raises(ImageError, match="nor any other"):
+        images[0]
+
+
+def test_evaluation_leaves_out_what_breaks(tmp_path, capsys):
+    paths = files_in(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}))
+    images = Tolerant(MyDataSet(paths, range(6), EvalTransform(32)), replace=False)
+    for index in (0, 1, 5):
+        Path(paths[index]).unlink()
+    batches = list(DataLoader(images, 2, collate_fn=images.collate_fn))
+    assert [labels.tolist() for _, labels in batches] == [[], [2, 3], [4]]
+    assert [len(pixels) for pixels, _ in batches] == [0, 2, 1]
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_a_run_goes_on_when_files_vanish(tmp_path, capsys, monkeypatch):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    split = split_folder(folder)
+    due = Run.save_is_due
+
+    def vanish(run: Run) -> bool:
+        for path in (split.train_paths[0], *split.val_paths[:2]):
+            with contextlib.suppress(FileNotFoundError):
+                Path(path).unlink()
+        return due(run)
+
+    monkeypatch.setattr(Run, "save_is_due", vanish)
+    assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "2"]) == 0
+    said = capsys.readouterr()
+    assert "[epoch 1] 2 of 4 validation images left out" in said.out
+    assert f"{split.train_paths[0]!r}: No such file or directory; the next image takes its place" in said.err

@@ -1,0 +1,275 @@
+"""Runs that are stopped, killed, out of disk or out of luck, and go on as if nothing had happened."""
+
+import errno
+import itertools
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_classes, write_image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import run_utils
+import train
+from run_utils import Run, lock_run, save_checkpoint
+
+ROOT = Path(train.__file__).parent
+EPOCHS, STEPS = 3, 5  # of the run below: 20 images, four a step
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory) -> Path:
+    return write_classes(tmp_path_factory.mktemp("data") / "pets", {"cat": 12, "dog": 13})
+
+
+def flags(data: Path, *more: str) -> list[str]:
+    fixed = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
+    return ["--data-path", str(data), *fixed, "--epochs", str(EPOCHS), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pets, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        assert train.main(flags(pets)) == 0
+        return Path("runs/flower_experiment").resolve()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for kind, read in (("images", events.Images), ("histograms", events.Histograms)):
+        found |= {tag: [event.step for event in read(tag)] for tag in events.Tags()[kind]}
+    return found | {"graph": events.Tags()["graph"]}
+
+
+def assert_as_if_nothing_had_happened(run: Path, undisturbed: Path) -> None:
+    for name in ("last.pth", "best.pth"):
+        ours = torch.load(run / "weights" / name, weights_only=True)
+        theirs = torch.load(undisturbed / "weights" / name, weights_only=True)
+        for key, value in theirs["state_dict"].items():
+            assert torch.equal(ours["state_dict"][key], value), f"{name}: {key}"
+        assert (ours["epoch"], ours["accuracy"]) == (theirs["epoch"], theirs["accuracy"])
+    momentum = [
+        torch.load(folder / "weights" / "last.pth")["resume"]["optimizer"]["state"] for folder in (run, undisturbed)
+    ]
+    for index, state in momentum[1].items():
+        assert torch.equal(momentum[0][index]["momentum_buffer"], state["momentum_buffer"])
+    assert scalars(run) == scalars(undisturbed)
+
+
+@contextmanager
+def after_steps(number: int, action: Callable[[Run], object]) -> Iterator[None]:
+    """Do `action` after so many steps of training, counted from the start of the process."""
+    taken, due = itertools.count(1), Run.save_is_due
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save_is_due", lambda run: bool(next(taken) == number and action(run)) or due(run))
+        yield
+
+
+def send(number: int) -> Callable[[Run], None]:
+    return lambda run: os.kill(os.getpid(), number)
+
+
+def fail(run: Run) -> None:
+    raise OSError("pulled the plug")
+
+
+# --- it goes on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "number", "where"),
+    [
+        (1, signal.SIGTERM, "epoch 0, step 2"),  # the signal comes between two steps: the second one is finished
+        (STEPS, signal.SIGINT, "epoch 0, step 5"),  # during evaluation
+        (STEPS + 2, signal.SIGTERM, "epoch 1, step 3"),
+    ],
+)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pets, undisturbed, capsys, steps, number, where):
+    with after_steps(steps, send(number)):
+        assert train.main(flags(pets)) == 128 + number
+    said = capsys.readouterr().err
+    assert f"stopped at {where}" in said
+    assert "python train.py --resume runs" in said
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train.main(["--resume", "flower_experiment"]) == 0
+    assert f"on from {where}" in capsys.readouterr().out
+    assert_as_if_nothing_had_happened(Path("runs/flower_experiment"), undisturbed)
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(pets, undisturbed, monkeypatch, capsys):
+    monkeypatch.setattr(run_utils, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(Run, "save_is_due", lambda run: run.mean_loss.steps + len(run.mean_loss.unread) == 3)
+    for steps in (1, 4, 4, 6):  # what has not been saved is done again
+        with after_steps(steps, fail):
+            status = train.main(["--resume"] if Path("runs").exists() else flags(pets))
+            assert status == 1
+    assert train.main(["--resume"]) == 0
+    assert "on from epoch" in capsys.readouterr().out
+    assert_as_if_nothing_had_happened(Path("runs/flower_experiment"), undisturbed)
+
+
+@pytest.mark.parametrize("moment", [("best.pth", 1), ("last.pth", 3)])
+def test_what_was_logged_but_not_saved_is_logged_once(pets, undisturbed, monkeypatch, moment):
+    save, saved = save_checkpoint, []
+
+    def save_or_die(content: dict, path: Path) -> None:
+        saved.append(path.name)
+        if (path.name, saved.count(path.name)) == moment:
+            raise OSError("pulled the plug")
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_utils, "save_checkpoint", save_or_die)
+        assert train.main(flags(pets)) == 1
+    assert train.main(["--resume", "runs/flower_experiment/weights/last.pth"]) == 0
+    assert_as_if_nothing_had_happened(Path("runs/flower_experiment"), undisturbed)
+
+
+def test_more_epochs_are_allowed_and_fewer_are_not(pets, undisturbed, capsys):
+    shutil.copytree(undisturbed, "runs/a")
+    assert train.main(["--resume", "a"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert train.main(["--resume", "a", "--epochs", "2"]) == 1
+    assert "--epochs" in capsys.readouterr().err
+    assert train.main(["--resume", "a", "--epochs", "4"]) == 0
+    rates = scalars(Path("runs/a"))["learning_rate"]
+    assert [step for step, _ in rates] == [0, 1, 2, 3]
+    assert rates[3][1] == pytest.approx(0.001 * ((1 + math.cos(math.pi * 3 / 4)) / 2 * 0.9 + 0.1))
+    assert train.main(["--resume", "a"]) == 0  # remembers that it is four now
+    assert "4 epochs" in capsys.readouterr().out
+
+
+def test_the_newest_run_is_meant_without_a_name(pets, undisturbed, capsys):
+    assert train.main(["--resume"]) == 1
+    assert "no run in runs" in capsys.readouterr().err
+    shutil.copytree(undisturbed, "runs/old")
+    shutil.copytree(undisturbed, "runs/new")
+    os.utime("runs/old/weights/last.pth", (1, 1))
+    assert train.main(["--resume"]) == 0
+    assert "new is complete" in capsys.readouterr().out
+
+
+# --- it refuses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--model", "resnet34"], ["--batch-size", "8"], ["--lr", "0.1"], ["--seed", "1"]])
+def test_a_flag_that_contradicts_the_run_is_one_line(undisturbed, capsys, words):
+    assert train.main(["--resume", str(undisturbed), *words, "--epochs", "9"]) == 1
+    said = capsys.readouterr().err
+    assert words[0] in said
+    assert len(said.splitlines()) == 1
+
+
+def test_data_that_has_changed_is_named_file_by_file(pets, undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, "runs/a")
+    shutil.copytree(pets, "pets")  # with the times of the files
+    resume = ["--resume", "a", "--epochs", "4", "--data-path", "pets"]
+    Path("pets/cat/cat 03.png").unlink()
+    write_image(Path("pets/dog/another.png"))
+    with open("pets/dog/dog 01.png", "ab") as file:
+        file.write(b"more")
+    assert train.main(resume) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[:-1] == [
+        "cat/cat 03.png is gone",
+        "dog/another.png is new",
+        "dog/dog 01.png has changed",
+    ]
+    assert "--allow-changed-data" in said[-1]
+    assert train.main([*resume, "--allow-changed-data"]) == 0
+    shutil.copytree("pets/dog", "pets/fox")
+    assert train.main(["--resume", "a", "--epochs", "5", "--allow-changed-data"]) == 1
+    assert "cat, dog, fox" in capsys.readouterr().err
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(undisturbed, capsys):
+    shutil.copytree(undisturbed, "runs/a")
+    holder = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run_utils; from pathlib import Path\n"
+    holder += "unlock = run_utils.lock_run(Path('runs/a')); print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert train.main(["--resume", "a", "--epochs", "4"]) == 1
+        assert "another process" in capsys.readouterr().err
+        process.kill()
+    lock_run(Path("runs/a"))()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.clear(),
+        lambda content: content["resume"].clear(),
+        lambda content: content["resume"].pop("optimizer"),
+        lambda content: content["resume"].update(epoch="1"),
+        lambda content: content["resume"].update(command=["--no-such-flag"]),
+        lambda content: content["resume"].update(mean_loss={"os": "system"}),
+        lambda content: content["resume"].update(events=[1, 2]),
+        lambda content: content["state_dict"].pop("fc.weight"),
+        lambda content: content.update(class_names="cat"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(undisturbed, capsys, damage):
+    shutil.copytree(undisturbed, "runs/a")
+    path = Path("runs/a/weights/last.pth")
+    content = torch.load(path, weights_only=True)
+    damage(content)
+    torch.save(content, path)
+    before = contents(Path("runs/a"))
+    try:
+        status = train.main(["--resume", "a", "--epochs", "4"])
+    except SystemExit as stop:  # a command line that argparse refuses
+        status = stop.code
+    assert status != 0
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert contents(Path("runs/a")) == before
+
+
+# --- what is saved is whole -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fsync", "write", "replace"])
+def test_a_disk_that_is_full_leaves_the_checkpoint_from_before(tmp_path, monkeypatch, call):
+    save_checkpoint({"epoch": 1}, tmp_path / "last.pth")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        target = {"fsync": (os, "fsync"), "write": (torch, "save"), "replace": (Path, "replace")}[call]
+        patch.setattr(*target, full)
+        with pytest.raises(OSError, match=r"cannot save .*last.pth: No space left on device"):
+            save_checkpoint({"epoch": 2}, tmp_path / "last.pth")
+    assert torch.load(tmp_path / "last.pth") == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(pets, capsys):
+    def spoil(run: Run) -> None:
+        run.model.fc.weight.data.fill_(float("nan"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with after_steps(STEPS, spoil):  # before the first evaluation
+        assert train.main(flags(pets)) == 1
+    assert "diverged" in capsys.readouterr().err
+    saved = torch.load("runs/flower_experiment/weights/last.pth")
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
