@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from model import evaluation_mode
 from my_dataset import ImageError, prepare_batch, read_image, to_pixels
+from run_utils import leave_with_the_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,7 +259,9 @@ def check_images(paths: Sequence[str], known: dict[str, list], workers: int = 0)
         else:
             unknown.append(path)
     workers = workers if len(unknown) > 100 else 0  # which take a while to start
-    loader = DataLoader(_Problems(unknown), batch_size=16, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        _Problems(unknown), batch_size=16, num_workers=workers, collate_fn=list, worker_init_fn=leave_with_the_run
+    )
     with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
         checked = iter(unknown)
         for problems in loader:

@@ -244,6 +244,31 @@ def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(undisturbed, capsy
     assert contents(Path("runs/a")) == before
 
 
+def test_a_checkpoint_outside_a_run_is_refused_and_nothing_beside_it_touched(undisturbed, tmp_path, capsys):
+    (tmp_path / "downloads").mkdir()
+    shutil.copy(undisturbed / "weights" / "last.pth", tmp_path / "downloads" / "last.pth")
+    (tmp_path / "events.out.tfevents.1.another").write_bytes(b"somebody's")
+    assert train.main(["--resume", str(tmp_path / "downloads" / "last.pth"), "--epochs", "4"]) == 1
+    said = capsys.readouterr().err
+    assert "folder weights" in said
+    assert len(said.splitlines()) == 1
+    assert (tmp_path / "events.out.tfevents.1.another").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_one_line(pets, monkeypatch, capsys, error):
+    def run_out(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train_one_epoch", run_out)
+    assert train.main(flags(pets)) == 1
+    said = capsys.readouterr().err
+    assert "out of memory with --batch-size 4 and --img-size 32" in said
+    assert len(said.splitlines()) == 1
+
+
 # --- what is saved is whole -----------------------------------------------------------------------------------------
 
 
