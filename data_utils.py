@@ -260,7 +260,12 @@ def check_images(paths: Sequence[str], known: dict[str, list], workers: int = 0)
             unknown.append(path)
     workers = workers if len(unknown) > 100 else 0  # which take a while to start
     loader = DataLoader(
-        _Problems(unknown), batch_size=16, num_workers=workers, collate_fn=list, worker_init_fn=leave_with_the_run
+        _Problems(unknown),
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_with_the_run,
+        generator=torch.Generator(),  # its own: looking at files moves no global generator
     )
     with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
         checked = iter(unknown)

@@ -105,7 +105,9 @@ def test_an_unreadable_file_is_reported(open_folder):
 def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, workers):
     paths = files_in(write_classes(tmp_path / "pets", {"cat": 60, "dog": 60}))
     Path(paths[0]).write_bytes(b"hello")
+    random_state = torch.get_rng_state()
     first = check_images(paths, {}, workers)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert [problem is not None for *_, problem in first.values()] == [True] + [False] * 119
     read = []
     monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path))
