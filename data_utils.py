@@ -5,6 +5,7 @@ The functions that draw figures import matplotlib when they are called: who only
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -249,56 +250,32 @@ def check_images(paths: Sequence[str], known: dict[str, list], workers: int = 0)
     Returns:
         {path in full: [size in bytes, time of its last change in ns, what is wrong or None]}.
     """
-    found = {path: _size_and_time(path) for path in paths}
     result, unknown = {}, []
-    for path, state in found.items():
-        full = str(Path(path).absolute())
-        before = known.get(full)
-        if isinstance(before, list) and before[:2] == state and state[0] >= 0:
-            result[full] = before
+    for path in dict.fromkeys(map(_in_full, paths)):
+        before, now = known.get(path), _size_and_time(path)
+        if isinstance(before, list) and len(before) == 3 and before[:2] == now != [-1, -1]:
+            result[path] = before
         else:
+            result[path] = [*now, None]
             unknown.append(path)
-    workers = workers if len(unknown) > 100 else 0  # which take a while to start
     loader = DataLoader(
         _Problems(unknown),
         batch_size=16,
-        num_workers=workers,
+        num_workers=workers if len(unknown) > 100 else 0,  # which take a while to start
         collate_fn=list,
         worker_init_fn=leave_with_the_run,
         generator=torch.Generator(),  # its own: looking at files moves no global generator
     )
     with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
-        checked = iter(unknown)
-        for problems in loader:
-            for problem in problems:
-                path = next(checked)
-                result[str(Path(path).absolute())] = [*found[path], problem]
-            bar.update(len(problems))
+        problems = itertools.chain.from_iterable(loader)
+        for path, problem in zip(unknown, problems, strict=True):
+            result[path][2] = problem
+            bar.update()
     return result
 
 
-def leave_out(split: Split, problems: dict[str, str]) -> Split:
-    """`split` without the images that `problems` names by their path in full.
-
-    Raises:
-        DataError: a class, or validation, would have no image left.
-    """
-
-    def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
-        kept = [pair for pair in zip(paths, labels, strict=True) if str(Path(pair[0]).absolute()) not in problems]
-        return [path for path, _ in kept], [label for _, label in kept]
-
-    left = Split(
-        split.class_names,
-        *usable(split.train_paths, split.train_labels),
-        *usable(split.val_paths, split.val_labels),
-    )
-    for label, name in enumerate(split.class_names):
-        if label in split.train_labels and label not in left.train_labels:
-            raise DataError(f"class {name}: none of its images can be used, see {next(iter(problems.values()))}")
-    if split.val_paths and not left.val_paths:
-        raise DataError(f"none of the images for validation can be used: {next(iter(problems.values()))}")
-    return left
+def _in_full(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def _size_and_time(path: str) -> list[int]:
@@ -309,13 +286,43 @@ def _size_and_time(path: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def describe_files(split: Split) -> dict[str, list[list[int]]]:
-    """{"daisy/a.jpg": [[size in bytes, time of the last change in ns]], ...}; two where both folders have that name."""
+def leave_out(split: Split, checked: dict[str, list]) -> tuple[Split, list[str]]:
+    """`split` without the images that cannot be used, and what is wrong with each of them.
+
+    Args:
+        checked: of all its images, from `check_images`.
+
+    Raises:
+        DataError: a class, or validation, would have no image left.
+    """
+
+    def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
+        kept = [pair for pair in zip(paths, labels, strict=True) if checked[_in_full(pair[0])][2] is None]
+        return [path for path, _ in kept], [label for _, label in kept]
+
+    problems = [problem for *_, problem in checked.values() if problem is not None]
+    left = Split(
+        split.class_names,
+        *usable(split.train_paths, split.train_labels),
+        *usable(split.val_paths, split.val_labels),
+    )
+    empty = set(split.train_labels) - set(left.train_labels)
+    if empty:
+        raise DataError(f"class {split.class_names[min(empty)]}: none of its images can be used; {problems[0]}")
+    if split.val_paths and not left.val_paths:
+        raise DataError(f"none of the images for validation can be used; {problems[0]}")
+    return left, problems
+
+
+def describe_files(split: Split, checked: dict[str, list]) -> dict[str, list[list[int]]]:
+    """What tells whether a folder has changed, wherever it lies: the size and time of each file, from `check_images`.
+
+    {"daisy/a.jpg": [[size in bytes, time of the last change in ns]], ...}; two where train and val have that name.
+    """
     files: dict[str, list[list[int]]] = {}
     for paths, labels in ((split.train_paths, split.train_labels), (split.val_paths, split.val_labels)):
         for path, label in zip(paths, labels, strict=True):
-            name = f"{split.class_names[label]}/{Path(path).name}"
-            files.setdefault(name, []).append(_size_and_time(path))
+            files.setdefault(f"{split.class_names[label]}/{Path(path).name}", []).append(checked[_in_full(path)][:2])
     return {name: sorted(versions) for name, versions in files.items()}
 
 

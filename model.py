@@ -290,12 +290,26 @@ def _check_info(path: str | os.PathLike, info: dict[str, Any]) -> None:
 
 def _read_weights_file(path: str | os.PathLike) -> dict[str, Any]:
     """A weights file as a dict whose "state_dict" holds the parameters, with wrappers' prefixes dropped."""
+    content = read_torch_file(path)
+    checkpoint = dict(content) if isinstance(content.get("state_dict"), Mapping) else {"state_dict": content}
+    state = {_without_prefixes(str(name)): value for name, value in checkpoint["state_dict"].items()}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: holds no state_dict (names of parameters with their tensors)")
+    return checkpoint | {"state_dict": state}
+
+
+def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
+    """The dict that `torch.save` wrote, onto the CPU; tensors and plain values alone, as it may be a stranger's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: it holds something else, or is damaged.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
-            # weights_only: a file from a stranger may hold tensors and plain values, never code.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -303,11 +317,7 @@ def _read_weights_file(path: str | os.PathLike) -> dict[str, Any]:
         raise WeightsError(f"{path}: not a PyTorch weights file, or a damaged one") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
-    checkpoint = dict(content) if isinstance(content.get("state_dict"), Mapping) else {"state_dict": content}
-    state = {_without_prefixes(str(name)): value for name, value in checkpoint["state_dict"].items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: holds no state_dict (names of parameters with their tensors)")
-    return checkpoint | {"state_dict": state}
+    return content
 
 
 def _without_prefixes(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A run: its command line, device, folder and checkpoints."""
+"""A run: its command line, device, folder, checkpoints, event files and signals."""
 
 import argparse
 import contextlib
@@ -11,17 +11,17 @@ import signal
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from torch import Tensor, nn
 
+from model import WeightsError, read_torch_file
 from train_eval_utils import MeanLoss
 
 try:
@@ -188,28 +188,25 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
     """
     found = list(Path(root).glob(f"*/weights/{file_name}"))
     if not found:
-        raise UsageError(f"no run in {root} has a {file_name}: train first, or give a path")
+        raise UsageError(f"no run in {root} has a {file_name}: train first, or say which")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def lock_run(run: Path) -> Callable[[], None]:
-    """Keep other processes from writing to this run as well; the lock ends with the process, however that ends.
-
-    Returns:
-        What ends it earlier.
+def lock_run(run: Path) -> TextIO | None:
+    """Keep other processes from writing to this run as well, until what is returned is closed or the process ends.
 
     Raises:
         UsageError: another process has the lock.
     """
     if fcntl is None:
-        return lambda: None
+        return None
     file = open(run / ".lock", "w")  # noqa: SIM115 - held open for as long as the run takes
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise UsageError(f"{run}: another process is training this run") from error
-    return file.close
+    return file
 
 
 def write_args(args: argparse.Namespace, path: str | os.PathLike) -> None:
@@ -240,7 +237,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_same_data(
-    folder: Path, files: dict[str, list], class_names: list[str], checkpoint: dict[str, Any], may_differ: bool
+    folder: Path, files: dict[str, list], class_names: list[str], checkpoint: Mapping[str, Any], may_differ: bool
 ) -> None:
     """Compare the data with what a run was trained on before, and name each file that differs on standard error.
 
@@ -302,46 +299,44 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def find_checkpoint(run: str) -> Path:
-    """The last.pth that `--resume` means: of a run's name or folder, by its own path, or ("") of the newest run.
+def find_run(run: str) -> Path:
+    """The folder that `--resume` means: by a run's name, its folder or its last.pth, or ("") the newest run.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no last.pth to go on from.
     """
     if not run:
-        return newest_weights(file_name="last.pth")
-    candidates = [Path(run), Path(run, "weights", "last.pth"), Path("runs", run, "weights", "last.pth")]
-    for path in candidates:
-        if path.is_file():
-            if path.absolute().parent.name != "weights":
-                raise UsageError(f"--resume {run}: it must be the last.pth in the folder weights of its run")
-            return path.absolute() if len(path.parents) < 3 else path
-    raise UsageError(f"--resume {run}: no run with a checkpoint; there is no {candidates[1]}, nor {candidates[2]}")
+        return newest_weights(file_name="last.pth").parents[1]
+    path = Path(run)
+    if path.is_file():
+        path = path.absolute()
+        if (path.parent.name, path.name) != ("weights", "last.pth"):
+            raise UsageError(f"--resume {run}: it must be the last.pth in the folder weights of its run")
+        return path.parents[1]
+    for folder in (path, Path("runs", run)):
+        if (folder / "weights" / "last.pth").is_file():
+            return folder
+    raise UsageError(f"--resume {run}: no weights/last.pth to go on from, neither there nor in {Path('runs', run)}")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `train.py` saved to resume from.
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """What `Run.save` wrote, to go on from.
 
     Raises:
-        UsageError: it is something else, or damaged.
+        WeightsError: it is no such file, or damaged.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
-        raise UsageError(f"{path}: not a checkpoint to resume from, or a damaged one") from error
-    progress = content.get("resume") if isinstance(content, dict) else None
+    content = read_torch_file(path)
+    progress = content.get("resume")
     command, epoch = (progress.get("command"), progress.get("epoch")) if isinstance(progress, dict) else (None, None)
     if not (isinstance(command, list) and all(isinstance(word, str) for word in command) and isinstance(epoch, int)):
-        raise UsageError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
+        raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
     return content
 
 
 class Run:
     """The progress of a training run, and everything that it takes to go on after an interruption.
+
+    No other process can have one of the same folder: see `lock_run`.
 
     Args:
         folder: the run's.
@@ -361,6 +356,7 @@ class Run:
         command: list[str],
     ) -> None:
         self.folder = folder
+        self._lock = lock_run(folder)
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.info, self.command = info, command
         self.epoch = 0
@@ -427,7 +423,7 @@ class Run:
         """The model's, on the CPU, so that the files load on a machine without a GPU."""
         return {name: value.cpu() for name, value in self.model.state_dict().items()}
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on where `save` was called; what was written to the event files since then is taken back.
 
         Raises:
@@ -455,7 +451,7 @@ def event_sizes(run: Path) -> dict[str, int]:
     """The name and the size in bytes of each event file of a run, which are forced to the disk."""
     sizes = {}
     for path in run.glob("events.out.tfevents.*"):
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
             sizes[path.name] = os.fstat(file.fileno()).st_size
     return sizes

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,9 @@ from run_utils import (
     create_run_folder,
     describe_device,
     event_errors,
-    find_checkpoint,
+    find_run,
     is_out_of_memory,
     leave_with_the_run,
-    lock_run,
     printable,
     read_checkpoint,
     read_json,
@@ -77,11 +76,14 @@ HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
 FLOWER_PHOTOS = HERE / "data" / "flower_photos"
 PLOT_IMG = HERE / "plot_img"
-MAY_CHANGE = {"epochs", "data_path", "val_path", "device", "workers", "save_every", "resume", "allow_changed_data"}
+MAY_CHANGE = {  # when a run goes on
+    *("epochs", "data_path", "val_path", "device", "workers", "save_every"),
+    *("resume", "allow_changed_data", "strict"),
+}
 FIGURE_IMAGES = 24  # at most, in the prediction figure
 
 
-def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, Any] | None = None) -> None:
+def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str, Any] | None = None) -> None:
     """Train as the flags say.
 
     Args:
@@ -101,16 +103,15 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, An
 
     # The data: what to train on, and what to validate on.
     found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
-    class_names, files = found.class_names, describe_files(found)
+    class_names = found.class_names
     if args.num_classes not in (None, len(class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(class_names)} classes")
-    known_images = Path(args.resume).parent / KNOWN_IMAGES if checkpoint else Path("runs", KNOWN_IMAGES)
-    known = read_json(known_images)
+    runs = Path(args.resume).parent if checkpoint else Path("runs")
+    known = read_json(runs / KNOWN_IMAGES)
     checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
-    problems = {path: problem for path, (*_, problem) in checked.items() if problem is not None}
+    split, problems = leave_out(found, checked)
     if problems and args.strict:
-        raise DataError(f"--strict: {len(problems)} images cannot be used; {next(iter(problems.values()))}")
-    split = leave_out(found, problems)
+        raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
     cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
     train_set = MyDataSet(split.train_paths, split.train_labels, TrainTransform(args.img_size), cache_bytes=cache_bytes)
     val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(args.img_size), cache_bytes=cache_bytes)
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, An
 
     # The run. Nothing has been written up to here, in case a flag or the data was wrong.
     folder = Path(args.resume) if checkpoint else create_run_folder(args.name)
-    unlock = lock_run(folder)
+    files = describe_files(found, checked)
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     run = Run(folder, model, optimizer, scaler, info, command)
     if checkpoint:
@@ -141,9 +142,9 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, An
         write_args(args, folder / "args.json")
         write_class_indices(class_names, folder / "class_indices.json")
     write_json(files, folder / "files.json")
-    write_json(known | checked, known_images)
+    write_json(known | checked, runs / KNOWN_IMAGES)
     if problems:
-        (folder / "unusable_images.txt").write_text("\n".join([*problems.values(), ""]), encoding="utf-8")
+        (folder / "unusable_images.txt").write_text("\n".join([*problems, ""]), encoding="utf-8")
     with event_errors(folder):
         writer = SummaryWriter(log_dir=str(folder))
 
@@ -221,7 +222,6 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, An
             where = f"epoch {run.epoch}, step {run.mean_loss.steps}"
             print(f"train.py: stopped at {where}; to go on: python train.py --resume {folder}", file=sys.stderr)
             raise
-    unlock()
 
     print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {run.weights / 'best.pth'}")
     predict = ["python", "predict.py", "--weights", str(run.weights / "best.pth"), val_set.images_path[0]]
@@ -231,9 +231,7 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: dict[str, An
 def find_data(args: argparse.Namespace) -> str | Path:
     """The folder to train on: downloaded or drawn first, where that is asked for."""
     if args.download:
-        folder = args.data_path or FLOWER_PHOTOS
-        download_flower_photos(folder)
-        return folder
+        download_flower_photos(args.data_path)
     if args.data_path:
         return args.data_path
     if not SAMPLE.exists():
@@ -359,6 +357,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--strict", action="store_true", help="end where an image cannot be used, instead of leaving it out")
     add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
     args = parser.parse_args(argv)
+    if args.download:
+        args.data_path = args.data_path or str(FLOWER_PHOTOS)
 
     for flag, fits, need in [
         ("val_rate", 0 < args.val_rate < 1, "above 0 and below 1"),
@@ -379,26 +379,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def resume(argv: list[str]) -> tuple[argparse.Namespace, list[str], dict[str, Any]]:
-    """The flags, the command line and the checkpoint of the run that `argv` wants to go on with.
+def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, list[str], Mapping[str, Any]]:
+    """The flags, the command line and the checkpoint of the run that a command line, parsed and not, wants to go on.
 
     Raises:
         UsageError: there is no such run, or a flag contradicts how it was started.
+        WeightsError: its checkpoint is damaged.
     """
-    given = parse_args(argv)
-    path = find_checkpoint(given.resume)
-    checkpoint = read_checkpoint(path)
+    folder = find_run(given.resume)
+    checkpoint = read_checkpoint(folder / "weights" / "last.pth")
     command = checkpoint["resume"]["command"]
     before, args = parse_args(command), parse_args(command + argv)
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
             raise UsageError(
-                f"--{flag.replace('_', '-')}: the run {path.parents[1]} was started with {value}; leave the flag out "
-                f"to go on with it, or start a new run"
+                f"--{flag.replace('_', '-')}: the run {folder} was started with {value}; leave the flag out to go on "
+                f"with it, or start a new run"
             )
     if args.epochs < before.epochs:
-        raise UsageError(f"--epochs: the run {path.parents[1]} was started with {before.epochs}; it can only be more")
-    args.resume, args.download = str(path.parents[1]), given.download
+        raise UsageError(f"--epochs: the run {folder} was started with {before.epochs}; it can only be more")
+    args.resume, args.download = str(folder), given.download
     changed = [flag for flag in ("epochs", "data_path", "val_path") if getattr(args, flag) != getattr(before, flag)]
     return args, command + as_words(args, changed), checkpoint
 
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = argv + as_words(args, ("data_path", "val_path"))
         if args.resume is not None:
-            args, command, checkpoint = resume(argv)
+            args, command, checkpoint = resume(args, argv)
             if checkpoint["resume"]["epoch"] >= args.epochs:
                 print(f"{args.resume} is complete: {args.epochs} epochs; --epochs with a larger number goes on")
                 return 0

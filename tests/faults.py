@@ -13,225 +13,57 @@ Each prints what it tried and what went wrong; the exit status is 1 if anything 
 """
 
 import argparse
-import collections
-import contextlib
 import errno
-import functools
-import hashlib
-import http.server
-import io
 import itertools
 import os
-import pickle
 import random
-import resource
 import signal
 import sys
-import tarfile
 import tempfile
-import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from fault_files import files, hostile
+from fault_harness import (
+    BATCH_SIZE,
+    IMAGES,
+    Campaign,
+    Child,
+    differences,
+    flags,
+    program,
+    raw_events,
+    unreadable,
+)
 
 import run_utils
-import train
-from data_utils import DataError, download_flower_photos, read_class_indices, read_label_file, read_pickle
-from model import WeightsError, load_model, load_pretrained, resnet18
-from my_dataset import ImageError, read_image
-from run_utils import Run, save_checkpoint
-from sample_flowers import draw_flower, draw_sample
+from run_utils import save_checkpoint
+from sample_flowers import draw_sample
 
-EPOCHS, IMAGES, BATCH_SIZE = 4, 50, 4
 STEPS = IMAGES * 4 // 5 // BATCH_SIZE  # an epoch: a fifth of the images are for validation
 PAUSES = ("before writing", "while writing", "before fsync", "before rename", "after rename")
 
 
-# --- runs in processes of their own -------------------------------------------------------------------------------
-
-
-class Child:
-    """`action` in a process, and a session, of its own; its output goes to a file."""
-
-    def __init__(self, action: Callable[[], int], output: Path) -> None:
-        output.write_bytes(b"")
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            with open(output, "ab", buffering=0) as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            status = 99
-            try:
-                status = action()
-            except SystemExit as stop:
-                status = stop.code
-            except BaseException:  # noqa: BLE001 - nothing of the parent must run in the child
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-
-    def wait(self, seconds: float = 120) -> int | None:
-        """The exit status, negative for a signal, or None if it has not ended in that time."""
-        end = time.monotonic() + seconds
-        while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.005)
-
-    def kill(self) -> None:
-        """SIGKILL to the process alone: its workers are left to themselves."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-    def orphans(self, seconds: float = 2) -> list[int]:
-        """The processes of its session that are still there after so long."""
-        end = time.monotonic() + seconds
-        while (left := list(self._session())) and time.monotonic() < end:
-            time.sleep(0.01)
-        return left
-
-    def _session(self) -> Iterator[int]:
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.pid and state != "Z":
-                    yield int(path.parent.name)
-
-
-def flags(data: Path, name: str = "run", epochs: int = EPOCHS) -> list[str]:
-    """The command line of a small run."""
-    fixed = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "1", "--lr", "0.01"]
-    return ["--data-path", str(data), *fixed, "--batch-size", str(BATCH_SIZE), "--epochs", str(epochs), "--name", name]
-
-
-def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], int]:
-    """train.py with these arguments, on one thread; it saves within epochs, too, which runs of seconds would not."""
-
-    def action() -> int:
-        torch.set_num_threads(1)
-        run_utils.SECONDS_BETWEEN_SAVES = 0.3
-        Run.save_is_due = lambda run: time.perf_counter() - run._saved_at > run_utils.SECONDS_BETWEEN_SAVES
-        for hook in hooks:
-            hook()
-        return train.main(arguments)
-
-    return action
-
-
-# --- looking at what is left ----------------------------------------------------------------------------------------
-
-
-def unreadable(run: Path) -> list[str]:
-    """The checkpoints of a run that do not load."""
-    bad = []
-    for path in run.glob("weights/*.pth"):
-        try:
-            torch.load(path, weights_only=True)
-        except Exception as error:  # noqa: BLE001 - it raises many kinds
-            bad.append(f"{path}: {error}")
-    return bad
-
-
-def differences(run: Path, undisturbed: Path) -> list[str]:
-    """Where a run has ended differently: weights, momentum, curves."""
-    wrong = []
-    for name in ("last.pth", "best.pth"):
-        ours, theirs = (torch.load(folder / "weights" / name, weights_only=True) for folder in (run, undisturbed))
-        wrong += [
-            f"{name}: {key}"
-            for key, value in theirs["state_dict"].items()
-            if not torch.equal(ours["state_dict"][key], value)
-        ]
-        if name == "last.pth":
-            momentum = [content["resume"]["optimizer"]["state"] for content in (ours, theirs)]
-            wrong += [
-                f"momentum {index}"
-                for index, state in momentum[1].items()
-                if not torch.equal(momentum[0][index]["momentum_buffer"], state["momentum_buffer"])
-            ]
-    if accumulated(run) != accumulated(undisturbed):
-        wrong.append("what EventAccumulator reads")
-    raw = raw_events(run)
-    if raw != raw_events(undisturbed):
-        wrong.append("the tags and steps in the event files")
-    wrong += [f"{tag} at step {step}: {count} times" for (tag, step), count in raw.items() if count > 1]
-    return wrong
-
-
-def accumulated(run: Path) -> dict[str, list]:
-    """What TensorBoard shows: each scalar's steps and values, the steps of the rest."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
-    tags = events.Tags()
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
-    found |= {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
-    return found | {tag: [event.step for event in events.Histograms(tag)] for tag in tags["histograms"]}
-
-
-def raw_events(run: Path) -> collections.Counter:
-    """How often each tag and step is in the event files themselves."""
-    found: collections.Counter = collections.Counter()
-    for path in run.glob("events.out.tfevents.*"):
-        for event in EventFileLoader(str(path)).Load():
-            found.update((value.tag, event.step) for value in event.summary.value)
-            found.update([("graph", 0)] if event.graph_def else [])
-    return found
-
-
-# --- the campaigns --------------------------------------------------------------------------------------------------
-
-
-class Campaign:
-    """What has been tried, and what went wrong."""
-
-    def __init__(self, name: str, data: Path) -> None:
-        self.name, self.data = name, data
-        self.tried: collections.Counter = collections.Counter()
-        self.wrong: list[str] = []
-
-    def expect(self, what: str, problems: list | bool) -> None:
-        """Count that `what` was looked at, and the problems (or, False, that it did not hold)."""
-        self.tried[what] += 1
-        problems = [] if problems is True else ["no"] if problems is False else problems
-        for problem in problems:
-            self.wrong.append(f"{what}: {problem}")
-            print(f"  WRONG  {what}: {problem}", flush=True)
-
-
 def pause(moment: str, which: int, pipe: int) -> Callable[[], None]:
     """A hook that halts the `which`-th checkpoint at `moment`, says so through `pipe`, and waits to be killed."""
-    saved = itertools.count()
-    due = [False]
+    saved, due = itertools.count(), False
 
     def halt(here: str) -> None:
-        if due[0] and here == moment:
+        if due and here == moment:
             os.write(pipe, b".")
             time.sleep(1000)
 
     def hook() -> None:
-        save, fsync, replace = torch.save, os.fsync, Path.replace
+        save, replace = torch.save, Path.replace
 
         def slow_save(content: dict, file) -> None:
-            due[0] = next(saved) == which
+            nonlocal due
+            due = next(saved) == which
             halt("before writing")
             save(content, file)
-            if due[0] and moment == "while writing":
+            if due and moment == "while writing":
                 file.truncate(file.tell() // 2)
                 halt(moment)
             file.flush()
@@ -243,7 +75,7 @@ def pause(moment: str, which: int, pipe: int) -> Callable[[], None]:
             halt("after rename")
             return done
 
-        torch.save, os.fsync, Path.replace = slow_save, fsync, slow_replace
+        torch.save, Path.replace = slow_save, slow_replace
 
     return hook
 
@@ -461,196 +293,6 @@ def concurrent(campaign: Campaign, rounds: int, generator: random.Random) -> Non
     campaign.expect(f"{rounds} runs, {rounds} folders", len(runs) == rounds)
     for run in runs:
         campaign.expect("every run has its own events", max(raw_events(run).values()) == 1)
-
-
-def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """`rounds` mutated image files of seven formats: bytes changed, cut off, moved; and the sound ones."""
-    originals = draw_originals()
-    for name, content in originals.items():
-        Path(name).write_bytes(content)
-        campaign.expect("a sound file is used", outcome(Path(name)) == "used")
-    batch = 100
-    for start in range(0, rounds, batch):
-        mutants = []
-        for _ in range(min(batch, rounds - start)):
-            name = generator.choice(list(originals))
-            mutants.append((name, mutate(originals[name], generator)))
-        child = Child(read_all(mutants), Path("output"))
-        status = child.wait(10 * batch)
-        lines = Path("results").read_text().splitlines()
-        campaign.expect("no crash and no hang, in a batch of 100", status == 0 or [f"{status}, after {lines[-1:]}"])
-        for line in lines:
-            name, said, pillow, seconds = line.split("|")
-            campaign.tried[f"a mutant was {said.split()[0]}"] += 1
-            campaign.expect("it is used if Pillow decodes it", pillow != "decodes" or said == "used" or [line])
-            campaign.expect("it takes less than 10 s", float(seconds) < 10 or [line])
-            campaign.expect("it is used or reported", said in ("used", "reported") or [line])
-        mib = int(Path("memory").read_text()) // 1024
-        campaign.expect("memory stays below 1 GiB, in a batch of 100", mib < 1024 or [f"{mib} MiB"])
-
-
-def draw_originals() -> dict[str, bytes]:
-    """The content of small image files of each format, in several modes."""
-    picture = draw_flower("roses", 1, size=96)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    kinds = {
-        "a.jpg": (picture, {"exif": exif}),
-        "progressive.jpg": (picture, {"progressive": True}),
-        "cmyk.jpg": (picture.convert("CMYK"), {}),
-        "a.png": (picture, {}),
-        "alpha.png": (picture.convert("RGBA"), {}),
-        "palette.png": (picture.convert("P"), {}),
-        "a.gif": (picture.convert("P"), {"save_all": True, "append_images": [picture.rotate(90).convert("P")]}),
-        "a.bmp": (picture, {}),
-        "a.webp": (picture, {}),
-        "lossless.webp": (picture.convert("RGBA"), {"lossless": True}),
-        "a.tif": (picture, {"compression": "tiff_lzw"}),
-        "plain.tif": (picture.convert("L"), {}),
-        "several.mpo": (picture, {"save_all": True, "append_images": [picture.rotate(90)]}),
-    }
-    originals = {}
-    for name, (image, options) in kinds.items():
-        image.save(name, **options)
-        originals[name] = Path(name).read_bytes()
-    return originals
-
-
-def mutate(content: bytes, generator: random.Random) -> bytes:
-    """Bytes changed, the end cut off, or a piece moved to another place."""
-    mutant = bytearray(content)
-    kind = generator.randrange(3)
-    if kind == 0:
-        for _ in range(generator.choice((1, 2, 5, 20))):
-            mutant[int(len(mutant) * generator.random() ** 2)] = generator.randrange(256)  # headers more often
-    elif kind == 1:
-        del mutant[generator.randrange(len(mutant)) :]
-    else:
-        start, length, to = (generator.randrange(len(mutant)) for _ in range(3))
-        piece = mutant[start : start + length // 8]
-        if generator.random() < 0.5:
-            del mutant[start : start + length // 8]
-        mutant[to:to] = piece
-    return bytes(mutant)
-
-
-def outcome(path: Path) -> str:
-    """What reading it comes to: "used", "reported" in one line, or what it should not have been."""
-    try:
-        image = read_image(path, least_side=48)
-    except ImageError as error:
-        return (
-            "reported" if len(str(error).splitlines()) == 1 and repr(str(path)) in str(error) else f"unclear: {error}"
-        )
-    except Exception as error:  # noqa: BLE001 - any other is what is looked for
-        return f"raised {error!r}"
-    return "used" if image.mode == "RGB" else f"of mode {image.mode}"
-
-
-def read_all(mutants: list[tuple[str, bytes]]) -> Callable[[], int]:
-    """Read each, and print what came of it, whether Pillow itself decodes it, and how long it took."""
-
-    def action() -> int:
-        warnings.simplefilter("ignore")
-        results = open("results", "w", buffering=1)  # noqa: SIM115 - libraries write to the output
-        for name, content in mutants:
-            path = Path(f"mutant{Path(name).suffix.replace('mpo', 'jpg')}")
-            path.write_bytes(content)
-            start = time.monotonic()
-            said = outcome(path)
-            seconds = time.monotonic() - start
-            try:
-                with Image.open(path) as image:
-                    image.load()
-                pillow = "decodes"
-            except Exception:  # noqa: BLE001 - it raises many kinds
-                pillow = "fails"
-            print("|".join((name, said.replace("|", "/").replace("\n", " "), pillow, f"{seconds:.2f}")), file=results)
-        Path("memory").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-        return 0
-
-    return action
-
-
-class SilentHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and says nothing."""
-
-    def log_message(self, *arguments: object) -> None:
-        """Nothing."""
-
-
-class _Payload:
-    """Unpickled without restrictions, it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = str(marker)
-
-    def __reduce__(self) -> tuple:
-        return open, (self.marker, "w")
-
-
-def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """Files from a stranger, each with a payload that would make a file `marker`, inside or outside the folder."""
-    box = Path("box").resolve()
-    marker = box / "marker"
-    (box / "run" / "weights").mkdir(parents=True)
-    payload = _Payload(marker)
-    checkpoint = box / "run" / "weights" / "last.pth"
-    pickled = box / "list.pkl"
-    pickled.write_bytes(pickle.dumps([payload]))
-
-    pickle.loads(pickled.read_bytes())[0].close()
-    campaign.expect("control: an unrestricted pickle reader makes the marker", marker.exists())
-    marker.unlink()
-    torch.save({"state_dict": payload}, checkpoint)
-    torch.load(checkpoint, weights_only=False)
-    campaign.expect("control: an unrestricted torch.load makes the marker", marker.exists())
-    marker.unlink()
-
-    def refuses(what: str, kinds: tuple, action: Callable[[], object]) -> None:
-        try:
-            action()
-            problems = ["accepted"]
-        except kinds as error:
-            problems = [] if len(str(error).splitlines()) == 1 else [f"more than a line: {error}"]
-        except Exception as error:  # noqa: BLE001 - any other is what is looked for
-            problems = [f"raised {error!r}"]
-        campaign.expect(f"refused: {what}", problems)
-        campaign.expect("no marker", not marker.exists() and not list(box.parent.glob("marker*")))
-
-    refuses("a pickle", (DataError,), lambda: read_pickle(pickled))
-    for content in (payload, {"state_dict": payload}, {"model": payload, "state_dict": {}}, {"resume": payload}):
-        torch.save(content, checkpoint)
-        refuses("a checkpoint to predict with", (WeightsError,), lambda: load_model(checkpoint))
-        refuses("weights to start from", (WeightsError,), lambda: load_pretrained(resnet18(5), checkpoint, "resnet18"))
-        refuses("a checkpoint to resume from", (run_utils.UsageError,), lambda: run_utils.read_checkpoint(checkpoint))
-    for text in ("[]", "{", '{"0": 5}', '{"0": "a", "7": "b"}', "[" * 100_000, "\xff", '{"0": {"a": "b"}}'):
-        (box / "class_indices.json").write_text(text, encoding="latin-1")
-        refuses("class_indices.json", (DataError,), lambda: read_class_indices(box / "class_indices.json"))
-
-    outside = box.parent / "outside.png"
-    outside.write_bytes(draw_originals()["a.png"])
-    lines = [f"../{outside.name} roses", f"{outside} roses", f"run/../../{outside.name} roses"]
-    (box / "label.txt").write_text("\n".join(lines), encoding="utf-8")
-    labelled, problems = read_label_file(box, ["roses"])
-    campaign.expect("label.txt that climbs out of its folder is not followed", not labelled and len(problems) == 3)
-
-    handler = functools.partial(SilentHandler, directory=str(box))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/a.tgz"
-    archive = box / "a.tgz"
-    for name, link in (("../marker", ""), (str(marker), ""), ("flower_photos/a", "../../marker"), ("marker", "device")):
-        with tarfile.open(archive, "w:gz") as tar:
-            member = tarfile.TarInfo(name)
-            member.type = tarfile.CHRTYPE if link == "device" else tarfile.SYMTYPE if link else tarfile.REGTYPE
-            member.linkname = "" if link == "device" else link
-            tar.addfile(member, io.BytesIO())
-        checksum = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-        kinds = (DataError, OSError)
-        refuses("an archive", kinds, functools.partial(download_flower_photos, box / "new", url, checksum))
-        refuses("a download of another checksum", kinds, lambda: download_flower_photos(box / "new", url))
-    server.shutdown()
 
 
 CAMPAIGNS = {kill: 100, signals: 30, disk: 1000, files: 10_000, hostile: 1, concurrent: 20}

@@ -87,7 +87,8 @@ def test_each_file_is_used_or_reported(tmp_path):
     for path, problem in problems.items():
         assert repr(str(path)) in problem
         assert len(problem.splitlines()) == 1
-    left = leave_out(split, {str(path): problem for path, problem in problems.items()})
+    left, reasons = leave_out(split, found)
+    assert sorted(reasons) == sorted(problems.values())
     assert len(left.train_paths + left.val_paths) == len(found) - len(bad)
 
 

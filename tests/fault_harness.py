@@ -1,0 +1,180 @@
+"""Small training runs in processes of their own, to be disturbed, and what is left of them.
+
+The runs are forks of the process that asks for them, which has imported everything already: Linux only.
+"""
+
+import collections
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import run_utils
+import train
+from run_utils import Run
+
+EPOCHS, IMAGES, BATCH_SIZE = 4, 50, 4
+
+
+# --- runs in processes of their own -------------------------------------------------------------------------------
+
+
+class Child:
+    """`action` in a process, and a session, of its own; its output goes to a file."""
+
+    def __init__(self, action: Callable[[], int], output: Path) -> None:
+        output.write_bytes(b"")
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            with open(output, "ab", buffering=0) as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            status = 99
+            try:
+                status = action()
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException:  # noqa: BLE001 - nothing of the parent must run in the child
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    def wait(self, seconds: float = 120) -> int | None:
+        """The exit status, negative for a signal, or None if it has not ended in that time."""
+        end = time.monotonic() + seconds
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """SIGKILL to the process alone: its workers are left to themselves."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def orphans(self, seconds: float = 2) -> list[int]:
+        """The processes of its session that are still there after so long."""
+        end = time.monotonic() + seconds
+        while (left := list(self._session())) and time.monotonic() < end:
+            time.sleep(0.01)
+        return left
+
+    def _session(self) -> Iterator[int]:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.pid and state != "Z":
+                    yield int(path.parent.name)
+
+
+def flags(data: Path, name: str = "run", epochs: int = EPOCHS) -> list[str]:
+    """The command line of a small run."""
+    fixed = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "1", "--lr", "0.01"]
+    return ["--data-path", str(data), *fixed, "--batch-size", str(BATCH_SIZE), "--epochs", str(epochs), "--name", name]
+
+
+def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], int]:
+    """train.py with these arguments, on one thread; it saves within epochs, too, which runs of seconds would not."""
+
+    def action() -> int:
+        torch.set_num_threads(1)
+        run_utils.SECONDS_BETWEEN_SAVES = 0.3
+        Run.save_is_due = lambda run: time.perf_counter() - run._saved_at > run_utils.SECONDS_BETWEEN_SAVES
+        for hook in hooks:
+            hook()
+        return train.main(arguments)
+
+    return action
+
+
+# --- looking at what is left ----------------------------------------------------------------------------------------
+
+
+def unreadable(run: Path) -> list[str]:
+    """The checkpoints of a run that do not load."""
+    bad = []
+    for path in run.glob("weights/*.pth"):
+        try:
+            torch.load(path, weights_only=True)
+        except Exception as error:  # noqa: BLE001 - it raises many kinds
+            bad.append(f"{path}: {error}")
+    return bad
+
+
+def differences(run: Path, undisturbed: Path) -> list[str]:
+    """Where a run has ended differently: weights, momentum, curves."""
+    wrong = []
+    for name in ("last.pth", "best.pth"):
+        ours, theirs = (torch.load(folder / "weights" / name, weights_only=True) for folder in (run, undisturbed))
+        wrong += [
+            f"{name}: {key}"
+            for key, value in theirs["state_dict"].items()
+            if not torch.equal(ours["state_dict"][key], value)
+        ]
+        if name == "last.pth":
+            momentum = [content["resume"]["optimizer"]["state"] for content in (ours, theirs)]
+            wrong += [
+                f"momentum {index}"
+                for index, state in momentum[1].items()
+                if not torch.equal(momentum[0][index]["momentum_buffer"], state["momentum_buffer"])
+            ]
+    if accumulated(run) != accumulated(undisturbed):
+        wrong.append("what EventAccumulator reads")
+    raw = raw_events(run)
+    if raw != raw_events(undisturbed):
+        wrong.append("the tags and steps in the event files")
+    wrong += [f"{tag} at step {step}: {count} times" for (tag, step), count in raw.items() if count > 1]
+    return wrong
+
+
+def accumulated(run: Path) -> dict[str, list]:
+    """What TensorBoard shows: each scalar's steps and values, the steps of the rest."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
+    tags = events.Tags()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    found |= {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+    return found | {tag: [event.step for event in events.Histograms(tag)] for tag in tags["histograms"]}
+
+
+def raw_events(run: Path) -> collections.Counter:
+    """How often each tag and step is in the event files themselves."""
+    found: collections.Counter = collections.Counter()
+    for path in run.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(path)).Load():
+            found.update((value.tag, event.step) for value in event.summary.value)
+            found.update([("graph", 0)] if event.graph_def else [])
+    return found
+
+
+class Campaign:
+    """What has been tried, and what went wrong."""
+
+    def __init__(self, name: str, data: Path) -> None:
+        self.name, self.data = name, data
+        self.tried: collections.Counter = collections.Counter()
+        self.wrong: list[str] = []
+
+    def expect(self, what: str, problems: list | bool) -> None:
+        """Count that `what` was looked at, and the problems (or, False, that it did not hold)."""
+        self.tried[what] += 1
+        problems = [] if problems is True else ["no"] if problems is False else problems
+        for problem in problems:
+            self.wrong.append(f"{what}: {problem}")
+            print(f"  WRONG  {what}: {problem}", flush=True)
