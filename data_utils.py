@@ -4,6 +4,7 @@ The functions that draw figures import matplotlib when they are called: who only
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -15,11 +16,11 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -223,8 +224,21 @@ def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], N
     return images
 
 
-class _Problems(Dataset):
-    """What is wrong with each image file, None if nothing is."""
+class Checked(NamedTuple):
+    """What is known about an image file.
+
+    `size` in bytes, `time` of the last change in ns, `checksum` of the content (None: it cannot be read), and the
+    `problem`, or None.
+    """
+
+    size: int
+    time: int
+    checksum: str | None
+    problem: str | None
+
+
+class _Checks(Dataset):
+    """Each image file's checksum, and what is wrong with it."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -232,34 +246,50 @@ class _Problems(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> str | None:
+    def __getitem__(self, index: int) -> tuple[str | None, str | None]:
+        path = self.paths[index]
         try:
-            read_image(self.paths[index], least_side=1)  # all of the file is read, as little as possible is kept
+            read_image(path, least_side=16)  # all of the file is read, next to nothing is kept
         except ImageError as error:
-            return str(error)
+            return _checksum(path), str(error)
+        return _checksum(path), None
+
+
+def _checksum(path: str) -> str | None:
+    if not Path(path).is_file():  # a pipe, a device: who knows when it ends
         return None
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**20):
+                content.update(piece)
+    except OSError:  # as reading the image has told
+        return None
+    return content.hexdigest()
 
 
-def check_images(paths: Sequence[str], known: dict[str, list], workers: int = 0) -> dict[str, list]:
+def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, Checked]:
     """Read every image, and say what is wrong with it.
 
     Args:
-        known: the result of another time: a file of the same size and time is not read again.
+        known: the result of another time, perhaps by way of JSON: a file of the same size and time is not read again.
         workers: processes that read.
 
     Returns:
-        {path in full: [size in bytes, time of its last change in ns, what is wrong or None]}.
+        What is known now, by the path in full.
     """
-    result, unknown = {}, []
+    result: dict[str, Checked] = {}
+    unknown = []
     for path in dict.fromkeys(map(_in_full, paths)):
-        before, now = known.get(path), _size_and_time(path)
-        if isinstance(before, list) and len(before) == 3 and before[:2] == now != [-1, -1]:
-            result[path] = before
-        else:
-            result[path] = [*now, None]
-            unknown.append(path)
+        size, time = _size_and_time(path)
+        match known.get(path):
+            case [before, then, str(checksum), str(problem) | (None as problem)] if (before, then) == (size, time):
+                result[path] = Checked(size, time, checksum, problem)
+            case _:
+                result[path] = Checked(size, time, None, None)
+                unknown.append(path)
     loader = DataLoader(
-        _Problems(unknown),
+        _Checks(unknown),
         batch_size=16,
         num_workers=workers if len(unknown) > 100 else 0,  # which take a while to start
         collate_fn=list,
@@ -267,9 +297,9 @@ def check_images(paths: Sequence[str], known: dict[str, list], workers: int = 0)
         generator=torch.Generator(),  # its own: looking at files moves no global generator
     )
     with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
-        problems = itertools.chain.from_iterable(loader)
-        for path, problem in zip(unknown, problems, strict=True):
-            result[path][2] = problem
+        checks = itertools.chain.from_iterable(loader)
+        for path, (checksum, problem) in zip(unknown, checks, strict=True):
+            result[path] = result[path]._replace(checksum=checksum, problem=problem)
             bar.update()
     return result
 
@@ -278,15 +308,15 @@ def _in_full(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _size_and_time(path: str) -> list[int]:
+def _size_and_time(path: str) -> tuple[int, int]:
     try:
         status = Path(path).stat()
     except OSError:  # a link to nowhere, a folder that must not be entered: reading will tell
-        return [-1, -1]
-    return [status.st_size, status.st_mtime_ns]
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
-def leave_out(split: Split, checked: dict[str, list]) -> tuple[Split, list[str]]:
+def leave_out(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[str]]:
     """`split` without the images that cannot be used, and what is wrong with each of them.
 
     Args:
@@ -297,10 +327,10 @@ def leave_out(split: Split, checked: dict[str, list]) -> tuple[Split, list[str]]
     """
 
     def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
-        kept = [pair for pair in zip(paths, labels, strict=True) if checked[_in_full(pair[0])][2] is None]
+        kept = [pair for pair in zip(paths, labels, strict=True) if checked[_in_full(pair[0])].problem is None]
         return [path for path, _ in kept], [label for _, label in kept]
 
-    problems = [problem for *_, problem in checked.values() if problem is not None]
+    problems = [image.problem for image in checked.values() if image.problem is not None]
     left = Split(
         split.class_names,
         *usable(split.train_paths, split.train_labels),
@@ -314,16 +344,17 @@ def leave_out(split: Split, checked: dict[str, list]) -> tuple[Split, list[str]]
     return left, problems
 
 
-def describe_files(split: Split, checked: dict[str, list]) -> dict[str, list[list[int]]]:
-    """What tells whether a folder has changed, wherever it lies: the size and time of each file, from `check_images`.
+def describe_files(split: Split, checked: dict[str, Checked]) -> dict[str, list[str]]:
+    """What tells whether a folder has changed, wherever it lies: the checksum of each file, from `check_images`.
 
-    {"daisy/a.jpg": [[size in bytes, time of the last change in ns]], ...}; two where train and val have that name.
+    {"daisy/a.jpg": [checksum], ...}; two where train and val have that name, "" for a file that cannot be read.
     """
-    files: dict[str, list[list[int]]] = {}
+    files: dict[str, list[str]] = {}
     for paths, labels in ((split.train_paths, split.train_labels), (split.val_paths, split.val_labels)):
         for path, label in zip(paths, labels, strict=True):
-            files.setdefault(f"{split.class_names[label]}/{Path(path).name}", []).append(checked[_in_full(path)][:2])
-    return {name: sorted(versions) for name, versions in files.items()}
+            name = f"{split.class_names[label]}/{Path(path).name}"
+            files.setdefault(name, []).append(checked[_in_full(path)].checksum or "")
+    return {name: sorted(checksums) for name, checksums in files.items()}
 
 
 def _subfolders(root: str | os.PathLike) -> list[Path]:

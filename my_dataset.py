@@ -5,14 +5,17 @@ import functools
 import math
 import mmap
 import os
+import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
@@ -23,6 +26,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 MAX_ASPECT_RATIO = 10
+STRIP_PIXELS = 2**22  # of a large image that are worked on at a time
 
 
 class ImageError(OSError):
@@ -51,27 +55,30 @@ def read_image(path: str | os.PathLike, least_side: int | None = None) -> Image.
 
 def _read(path: str | os.PathLike, least_side: int | None) -> tuple[Image.Image, bool]:
     """`read_image`, and whether the image has been scaled."""
-    with _errors_named(path), Image.open(path) as file:
-        image = file
-        full_size = min(image.size)
+    with _errors_named(path), _open(path) as file:
+        full_size = min(file.size)
         if least_side is not None:
             factor = max(1, full_size // least_side)
-            image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+            file.draft(None, (math.ceil(file.width / factor), math.ceil(file.height / factor)))
+        file.load()  # a TIFF file is turned upright by it
+        image = _to_rgb(file, max(1, min(file.size) // least_side) if least_side is not None else 1)
+        image.getexif()[ExifTags.Base.Orientation] = file.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = _to_8_bit(image)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
-        if least_side is not None and min(image.size) >= 2 * least_side:
-            image = image.reduce(min(image.size) // least_side)
         return image, min(image.size) < full_size
+
+
+def _open(path: str | os.PathLike) -> Image.Image:
+    if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for who writes into it
+        raise ValueError("not a file")
+    return Image.open(path)
 
 
 @contextmanager
 def _errors_named(path: str | os.PathLike) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an image is used, or it is an error
+            yield
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise ImageError(f"cannot read image {os.fspath(path)!r}: {_reason(error)}") from error
 
@@ -84,13 +91,36 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey in integers of 16 bits or in floats -> 8 bits; Pillow itself would clip everything above 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    largest = values.max(initial=0)
-    # Integers span 16 bits; floats span 0..1 or 0..255 by convention, or else whatever is there.
-    white = 65535 if image.mode != "F" else next((top for top in (1, 255) if largest <= top), largest)
-    return Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
+def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    """RGB at 1/factor of the size. A strip at a time: a huge image must not be in memory in several modes at once."""
+    rows = factor * max(1, STRIP_PIXELS // (image.width * factor))
+    strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    white = max(_white(image.crop(strip)) for strip in strips) if image.mode == "F" else 65535
+    if len(strips) == 1:
+        return _strip_to_rgb(image, white).reduce(factor)
+    result = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+    for strip in strips:
+        result.paste(_strip_to_rgb(image.crop(strip), white).reduce(factor), (0, strip[1] // factor))
+    return result
+
+
+def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        # Grey in integers of 16 bits or in floats -> 8 bits; Pillow itself would clip everything above 255.
+        image = Image.fromarray((_finite(image) / white * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _white(image: Image.Image) -> float:
+    """Floats span 0..1 or 0..255 by convention, or else whatever is there."""
+    largest = _finite(image).max(initial=0)
+    return next((top for top in (1, 255) if largest <= top), largest)
+
+
+def _finite(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
 
 
 class MyDataSet(Dataset):
@@ -131,10 +161,10 @@ class MyDataSet(Dataset):
         self._cache = _ImageCache(len(self.images_path), cache_bytes) if cache_bytes > 0 else None
         left_out = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
         if left_out:
-            more = ", ..." if len(left_out) > 3 else ""
+            names = ", ".join(map(repr, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
             print(
                 f"{len(left_out)} of {len(images_path)} images left out, more than {MAX_ASPECT_RATIO} times as long as "
-                f"wide or as wide as long: {', '.join(left_out[:3])}{more}"
+                f"wide or as wide as long: {names}"
             )
 
     def __len__(self) -> int:
@@ -250,10 +280,10 @@ class Tolerant(Dataset):
 
 def _is_extreme(path: str | os.PathLike) -> bool:
     try:
-        with Image.open(path) as image:  # reads the header only
+        with _errors_named(path), _open(path) as image:  # reads the header only
             width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False  # read_image will say what is wrong with it
+    except ImageError:
+        return False  # read_image will say so again
     return max(width, height) > MAX_ASPECT_RATIO * min(width, height)
 
 

@@ -1,6 +1,7 @@
 """Arrays, names and numbers become matplotlib figures. Reads no file, knows no network, shows no window.
 
-A dollar sign in a class name is a dollar sign (`parse_math=False`), not the start of a formula.
+Class names are text: a dollar sign is a dollar sign (`parse_math=False`), not the start of a formula, and control
+characters are written as escapes.
 Every function draws on the `figure` it is given, or else on a new one that pyplot does not know: nothing to close.
 """
 
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from run_utils import printable
 
 MAX_COLUMNS = 8
 
@@ -21,7 +24,7 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
     crowded = sum(map(len, class_names)) > 60
     axes.set_xticks(
         range(len(class_names)),
-        class_names,
+        [printable(name) for name in class_names],
         parse_math=False,
         rotation=45 if crowded else 0,
         ha="right" if crowded else "center",
@@ -38,7 +41,7 @@ def labelled_images(images: np.ndarray, names: Sequence[str], figure: Figure | N
     for number, (image, name) in enumerate(zip(images, names, strict=True), start=1):
         axes = figure.add_subplot(1, len(images), number, xticks=[], yticks=[])
         axes.imshow(image)
-        axes.set_xlabel(name, parse_math=False)
+        axes.set_xlabel(printable(name), parse_math=False)
     figure.set_layout_engine("constrained")
     return figure
 
@@ -64,11 +67,11 @@ def predictions(
     ):
         axes = figure.add_subplot(rows, columns, index + 1, xticks=[], yticks=[])
         axes.imshow(image)
-        title = f"{guess}, {probability * 100:.2f}%"
+        title = f"{printable(guess)}, {probability * 100:.2f}%"
         colour = "black"
         if label is not None:
             right = guess == label
-            title += f"\n(label: {label})"
+            title += f"\n(label: {printable(label)})"
             colour = "green" if right else "red"
             axes.set_xlabel("\N{CHECK MARK}" if right else "\N{MULTIPLICATION SIGN}", color=colour, fontsize=16)
         axes.set_title(title, color=colour, parse_math=False)

@@ -26,6 +26,8 @@ from run_utils import (
     FlagParser,
     UsageError,
     available_cores,
+    is_dead_worker,
+    is_out_of_memory,
     newest_weights,
     printable,
     select_device,
@@ -213,6 +215,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (DataError, WeightsError, UsageError, OSError) as error:
         complain(error)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            complain(UsageError("out of memory: free some, or try --device cpu"))
+        elif is_dead_worker(error):
+            complain(UsageError("a process that reads images died: too little memory, or a damaged image"))
+        else:
+            raise
         return 1
     except KeyboardInterrupt:
         return 130

@@ -143,7 +143,16 @@ def _cpu_has_bfloat16() -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the memory of a GPU, or of the machine, did not suffice."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator, CUDA and MPS, cuBLAS and cuDNN each have their own words for it, in a RuntimeError.
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in said) and not is_dead_worker(error)
+
+
+def is_dead_worker(error: Exception) -> bool:
+    """Whether a DataLoader's worker has died, by a signal for example."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def available_cores() -> int:
@@ -328,7 +337,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     content = read_torch_file(path)
     progress = content.get("resume")
     command, epoch = (progress.get("command"), progress.get("epoch")) if isinstance(progress, dict) else (None, None)
-    if not (isinstance(command, list) and all(isinstance(word, str) for word in command) and isinstance(epoch, int)):
+    is_command = isinstance(command, list) and all(isinstance(word, str) for word in command)
+    if not (is_command and isinstance(epoch, int) and epoch >= 0):
         raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
     return content
 
@@ -432,7 +442,7 @@ class Run:
         try:
             resume = checkpoint["resume"]
             self.model.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(resume["optimizer"])
+            self._load_optimizer(resume["optimizer"])
             self.scaler.load_state_dict(resume["scaler"])
             losses = resume["mean_loss"]
             self.epoch = resume["epoch"]
@@ -442,6 +452,12 @@ class Run:
             cut_events(self.folder, dict(resume["events"]))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+        for parameter, values in self.optimizer.state.items():  # which it leaves to the next step to find out
+            if values["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("momentum of another shape")
 
 
 # --- event files --------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ from run_utils import (
     describe_device,
     event_errors,
     find_run,
+    is_dead_worker,
     is_out_of_memory,
     leave_with_the_run,
     printable,
@@ -151,12 +152,13 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}")
     print(f"precision    {precision}")
-    print(f"model        {args.model}, {parameters:,} parameters, {weights_line}")
+    print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
-    print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({val_source})")
+    print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(val_source)})")
     if problems:
         print(f"left out     {len(problems)} images that cannot be used: {folder / 'unusable_images.txt'} says why")
-    print(f"run          {folder}{f', on from epoch {run.epoch}, step {run.mean_loss.steps}' if checkpoint else ''}")
+    where = f", on from epoch {run.epoch}, step {run.mean_loss.steps}" if checkpoint else ""
+    print(f"run          {printable(str(folder))}{where}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
 
     def after_step() -> None:
@@ -225,7 +227,7 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
 
     print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {run.weights / 'best.pth'}")
     predict = ["python", "predict.py", "--weights", str(run.weights / "best.pth"), val_set.images_path[0]]
-    print(f"next: {subprocess.list2cmdline(predict) if os.name == 'nt' else shlex.join(predict)}")
+    print(f"next: {printable(subprocess.list2cmdline(predict) if os.name == 'nt' else shlex.join(predict))}")
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
@@ -429,13 +431,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            sizes = f"--batch-size {args.batch_size} and --img-size {args.img_size}"
+            reason = f"out of memory with {sizes}: lower one of them"
+        elif is_dead_worker(error):
+            reason = "a process that reads images died: too little memory (--workers 0 needs least), or a damaged image"
+        else:
             raise
-        print(
-            f"train.py: error: out of memory with --batch-size {args.batch_size} and --img-size {args.img_size}: "
-            f"lower one of them",
-            file=sys.stderr,
-        )
+        print(f"train.py: error: {reason}", file=sys.stderr)
         return 1
     except StopRequest as stop:
         return 128 + stop.number

@@ -1,6 +1,9 @@
 """Folders from anywhere: what cannot be used is left out and said, what breaks during training is stepped over."""
 
 import contextlib
+import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import data_utils
 import train
-from data_utils import check_images, leave_out, split_folder
+from data_utils import check_images, describe_files, leave_out, split_folder
 from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import Run
 
@@ -61,7 +64,9 @@ def unusable_files(folder: Path) -> list[Path]:
         (folder / name).write_bytes(content)
     (folder / "nowhere.jpg").symlink_to(folder / "missing.jpg")
     (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
-    return [folder / name for name in (*contents, "nowhere.jpg", "loop.jpg")]
+    (folder / "endless.bmp").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.gif")
+    return [folder / name for name in (*contents, "nowhere.jpg", "loop.jpg", "endless.bmp", "pipe.gif")]
 
 
 def other_files(folder: Path) -> None:
@@ -80,7 +85,7 @@ def test_each_file_is_used_or_reported(tmp_path):
     other_files(folder / "cat")
     split = split_folder(folder)
     found = check_images(split.train_paths + split.val_paths, {})
-    problems = {Path(path): problem for path, (*_, problem) in found.items() if problem is not None}
+    problems = {Path(path): image.problem for path, image in found.items() if image.problem is not None}
     assert set(problems) == set(bad)
     assert set(good) <= {Path(path) for path in found}
     assert len(found) == 10 - 5 + len(good) + len(bad)  # the first five of `good` are the cats from before
@@ -97,7 +102,7 @@ def test_an_unreadable_file_is_reported(open_folder):
     (folder / "cat" / "cat 00.png").chmod(0)
     with as_another_user():
         found = check_images(files_in(folder), {})
-    assert [problem for *_, problem in found.values() if problem] == [
+    assert [image.problem for image in found.values() if image.problem] == [
         f"cannot read image {str(folder / 'cat' / 'cat 00.png')!r}: Permission denied"
     ]
 
@@ -109,11 +114,17 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     random_state = torch.get_rng_state()
     first = check_images(paths, {}, workers)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert [problem is not None for *_, problem in first.values()] == [True] + [False] * 119
+    assert [image.problem is not None for image in first.values()] == [True] + [False] * 119
     read = []
     monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path))
-    assert check_images(paths, first) == first
+    assert check_images(paths, json.loads(json.dumps(first))) == first
     assert read == []
+    damaged = dict(zip(first, [None, [], [1, 2, 3, 4], {}, "text"], strict=False))
+    assert check_images(paths[1:5], damaged | {paths[1]: [*first[paths[1]][:3], 7]}) == {
+        path: first[path] for path in paths[1:5]
+    }
+    assert read == paths[1:5]
+    read.clear()
     Path(paths[5]).write_bytes(b"hello")
     check_images(paths, first)
     assert read == [paths[5]]
@@ -134,7 +145,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     assert f"left out     {len(bad)} images" in capsys.readouterr().out
-    assert {Path(path).name for path in read} == {"loop.jpg", "nowhere.jpg"}  # the others are known
+    assert {Path(path).name for path in read} == {"loop.jpg", "nowhere.jpg", "endless.bmp", "pipe.gif"}
 
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1", "--strict"]) == 1
     said = capsys.readouterr().err
@@ -152,6 +163,22 @@ def test_a_class_of_which_nothing_can_be_used_is_one_line(tmp_path, capsys):
     assert "class cat" in said
     assert len(said.splitlines()) == 1
     assert not Path("runs").exists()
+
+
+def test_files_are_told_apart_by_their_content(tmp_path):
+    split = split_folder(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}), val_rate=0)
+
+    def describe() -> dict[str, list[str]]:
+        return describe_files(split, check_images(split.train_paths, {}))
+
+    before = describe()
+    assert len({checksum for [checksum] in before.values()}) == 6
+    os.utime(split.train_paths[0], (1, 1))
+    assert describe() == before
+    content = bytearray(Path(split.train_paths[1]).read_bytes())
+    content[-1] ^= 1
+    Path(split.train_paths[1]).write_bytes(content)
+    assert [name for name, checksums in describe().items() if checksums != before[name]] == ["cat/cat 01.png"]
 
 
 # --- during training --------------------------------------------------------------------------------------------
@@ -202,3 +229,15 @@ def test_a_run_goes_on_when_files_vanish(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "[epoch 1] 2 of 4 validation images left out" in said.out
     assert f"{split.train_paths[0]!r}: No such file or directory; the next image takes its place" in said.err
+
+
+def test_a_worker_that_dies_is_one_line(two_classes, capsys, monkeypatch):
+    monkeypatch.setattr(
+        Run, "save_is_due", lambda run: [worker.kill() for worker in multiprocessing.active_children()] and False
+    )
+    flags = [*SMALL[:-1], "1", "--epochs", "2"]
+    assert train.main(["--data-path", str(two_classes), *flags]) == 1
+    said = capsys.readouterr().err
+    assert "a process that reads images died" in said
+    assert len(said.splitlines()) == 1
+    assert torch.load("runs/flower_experiment/weights/last.pth", weights_only=True)["resume"]["epoch"] == 0

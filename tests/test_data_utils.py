@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from conftest import as_another_user, write_classes, write_image
@@ -34,6 +35,7 @@ from data_utils import (
     write_pickle,
 )
 from my_dataset import MEAN, STD, EvalTransform, MyDataSet
+from plot_utils import class_distribution, labelled_images, predictions
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +262,14 @@ def test_the_class_distribution(two_classes, shown):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog"]
     assert [bar.get_height() for bar in axes.patches] == [10, 15]
     assert [text.get_text() for text in axes.texts] == ["10", "15"]
+
+
+def test_class_names_are_text_in_every_figure():
+    name, shown = "$x$ \x1b[31m\n\u202eé花", r"$x$ \x1b[31m\n\u202eé花"
+    picture = np.zeros((1, 4, 4, 3), np.uint8)
+    assert class_distribution([name], [1]).axes[0].get_xticklabels()[0].get_text() == shown
+    assert labelled_images(picture, [name]).axes[0].get_xlabel() == shown
+    assert predictions(picture, [name], [1.0], [name]).axes[0].get_title() == f"{shown}, 100.00%\n(label: {shown})"
 
 
 @pytest.mark.parametrize("kind", ["uint8", "normalised"])

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
+import my_dataset
 from my_dataset import (
     MEAN,
     STD,
@@ -78,12 +80,16 @@ def test_what_is_transparent_becomes_white(tmp_path):
     assert pixels[3, 3].tolist() == [255, 255, 255]
 
 
-def test_a_photograph_is_turned_upright(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.jpg", {}), ("a.png", {}), ("a.webp", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"})],
+)
+def test_a_photograph_is_turned_upright(tmp_path, name, options):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 20, 20))  # the left half
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    pixels = saved(tmp_path / "a.jpg", image, exif=exif)
+    pixels = saved(tmp_path / name, image, exif=exif, **options)
     assert pixels.shape == (40, 20, 3)
     assert pixels[:18].mean() > 250
     assert pixels[22:].mean() < 5
@@ -124,6 +130,38 @@ def test_images_of_other_formats_are_scaled_after_decoding(tmp_path, mode, facto
     picture.save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", 100).size == (math.ceil(320 / factor), 100)
     assert read_image(tmp_path / "a.png", 151).size == (320, 300)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F"])
+@pytest.mark.parametrize("least_side", [None, 40])
+def test_a_huge_image_is_worked_on_in_strips(tmp_path, monkeypatch, mode, least_side):
+    red, green, blue = (np.roll(RAMP.repeat(16, 0).repeat(16, 1), shift, 1) for shift in (0, 31, 77))
+    picture = Image.fromarray(np.dstack([red, green, blue, blue]))
+    if mode in ("I;16", "F"):
+        picture = Image.fromarray(red.astype(np.uint16) * 257 if mode == "I;16" else red.astype(np.float32) * 9)
+    picture = picture.convert(mode) if mode != "P" else picture.quantize(50)
+    picture.save(tmp_path / "a.tif")
+    whole = read_image(tmp_path / "a.tif", least_side)
+    modes = []
+    convert = Image.Image.convert
+    monkeypatch.setattr(my_dataset, "STRIP_PIXELS", 1000)
+    monkeypatch.setattr(Image.Image, "convert", lambda image, *mode: modes.append(image.size) or convert(image, *mode))
+    strips = read_image(tmp_path / "a.tif", least_side)
+    assert max(height for _, height in modes) < whole.height
+    assert np.array_equal(np.asarray(strips), np.asarray(whole))
+    assert np.asarray(whole).std() > 10
+
+
+def test_what_pillow_warns_of_is_not_printed(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with Image.open(tmp_path / "a.jpg") as image:
+            image.getexif()
+        assert shown
+        shown.clear()
+        assert read_image(tmp_path / "a.jpg").size == (40, 20)
+        assert not shown
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -166,7 +166,8 @@ def test_a_flag_that_contradicts_the_run_is_one_line(undisturbed, capsys, words)
 
 def test_data_that_has_changed_is_named_file_by_file(pets, undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed, "runs/a")
-    shutil.copytree(pets, "pets")  # with the times of the files
+    shutil.copytree(pets, "pets", copy_function=shutil.copyfile)  # without their times
+    assert train.main(["--resume", "a", "--data-path", "pets"]) == 0
     resume = ["--resume", "a", "--epochs", "4", "--data-path", "pets"]
     Path("pets/cat/cat 03.png").unlink()
     write_image(Path("pets/dog/another.png"))
@@ -209,6 +210,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content["resume"].clear(),
         lambda content: content["resume"].pop("optimizer"),
         lambda content: content["resume"].update(epoch="1"),
+        lambda content: content["resume"].update(epoch=-1),
+        lambda content: content["resume"]["optimizer"]["state"][3].update(momentum_buffer=torch.zeros(7)),
         lambda content: content["resume"].update(command=["--no-such-flag"]),
         lambda content: content["resume"].update(mean_loss={"os": "system"}),
         lambda content: content["resume"].update(events=[1, 2]),
