@@ -1,31 +1,64 @@
-"""Campaigns of files: mutated images, and what a stranger might send."""
+"""Campaigns of files: the zoo of image files, mutated ones, and what a stranger might send."""
 
 import functools
 import hashlib
 import http.server
 import io
+import json
+import os
 import pickle
 import random
+import shutil
+import struct
 import tarfile
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from fault_harness import Campaign, Child
+from fault_harness import Campaign, Child, program
 from PIL import Image
 
-from data_utils import DataError, download_flower_photos, read_class_indices, read_label_file, read_pickle
+import predict
+from data_utils import (
+    DataError,
+    check_images,
+    download_flower_photos,
+    read_class_indices,
+    read_label_file,
+    read_pickle,
+    split_folder,
+)
 from model import WeightsError, load_model, load_pretrained, resnet18
 from my_dataset import ImageError, read_image
 from run_utils import read_checkpoint
 from sample_flowers import draw_flower
 
+# --- image files --------------------------------------------------------------------------------------------------
+
 
 def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """`rounds` mutated image files of seven formats: bytes changed, cut off, moved; and the sound ones."""
+    """Image files of every kind, and `rounds` mutated ones of seven formats: bytes changed, cut off, moved."""
+    folder = Path("zoo")
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        draw_flower("roses", 1, size=64).save(folder / name / "1.png")
+    expected = draw_zoo(folder / "cat")
+    Path.cwd().parent.chmod(0o755)  # permissions do not hold for the superuser: somebody else looks
+    child = Child(look_at(folder), Path("output"))
+    campaign.expect("the zoo: no crash and no hang", child.wait(60) == 0 or [Path("output").read_text()[-500:]])
+    found = json.loads(Path("looked_at").read_text())
+    for name, usable in expected.items():
+        problem = found["problems"].pop(f"{folder.resolve()}/cat/{name}", "not seen")
+        print(f"  {name[:40]!a:44} {problem.rpartition(': ')[2] if problem else 'used'}")
+        campaign.expect("the zoo: each file is used, or reported with its name", (problem is None) == usable or [name])
+    campaign.expect("the zoo: nothing else is taken for an image", list(found["problems"].values()) == [None, None])
+    campaign.expect("the zoo: memory grows by less than 1 GiB", found["MiB"] < 1024 or [f"{found['MiB']} MiB"])
+
     originals = draw_originals()
     for name, content in originals.items():
         Path(name).write_bytes(content)
@@ -46,8 +79,99 @@ def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             campaign.expect("it is used if Pillow decodes it", pillow != "decodes" or said == "used" or [line])
             campaign.expect("it takes less than 10 s", float(seconds) < 10 or [line])
             campaign.expect("it is used or reported", said in ("used", "reported") or [line])
-        mib = int(Path("memory").read_text()) // 1024
+        mib = int(Path("memory").read_text())
         campaign.expect("memory stays below 1 GiB, in a batch of 100", mib < 1024 or [f"{mib} MiB"])
+
+
+def draw_zoo(folder: Path) -> dict[str, bool]:
+    """Image files of every kind, and what has no business in a folder of images.
+
+    Returns:
+        The name of each image file, and whether it can be used.
+    """
+    grey = np.arange(48 * 48).reshape(48, 48)
+    colour = draw_flower("tulips", 1, size=48)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colour.save(folder / "turned.jpg", exif=turned)
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.convert("L").save(folder / "grey.webp")
+    colour.convert("P").save(folder / "palette and animated.gif", save_all=True, append_images=[colour])
+    colour.convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(grey.astype(np.uint16)).save(folder / "sixteen bits.png")
+    Image.fromarray(grey.astype(np.float32)).save(folder / "float.tif")
+    colour.crop((0, 0, 1, 1)).save(folder / "one pixel.bmp")
+    colour.resize((20_000, 2_000)).save(folder / "20,000 pixels.jpg")
+    (folder / "170 million pixels.png").write_bytes(blank_png(13_000, 13_000))
+    for name in (
+        "png.jpg",
+        "emoji \N{SUNFLOWER}.png",
+        "\u540d\u5b57.png",
+        "a\nline.png",
+        "x" * 251 + ".png",
+        "UP.PNG",
+        "-rf.png",
+    ):
+        colour.save(folder / name, format="png")
+    (folder / "link.png").symlink_to("alpha.png")
+    usable = {path.name: True for path in folder.iterdir() if path.name != "1.png"}
+
+    good = (folder / "alpha.png").read_bytes()
+    (folder / "empty.jpg").touch()
+    (folder / "text.png").write_text("hello")
+    (folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (folder / "bomb.png").write_bytes(blank_png(60_000, 60_000, rows=100))
+    (folder / "nowhere.jpg").symlink_to("missing.jpg")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "endless.bmp").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.gif")
+    (folder / "secret.png").write_bytes(good)
+    (folder / "secret.png").chmod(0)
+    unusable = [path.name for path in folder.iterdir() if path.name not in usable and path.name != "1.png"]
+
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", ".hidden.jpg"):
+        (folder / name).write_text("hello")
+    (folder / "nested.jpg").mkdir()
+    colour.save(folder / "nested.jpg" / "deeper.png")
+    (folder / "around").symlink_to(folder.resolve())
+    return usable | dict.fromkeys(unusable, False)
+
+
+def blank_png(width: int, height: int, rows: int | None = None) -> bytes:
+    """A black RGBA image, a thousandth of its size in memory; `rows` of them, where it is to be cut short."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    deflate, row = zlib.compressobj(), bytes(1 + 4 * width)
+    pixels = b"".join(deflate.compress(row) for _ in range(rows or height)) + deflate.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def look_at(folder: Path) -> Callable[[], int]:
+    """Check a folder's images as train.py does, without being the superuser."""
+
+    def action() -> int:
+        with open("looked_at", "w") as result:
+            before = peak_memory()
+            Image.init()  # from here on modules may be out of reach
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            split = split_folder(folder, val_rate=0)
+            checked = check_images(split.train_paths, {})
+            problems = {path: image.problem for path, image in checked.items()}
+            json.dump({"problems": problems, "MiB": peak_memory() - before}, result)
+        return 0
+
+    return action
+
+
+def peak_memory() -> int:
+    """Of this process so far, in MiB."""
+    import resource  # of Unix alone
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def draw_originals() -> dict[str, bytes]:
@@ -112,8 +236,6 @@ def read_all(mutants: list[tuple[str, bytes]]) -> Callable[[], int]:
     """Read each, and print what came of it, whether Pillow itself decodes it, and how long it took."""
 
     def action() -> int:
-        import resource  # of Unix alone
-
         warnings.simplefilter("ignore")
         results = open("results", "w", buffering=1)  # noqa: SIM115 - libraries write to the output
         for name, content in mutants:
@@ -129,10 +251,13 @@ def read_all(mutants: list[tuple[str, bytes]]) -> Callable[[], int]:
             except Exception:  # noqa: BLE001 - it raises many kinds
                 pillow = "fails"
             print("|".join((name, said.replace("|", "/").replace("\n", " "), pillow, f"{seconds:.2f}")), file=results)
-        Path("memory").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        Path("memory").write_text(str(peak_memory()))
         return 0
 
     return action
+
+
+# --- what a stranger might send ---------------------------------------------------------------------------------
 
 
 class SilentHandler(http.server.SimpleHTTPRequestHandler):
@@ -198,6 +323,9 @@ def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     labelled, problems = read_label_file(box, ["roses"])
     campaign.expect("label.txt that climbs out of its folder is not followed", not labelled and len(problems) == 3)
 
+    strange_run(campaign, box)
+    campaign.expect("no marker", not marker.exists() and not list(box.parent.glob("marker*")))
+
     handler = functools.partial(SilentHandler, directory=str(box))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -214,3 +342,43 @@ def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
         refuses("an archive", kinds, functools.partial(download_flower_photos, box / "new", url, checksum))
         refuses("a download of another checksum", kinds, lambda: download_flower_photos(box / "new", url))
     server.shutdown()
+
+
+def strange_run(campaign: Campaign, box: Path) -> None:
+    """A run's folder from a stranger, whose checkpoint loads: its other files, and its words on the terminal."""
+    shutil.copytree(campaign.undisturbed()[0], box / "runs" / "strange")
+    run, escape = box / "runs" / "strange", "\x1b]0;marker\x07\n"
+    evil = {"flags": {"data_path": "/etc", "name": "../../marker", "epochs": "__import__('os').mkdir('marker')"}}
+    (run / "args.json").write_text(json.dumps(evil))
+    (run / "class_indices.json").write_text("[" * 100_000)
+    checkpoint = torch.load(run / "weights" / "last.pth", weights_only=True)
+    events = {"../../../marker": 0, str(box / "marker"): 0}
+    words = ["--download", "--name=marker", f"--weights={escape}"]
+    checkpoint["resume"]["command"] += words
+    checkpoint["resume"]["events"] |= events
+    torch.save(checkpoint, run / "weights" / "last.pth")
+    epochs = str(campaign.epochs + 1)
+    child = Child(program(["--resume", str(run), "--epochs", epochs], lambda: os.chdir(box)), Path("output"))
+    campaign.expect(
+        "a strange run goes on, and nothing of it takes effect", child.wait() == 0 and not printed_controls()
+    )
+    (run / "files.json").write_text("[" * 100_000)
+    child = Child(program(["--resume", str(run), "--epochs", epochs + "0"], lambda: os.chdir(box)), Path("output"))
+    campaign.expect("refused: a run whose list of files is damaged", child.wait() == 1)
+
+    names = [f"{escape}{number}" for number in range(5)]
+    torch.save(checkpoint | {"class_names": names}, run / "weights" / "best.pth")
+    image = next(campaign.data.rglob("*.jpg"))
+    arguments = ["--weights", str(run / "weights" / "best.pth"), str(image), "--save-plot", str(box / "plot.png")]
+
+    def look() -> int:
+        torch.set_num_threads(1)  # a fork has no others
+        return predict.main([*arguments, "--device", "cpu"])
+
+    child = Child(look, Path("output"))
+    campaign.expect("strange class names are printed and drawn as text", child.wait() == 0 and not printed_controls())
+
+
+def printed_controls() -> list[str]:
+    """The characters in the output that a terminal would obey."""
+    return [c for c in Path("output").read_text() if not c.isprintable() and c != "\n"]

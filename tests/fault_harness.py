@@ -23,7 +23,7 @@ import run_utils
 import train
 from run_utils import Run
 
-EPOCHS, IMAGES, BATCH_SIZE = 4, 50, 4
+IMAGES, BATCH_SIZE = 50, 4
 
 
 # --- runs in processes of their own -------------------------------------------------------------------------------
@@ -82,12 +82,6 @@ class Child:
                 state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self.pid and state != "Z":
                     yield int(path.parent.name)
-
-
-def flags(data: Path, name: str = "run", epochs: int = EPOCHS) -> list[str]:
-    """The command line of a small run."""
-    fixed = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "1", "--lr", "0.01"]
-    return ["--data-path", str(data), *fixed, "--batch-size", str(BATCH_SIZE), "--epochs", str(epochs), "--name", name]
 
 
 def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], int]:
@@ -164,12 +158,30 @@ def raw_events(run: Path) -> collections.Counter:
 
 
 class Campaign:
-    """What has been tried, and what went wrong."""
+    """What has been tried, and what went wrong; `epochs` is the length of its runs, on the images of `data`."""
 
-    def __init__(self, name: str, data: Path) -> None:
-        self.name, self.data = name, data
+    def __init__(self, name: str, data: Path, epochs: int) -> None:
+        self.name, self.data, self.epochs = name, data, epochs
         self.tried: collections.Counter = collections.Counter()
         self.wrong: list[str] = []
+
+    def flags(self, name: str, epochs: int | None = None) -> list[str]:
+        """The command line of a small run."""
+        fixed = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "1", "--lr", "0.01"]
+        fixed += ["--batch-size", str(BATCH_SIZE), "--epochs", str(epochs or self.epochs)]
+        return ["--data-path", str(self.data), *fixed, "--name", name]
+
+    def undisturbed(self) -> tuple[Path, float]:
+        """The folder of a run that nothing happens to, which is made but once, and the seconds that it took."""
+        folder = self.data.parent / "undisturbed"
+        seconds = folder / "seconds"
+        if not folder.exists():
+            folder.mkdir()
+            start = time.monotonic()
+            child = Child(program(self.flags("run"), lambda: os.chdir(folder)), folder / "output")
+            self.expect("a run that is left alone ends well", child.wait() == 0)
+            seconds.write_text(str(time.monotonic() - start))
+        return folder / "runs" / "run", float(seconds.read_text())
 
     def expect(self, what: str, problems: list | bool) -> None:
         """Count that `what` was looked at, and the problems (or, False, that it did not hold)."""

@@ -6,11 +6,10 @@ import multiprocessing
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import as_another_user, write_classes, write_image
-from PIL import Image
+from conftest import as_another_user, write_classes
+from fault_files import draw_zoo
 from torch.utils.data import DataLoader
 
 import data_utils
@@ -32,69 +31,24 @@ def files_in(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.rglob("*")) if not path.is_dir()]
 
 
-def usable_files(folder: Path) -> list[Path]:
-    """What Pillow reads, however strange."""
-    grey = np.arange(48 * 48).reshape(48, 48)
-    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    colour.save(folder / "turned.jpg", exif=turned)
-    colour.convert("CMYK").save(folder / "cmyk.jpg")
-    colour.convert("L").save(folder / "grey.webp")
-    colour.convert("P").save(folder / "palette.gif", save_all=True, append_images=[colour])
-    colour.convert("RGBA").save(folder / "alpha.png")
-    Image.fromarray(grey.astype(np.uint16)).save(folder / "sixteen bits.png")
-    Image.fromarray(grey.astype(np.float32)).save(folder / "float.tif")
-    colour.crop((0, 0, 1, 1)).save(folder / "one pixel.bmp")
-    colour.resize((20_000, 2_000)).save(folder / "large.jpg")
-    colour.save(folder / "a png in truth.jpg", format="png")
-    for name in ("emoji 🌻.png", "名字.png", "new\nline.png", "x" * 251 + ".png", "UPPER.PNG", "-rf.png"):
-        colour.save(folder / name, format="png")
-    (folder / "link.png").symlink_to(folder / "alpha.png")
-    return [path for path in folder.iterdir() if path.suffix.lower() in data_utils.IMAGE_EXTENSIONS]
-
-
-def unusable_files(folder: Path) -> list[Path]:
-    good = write_image(folder / "good.png", (200, 200)).read_bytes()
-    (folder / "good.png").unlink()
-    bomb = bytearray(good)
-    bomb[16:24] = (2**15 - 1).to_bytes(4, "big") * 2  # says that it is 32,767 px wide and high
-    contents = {"empty.jpg": b"", "text.png": b"hello", "cut.png": good[: len(good) // 2], "bomb.png": bytes(bomb)}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    (folder / "nowhere.jpg").symlink_to(folder / "missing.jpg")
-    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
-    (folder / "endless.bmp").symlink_to("/dev/zero")
-    os.mkfifo(folder / "pipe.gif")
-    return [folder / name for name in (*contents, "nowhere.jpg", "loop.jpg", "endless.bmp", "pipe.gif")]
-
-
-def other_files(folder: Path) -> None:
-    """What is no image at all, and says so."""
-    for name in (".DS_Store", "Thumbs.db", "notes.txt", ".hidden.jpg"):
-        (folder / name).write_bytes(b"hello")
-    write_image(folder / "nested.jpg" / "deeper.png")
-
-
 # --- before training --------------------------------------------------------------------------------------------
 
 
-def test_each_file_is_used_or_reported(tmp_path):
-    folder = write_classes(tmp_path / "zoo", {"cat": 5, "dog": 5})
-    good, bad = usable_files(folder / "cat"), unusable_files(folder / "dog")
-    other_files(folder / "cat")
-    split = split_folder(folder)
-    found = check_images(split.train_paths + split.val_paths, {})
+def test_each_file_is_used_or_reported(open_folder):
+    folder = write_classes(open_folder / "zoo", {"cat": 5, "dog": 5})
+    zoo = draw_zoo(folder / "cat")
+    with as_another_user():
+        split = split_folder(folder)
+        found = check_images(split.train_paths + split.val_paths, {})
     problems = {Path(path): image.problem for path, image in found.items() if image.problem is not None}
-    assert set(problems) == set(bad)
-    assert set(good) <= {Path(path) for path in found}
-    assert len(found) == 10 - 5 + len(good) + len(bad)  # the first five of `good` are the cats from before
+    assert {path.name for path in problems} == {name for name, usable in zoo.items() if not usable}
+    assert len(found) == 10 + len(zoo)
     for path, problem in problems.items():
         assert repr(str(path)) in problem
         assert len(problem.splitlines()) == 1
     left, reasons = leave_out(split, found)
     assert sorted(reasons) == sorted(problems.values())
-    assert len(left.train_paths + left.val_paths) == len(found) - len(bad)
+    assert len(left.train_paths + left.val_paths) == len(found) - len(problems)
 
 
 def test_an_unreadable_file_is_reported(open_folder):
@@ -132,7 +86,9 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
 
 def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, monkeypatch):
     folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
-    bad = unusable_files(folder / "dog")
+    zoo = draw_zoo(folder / "dog")
+    (folder / "dog" / "secret.png").unlink()  # the superuser may read it
+    bad = [folder / "dog" / name for name, usable in zoo.items() if not usable and name != "secret.png"]
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     said = capsys.readouterr().out
     assert f"left out     {len(bad)} images" in said
