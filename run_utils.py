@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -292,7 +292,8 @@ def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch has its own words for a disk that is full
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be written"
-        raise OSError(f"cannot save {path}: {reason}; the checkpoint from before is whole") from error
+        left = "; the one from before is whole" if path.exists() else ""
+        raise OSError(f"cannot save {path}: {reason}{left}") from error
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             unfinished.unlink()
@@ -543,12 +544,23 @@ class StopSignals:
 
 
 def leave_with_the_run(worker: int) -> None:
-    """For a DataLoader's `worker_init_fn`: a worker leaves signals to the run, and ends when the run does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For a DataLoader's `worker_init_fn`: a worker leaves signals to the run, and ends with it or at its word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def leave() -> None:
-        connection.wait([parent_process().sentinel])
+    def leave(told: Callable[[], None]) -> None:
+        told()
         os._exit(0)
 
-    threading.Thread(target=leave, daemon=True).start()
+    def run_has_ended() -> None:
+        connection.wait([parent_process().sentinel])
+
+    def run_says_so() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass  # a signal to the whole group, for example: the run needs its workers until it has saved
+
+    ways = [run_has_ended]
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS, where SIGTERM ends a worker whoever sends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        ways.append(run_says_so)
+    for told in ways:
+        threading.Thread(target=leave, args=[told], daemon=True).start()

@@ -71,7 +71,7 @@ from run_utils import (
     write_json,
 )
 from sample_flowers import draw_sample
-from train_eval_utils import accuracy, collect_logits, train_one_epoch
+from train_eval_utils import EmptyLoaderError, accuracy, collect_logits, train_one_epoch
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{args.resume} is complete: {args.epochs} epochs; --epochs with a larger number goes on")
                 return 0
         train(args, command, checkpoint)
-    except (DataError, WeightsError, UsageError, FloatingPointError, OSError) as error:
+    except (DataError, EmptyLoaderError, WeightsError, UsageError, FloatingPointError, OSError) as error:
         print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:

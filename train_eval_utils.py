@@ -19,6 +19,10 @@ from my_dataset import prepare_batch
 READ_SECONDS = 0.5  # between two looks at the loss
 
 
+class EmptyLoaderError(ValueError):
+    """A data loader that gives no image."""
+
+
 class MeanLoss:
     """The mean loss over the images seen. To read a loss is to wait for its step, so they are read in bunches.
 
@@ -101,7 +105,7 @@ def train_one_epoch(
     Raises:
         FloatingPointError: the loss is infinite or not a number. The losses are looked at twice a second and at the
             end, so that some more steps may have been taken; the message names the step that it happened at.
-        ValueError: `data_loader` is empty.
+        EmptyLoaderError: a ValueError.
     """
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
@@ -129,7 +133,7 @@ def train_one_epoch(
                 after_step()
         mean_loss.read()
         if mean_loss.images == 0:
-            raise ValueError("the data loader is empty: there is nothing to train on")
+            raise EmptyLoaderError("there is nothing to train on: the data loader gives no image")
         bar.set_description_str(f"[epoch {epoch}] {mean_loss}")
     return mean_loss.value
 
@@ -166,7 +170,7 @@ def evaluate(
     In evaluation mode, without gradients; the model gets its mode back. For `amp_dtype` see `compute_logits`.
 
     Raises:
-        ValueError: `data_loader` is empty.
+        EmptyLoaderError: a ValueError.
     """
     return accuracy(*collect_logits(model, data_loader, device, amp_dtype=amp_dtype))
 
@@ -189,7 +193,7 @@ def collect_logits(
         Logits (N, classes) float32 and labels (N,) int64 in the loader's order, on the CPU.
 
     Raises:
-        ValueError: `data_loader` is empty.
+        EmptyLoaderError: a ValueError.
     """
     all_logits, all_labels = [], []
     with evaluation_mode(model):
@@ -201,7 +205,7 @@ def collect_logits(
             if after_step is not None:
                 after_step()
     if not all_logits:
-        raise ValueError("the data loader is empty: there is nothing to evaluate")
+        raise EmptyLoaderError("there is nothing to evaluate: the data loader gives no image")
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
 
 

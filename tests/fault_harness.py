@@ -5,6 +5,7 @@ The runs are forks of the process that asks for them, which has imported everyth
 
 import collections
 import contextlib
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ class Child:
             except BaseException:  # noqa: BLE001 - nothing of the parent must run in the child
                 traceback.print_exc()
             finally:
+                multiprocessing.util._exit_function()  # as at the end of every program: it ends the workers
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)

@@ -17,6 +17,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from fault_harness import (
 )
 
 import run_utils
-from run_utils import save_checkpoint
+from run_utils import Run, save_checkpoint
 from sample_flowers import draw_sample
 
 STEPS = IMAGES * 4 // 5 // BATCH_SIZE  # an epoch: a fifth of the images are for validation
@@ -216,7 +217,7 @@ class _FullDisk:
 
 
 def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """No space left at each write of a checkpoint and an event file in turn (a failing file object), and in a tmpfs."""
+    """No space at each write of a checkpoint and an event file (a failing file object), or in a tmpfs; no folder."""
     old, new = {"epoch": 1, "weights": torch.zeros(1000)}, {"epoch": 2, "weights": torch.ones(1000)}
     path = Path("last.pth")
     save_checkpoint(old, path)
@@ -239,18 +240,39 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
         status = child.wait()
         if status == 0:
             break
-        said = Path("output").read_text()
         campaign.expect("an event file's write fails: status 1", status == 1 or [f"{status}"])
-        complaints = [line for line in said.splitlines() if "error" in line.lower() or "Traceback" in line]
-        campaign.expect("an event file's write fails: one line", len(complaints) == 1 or [said[-500:]])
+        campaign.expect("an event file's write fails: one line", one_complaint())
         campaign.expect("an event file's write fails: every checkpoint loads", unreadable(Path("runs", name)))
         if Path("runs", name, "weights", "last.pth").exists():
             status = Child(program(["--resume", name]), Path("output")).wait()
             campaign.expect("an event file's write fails: the run goes on later", status == 0)
 
+    for lost in (".", "weights"):
+        run = Path("runs", f"removed {lost}")
+        child = Child(program(campaign.flags(run.name), save_after_epochs_only), Path("output"))
+        while b"[epoch 0]" not in Path("output").read_bytes():
+            time.sleep(0.005)
+        shutil.rmtree(run / lost)
+        status = child.wait()
+        campaign.expect("the run's folder is removed: status 1", status == 1 or [f"{status}"])
+        campaign.expect("the run's folder is removed: one line", one_complaint())
+        campaign.expect("the run's folder is removed: no process is left", child.orphans())
+
     # A checkpoint to go on from takes 90 MB, that of the best epoch 45: each size fails at another place.
     for mib in (1, 60, 100, 150, 200)[-rounds:]:
         small_file_system(campaign, mib)
+
+
+def save_after_epochs_only() -> None:
+    """A hook: it is the event file, not a checkpoint, that finds out about a folder that is gone."""
+    Run.save_is_due = lambda run: False
+
+
+def one_complaint() -> list[str]:
+    """The output of a run, if it does not hold one line, and no more, of what went wrong."""
+    said = Path("output").read_text()
+    complaints = [line for line in said.splitlines() if "error" in line.lower() or "Traceback" in line]
+    return [] if len(complaints) == 1 else [said[-500:]]
 
 
 def small_file_system(campaign: Campaign, mib: int) -> None:
@@ -263,10 +285,8 @@ def small_file_system(campaign: Campaign, mib: int) -> None:
         return
     try:
         status = Child(program(campaign.flags("run"), lambda: os.chdir(folder)), Path("output")).wait()
-        said = Path("output").read_text()
         campaign.expect("a full tmpfs: status 1", status == 1 or [f"{mib} MiB: {status}"])
-        complaints = [line for line in said.splitlines() if "error" in line.lower() or "Traceback" in line]
-        campaign.expect("a full tmpfs: one line", len(complaints) == 1 or [f"{mib} MiB: {said[-500:]}"])
+        campaign.expect("a full tmpfs: one line", one_complaint())
         run = folder / "runs" / "run"
         campaign.expect("a full tmpfs: every checkpoint loads", unreadable(run))
         if (run / "weights" / "last.pth").exists():

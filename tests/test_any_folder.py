@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import data_utils
 import train
-from data_utils import check_images, describe_files, leave_out, split_folder
+from data_utils import check_images, describe_files, find_split, leave_out, split_folder
 from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import Run
 
@@ -185,6 +185,15 @@ def test_a_run_goes_on_when_files_vanish(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "[epoch 1] 2 of 4 validation images left out" in said.out
     assert f"{split.train_paths[0]!r}: No such file or directory; the next image takes its place" in said.err
+
+
+def test_a_folder_that_vanishes_is_one_line(two_classes, capsys, monkeypatch):
+    split, _ = find_split(two_classes)
+    monkeypatch.setattr(Run, "save_is_due", lambda run: [Path(path).unlink(True) for path in split.val_paths] and False)
+    assert train.main(["--data-path", str(two_classes), *SMALL, "--epochs", "2"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(split.val_paths) + 1  # one for each of them, and one
+    assert "nothing to evaluate" in said[-1]
 
 
 def test_a_worker_that_dies_is_one_line(two_classes, capsys, monkeypatch):
