@@ -24,7 +24,7 @@ import run_utils
 import train
 from run_utils import Run
 
-IMAGES, BATCH_SIZE = 50, 4
+IMAGES, BATCH_SIZE = 30, 4
 
 
 # --- runs in processes of their own -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ python tests/faults.py concurrent    # runs that start at the same instant
 python tests/faults.py all
 
 Each prints what it tried and what went wrong; the exit status is 1 if anything did. The runs are small (ResNet-18,
-32 px, 50 drawn images, a worker), and forks of this process, which has imported everything already: Linux only.
+32 px, 30 drawn images, a worker), and forks of this process, which has imported everything already: Linux only.
 """
 
 import argparse
@@ -247,7 +247,7 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             status = Child(program(["--resume", name]), Path("output")).wait()
             campaign.expect("an event file's write fails: the run goes on later", status == 0)
 
-    for lost in (".", "weights"):
+    for lost in (".", "weights")[:rounds]:
         run = Path("runs", f"removed {lost}")
         child = Child(program(campaign.flags(run.name), save_after_epochs_only), Path("output"))
         while b"[epoch 0]" not in Path("output").read_bytes():
@@ -340,9 +340,9 @@ def concurrent(campaign: Campaign, rounds: int, generator: random.Random) -> Non
 
 
 CAMPAIGNS = {  # rounds of each, and of its short form
-    kill: (100, 4),
+    kill: (100, 3),
     signals: (30, 3),
-    disk: (1000, 2),
+    disk: (1000, 1),
     files: (10_000, 300),
     hostile: (1, 1),
     concurrent: (20, 3),

@@ -19,13 +19,13 @@ def bench(folder: Path, *flags) -> str:
 
 
 def test_without_mixed_precision_the_losses_are_the_tutorials(sample, tmp_path):
-    printed = bench(tmp_path, "losses", "--data-path", sample, "--img-size", "64", "--batch-size", "8")
+    printed = bench(tmp_path, "losses", "--data-path", sample, "--img-size", "32", "--batch-size", "8")
     assert float(re.search(r"same weights: (\S+)", printed)[1]) < 1e-4
     assert len(re.findall(r"^ +\d+  ", printed, re.M)) == 10  # steps: 80 images, 8 a step
 
 
 def test_training_is_compared_with_the_tutorials(sample, tmp_path):
-    flags = ["--data-path", sample, "--images", "40", "--rounds", "1", "--img-size", "32"]
+    flags = ["--data-path", sample, "--images", "24", "--rounds", "1", "--img-size", "32"]
     printed = bench(tmp_path, "train", *flags)
     with open(tmp_path / "bench.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
