@@ -62,7 +62,8 @@ def _read(path: str | os.PathLike, least_side: int | None) -> tuple[Image.Image,
             file.draft(None, (math.ceil(file.width / factor), math.ceil(file.height / factor)))
         file.load()  # a TIFF file is turned upright by it
         image = _to_rgb(file, max(1, min(file.size) // least_side) if least_side is not None else 1)
-        image.getexif()[ExifTags.Base.Orientation] = file.getexif().get(ExifTags.Base.Orientation, 1)
+        image.info.clear()
+        image.getexif()[ExifTags.Base.Orientation] = _orientation(file)
         ImageOps.exif_transpose(image, in_place=True)
         return image, min(image.size) < full_size
 
@@ -71,6 +72,15 @@ def _open(path: str | os.PathLike) -> Image.Image:
     if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for who writes into it
         raise ValueError("not a file")
     return Image.open(path)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, from 1 to 8 as EXIF has it; 1, upright, where that is missing or damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - damaged tags raise nearly anything, and the picture is there nevertheless
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 @contextmanager

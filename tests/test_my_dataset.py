@@ -152,6 +152,13 @@ def test_a_huge_image_is_worked_on_in_strips(tmp_path, monkeypatch, mode, least_
     assert np.asarray(whole).std() > 10
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0damaged", b"MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\1\x36\0\0\0\0\0\0\0"])
+def test_a_damaged_note_of_the_orientation_spoils_nothing(tmp_path, name, exif):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / name, exif=exif)
+    assert read_image(tmp_path / name).size == (40, 20)
+
+
 def test_what_pillow_warns_of_is_not_printed(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff")
     with warnings.catch_warnings(record=True) as shown:

@@ -237,3 +237,21 @@ def test_predicting_needs_no_matplotlib(weights, sample):
     command = [sys.executable, "-c", code, image, "--weights", weights, "--device", "cpu"]
     done = subprocess.run(command, cwd=Path(predict.__file__).parent, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images died"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(capsys, weights, sample, monkeypatch, error, said):
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(predict, "compute_logits", fail)
+    status, lines, complaints = run(capsys, sample / "daisy", "--weights", weights)
+    assert (status, lines, len(complaints)) == (1, [], 1)
+    assert said in complaints[0]
