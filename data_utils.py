@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import evaluation_mode
 from my_dataset import ImageError, prepare_batch, read_image, to_pixels
-from run_utils import leave_with_the_run
+from run_utils import Files, leave_with_the_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +202,7 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     Raises:
         FileNotFoundError, NotADirectoryError, PermissionError: it is no folder that can be read.
     """
-    return [str(path) for path in _visible(folder) if path.suffix.lower() in IMAGE_EXTENSIONS and not path.is_dir()]
+    return [str(path) for path in _visible(folder) if path.suffix.lower() in IMAGE_EXTENSIONS and not _is_folder(path)]
 
 
 def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], None]) -> list[str]:
@@ -256,10 +256,10 @@ class _Checks(Dataset):
 
 
 def _checksum(path: str) -> str | None:
-    if not Path(path).is_file():  # a pipe, a device: who knows when it ends
-        return None
     content = hashlib.blake2b(digest_size=16)
     try:
+        if not Path(path).is_file():  # a pipe, a device: who knows when it ends
+            return None
         with open(path, "rb") as file:
             while piece := file.read(2**20):
                 content.update(piece)
@@ -272,7 +272,8 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
     """Read every image, and say what is wrong with it.
 
     Args:
-        known: the result of another time, perhaps by way of JSON: a file of the same size and time is not read again.
+        known: the result of another time, perhaps by way of JSON: a file of the same size and time is not read again,
+            if nothing was wrong with it.
         workers: processes that read.
 
     Returns:
@@ -283,8 +284,8 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
     for path in dict.fromkeys(map(_in_full, paths)):
         size, time = _size_and_time(path)
         match known.get(path):
-            case [before, then, str(checksum), str(problem) | (None as problem)] if (before, then) == (size, time):
-                result[path] = Checked(size, time, checksum, problem)
+            case [before, then, str(checksum), None] if (before, then) == (size, time):
+                result[path] = Checked(size, time, checksum, None)
             case _:
                 result[path] = Checked(size, time, None, None)
                 unknown.append(path)
@@ -344,21 +345,30 @@ def leave_out(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[st
     return left, problems
 
 
-def describe_files(split: Split, checked: dict[str, Checked]) -> dict[str, list[str]]:
+def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
     """What tells whether a folder has changed, wherever it lies: the checksum of each file, from `check_images`.
 
-    {"daisy/a.jpg": [checksum], ...}; two where train and val have that name, "" for a file that cannot be read.
+    {"daisy/a.jpg": [["train", checksum]], ...}; two where train and val have that name, "" for a file that cannot be
+    read.
     """
-    files: dict[str, list[str]] = {}
-    for paths, labels in ((split.train_paths, split.train_labels), (split.val_paths, split.val_labels)):
+    files: Files = {}
+    sides = {"train": (split.train_paths, split.train_labels), "val": (split.val_paths, split.val_labels)}
+    for side, (paths, labels) in sides.items():
         for path, label in zip(paths, labels, strict=True):
             name = f"{split.class_names[label]}/{Path(path).name}"
-            files.setdefault(name, []).append(checked[_in_full(path)].checksum or "")
-    return {name: sorted(checksums) for name, checksums in files.items()}
+            files.setdefault(name, []).append([side, checked[_in_full(path)].checksum or ""])
+    return files
 
 
 def _subfolders(root: str | os.PathLike) -> list[Path]:
-    return [path for path in _visible(root) if path.is_dir() and path.name != "__MACOSX"]
+    return [path for path in _visible(root) if _is_folder(path) and path.name != "__MACOSX"]
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a link into a folder that must not be entered
+        return False
 
 
 def _visible(folder: str | os.PathLike) -> list[Path]:
@@ -597,8 +607,8 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
     """
     if not hasattr(tarfile, "data_filter"):
         raise DataError("unpacking an archive safely needs Python 3.10.12, 3.11.4, 3.12 or newer")
-    root = Path(root).resolve()
-    if root == Path.cwd():
+    root = Path(root).absolute()
+    if root.exists() and root.samefile(Path.cwd()):
         raise DataError(f"{root}: the current folder, nothing downloaded; name one for the images")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(

@@ -328,10 +328,16 @@ def _without_prefixes(name: str) -> str:
 
 def _imagenet_state(model_name: str) -> dict[str, Tensor]:
     weights = torchvision_models.get_model_weights(model_name).DEFAULT
+    options = {"progress": sys.stderr.isatty(), "check_hash": True, "weights_only": True, "map_location": "cpu"}
     try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
+            return weights.get_state_dict(**options)
     except OSError as error:
         raise OSError(f"cannot download {weights.url}: {error}") from error
+    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        raise WeightsError(f"{file}: not the weights of ImageNet, or damaged; remove it and try again") from error
 
 
 def _load_state(
@@ -346,7 +352,10 @@ def _load_state(
     ]
     if not wrong:
         # Not strict: BatchNorm fills in the num_batches_tracked that files from before PyTorch 0.4.1 lack.
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # sparse tensors and the like
+            raise WeightsError(f"{source}: does not fit this model: parameters of another kind") from error
         wrong = [f"{name} is missing" for name in missing if name not in (may_miss or [])]
         wrong += [f"{name} is unknown" for name in unexpected]
     if wrong:

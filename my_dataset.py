@@ -71,7 +71,11 @@ def _read(path: str | os.PathLike, least_side: int | None) -> tuple[Image.Image,
 def _open(path: str | os.PathLike) -> Image.Image:
     if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for who writes into it
         raise ValueError("not a file")
-    return Image.open(path)
+    image = Image.open(path)
+    if image.format == "EPS":  # Pillow would have Ghostscript run it
+        image.close()
+        raise ValueError("a PostScript program")
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

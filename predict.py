@@ -28,6 +28,7 @@ from run_utils import (
     available_cores,
     is_dead_worker,
     is_out_of_memory,
+    leave_with_the_run,
     newest_weights,
     printable,
     select_device,
@@ -145,7 +146,8 @@ def predict_images(
 ) -> Iterator[tuple[ImageFile, tuple[Tensor, Tensor] | ImageError]]:
     """Each of `files` with its image (3, H, W) uint8 and its probabilities (classes,), or why it cannot be read."""
     workers = min(available_cores(), 8) if len(files) > MANY_IMAGES else 0
-    loader = DataLoader(_Images(files, img_size), BATCH_SIZE, num_workers=workers, collate_fn=list)
+    images = _Images(files, img_size)
+    loader = DataLoader(images, BATCH_SIZE, num_workers=workers, collate_fn=list, worker_init_fn=leave_with_the_run)
     model = fold_batch_norm(model)
     blank = torch.zeros(3, img_size, img_size, dtype=torch.uint8)
     waiting = iter(files)
@@ -220,7 +222,9 @@ def main(argv: list[str] | None = None) -> int:
         if is_out_of_memory(error):
             complain(UsageError("out of memory: free some, or try --device cpu"))
         elif is_dead_worker(error):
-            complain(UsageError("a process that reads images died: too little memory, or a damaged image"))
+            complain(
+                UsageError("a process that reads images died: too little memory (or /dev/shm), or a damaged image")
+            )
         else:
             raise
         return 1

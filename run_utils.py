@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import multiprocessing.queues
 import os
 import platform
 import re
@@ -34,6 +35,9 @@ KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what earlier
 SECONDS_BETWEEN_SAVES = 60  # at least, within an epoch
 
 
+Files = dict[str, list[list[str]]]  # of a data set: see `describe_files` in data_utils
+
+
 class UsageError(ValueError):
     """The value of a flag that cannot be used here; the message says which, why, and what to do."""
 
@@ -48,7 +52,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line; argparse's own prints the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {message} (--help explains the flags)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (--help explains the flags)\n")
 
 
 def _hyphens(flag: re.Match) -> str:
@@ -212,9 +216,11 @@ def lock_run(run: Path) -> TextIO | None:
     file = open(run / ".lock", "w")  # noqa: SIM115 - held open for as long as the run takes
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         file.close()
         raise UsageError(f"{run}: another process is training this run") from error
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
@@ -246,7 +252,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_same_data(
-    folder: Path, files: dict[str, list], class_names: list[str], checkpoint: Mapping[str, Any], may_differ: bool
+    folder: Path, files: Files, class_names: list[str], checkpoint: Mapping[str, Any], may_differ: bool
 ) -> None:
     """Compare the data with what a run was trained on before, and name each file that differs on standard error.
 
@@ -259,15 +265,31 @@ def check_same_data(
     if class_names != checkpoint.get("class_names"):
         raise UsageError(f"the data has the classes {', '.join(class_names)}, and the run was trained on others")
     before = read_json(folder / "files.json")
-    names = [name for name in sorted(before.keys() | files.keys()) if before.get(name) != files.get(name)]
-    for name in names:
-        what = "is gone" if name not in files else "is new" if name not in before else "has changed"
+    if not all(_is_list_of_pairs(versions) for versions in before.values()):
+        raise UsageError(f"{folder / 'files.json'}: damaged; remove it, and give --allow-changed-data")
+    differences = {}
+    for name in sorted(before.keys() | files.keys()):
+        if name not in files or name not in before:
+            differences[name] = "is new" if name in files else "is gone"
+        elif sorted(content for _, content in before[name]) != sorted(content for _, content in files[name]):
+            differences[name] = "has changed"
+    if not differences:  # otherwise others may be held out because of them
+        for name in files:
+            if before[name] != files[name]:
+                differences[name] = "has moved between training and validation"
+    for name, what in differences.items():
         print(f"{printable(name)} {what}", file=sys.stderr)
-    if names and not may_differ:
+    if differences and not may_differ:
         raise UsageError(
-            f"{len(names)} files are not as they were when the run began; put them back, or give "
+            f"{len(differences)} files are not as they were when the run began; put them back, or give "
             f"--allow-changed-data to go on with what is there"
         )
+
+
+def _is_list_of_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in value
+    )
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -444,7 +466,8 @@ class Run:
             resume = checkpoint["resume"]
             self.model.load_state_dict(checkpoint["state_dict"])
             self._load_optimizer(resume["optimizer"])
-            self.scaler.load_state_dict(resume["scaler"])
+            if resume["scaler"]:  # not where the run computed in another number format before
+                self.scaler.load_state_dict(resume["scaler"])
             losses = resume["mean_loss"]
             self.epoch = resume["epoch"]
             self.mean_loss = MeanLoss(float(losses["sum"]), int(losses["images"]), int(losses["steps"]))
@@ -455,10 +478,17 @@ class Run:
             raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        """The momentum; the rest, the flags tell."""
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
         for parameter, values in self.optimizer.state.items():  # which it leaves to the next step to find out
-            if values["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("momentum of another shape")
+            momentum = values["momentum_buffer"]
+            if (momentum.shape, momentum.layout, momentum.device) != (
+                parameter.shape,
+                parameter.layout,
+                parameter.device,
+            ):
+                raise ValueError("momentum of another kind")
 
 
 # --- event files --------------------------------------------------------------------------------------------------
@@ -498,6 +528,8 @@ def event_errors(run: Path) -> Iterator[None]:
     before, threading.excepthook = threading.excepthook, report
     try:
         yield
+    except BrokenPipeError:  # of the output
+        raise
     except OSError as error:
         if error.strerror is None:  # one that says already what it is about
             raise
@@ -546,6 +578,8 @@ class StopSignals:
 def leave_with_the_run(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: a worker leaves signals to the run, and ends with it or at its word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A batch that finds no shared memory would be dropped, and waited for without end.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
     def leave(told: Callable[[], None]) -> None:
         told()

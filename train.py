@@ -10,6 +10,7 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 import argparse
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -18,9 +19,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -84,12 +84,12 @@ MAY_CHANGE = {  # when a run goes on
 FIGURE_IMAGES = 24  # at most, in the prediction figure
 
 
-def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str, Any] | None = None) -> None:
+def train(args: argparse.Namespace, command: list[str]) -> None:
     """Train as the flags say.
 
     Args:
+        args: `resume` is the folder of the run to go on with, or None.
         command: the words of the command line, for `--resume`.
-        checkpoint: what the run that goes on has saved.
 
     Raises:
         StopRequest: a signal came; the run has been saved.
@@ -107,7 +107,8 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
     class_names = found.class_names
     if args.num_classes not in (None, len(class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(class_names)} classes")
-    runs = Path(args.resume).parent if checkpoint else Path("runs")
+    resumed = args.resume is not None
+    runs = Path(args.resume).parent if resumed else Path("runs")
     known = read_json(runs / KNOWN_IMAGES)
     checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
     split, problems = leave_out(found, checked)
@@ -126,17 +127,18 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
-    weights_line = prepare_weights(model, args, resumed=checkpoint is not None)
+    weights_line = prepare_weights(model, args, resumed)
     to_device(model, device)
     optimizer = make_optimizer(model, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
     # The run. Nothing has been written up to here, in case a flag or the data was wrong.
-    folder = Path(args.resume) if checkpoint else create_run_folder(args.name)
+    folder = Path(args.resume) if resumed else create_run_folder(args.name)
     files = describe_files(found, checked)
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     run = Run(folder, model, optimizer, scaler, info, command)
-    if checkpoint:
+    if resumed:
+        checkpoint = read_checkpoint(run.weights / "last.pth")  # from here on no other process can change it
         check_same_data(folder, files, class_names, checkpoint, args.allow_changed_data)
         run.load(checkpoint)
     else:
@@ -156,8 +158,9 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
     print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(val_source)})")
     if problems:
-        print(f"left out     {len(problems)} images that cannot be used: {folder / 'unusable_images.txt'} says why")
-    where = f", on from epoch {run.epoch}, step {run.mean_loss.steps}" if checkpoint else ""
+        where = printable(str(folder / "unusable_images.txt"))
+        print(f"left out     {len(problems)} images that cannot be used: {where} says why")
+    where = f", on from epoch {run.epoch}, step {run.mean_loss.steps}" if resumed else ""
     print(f"run          {printable(str(folder))}{where}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
 
@@ -168,7 +171,7 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
 
     with event_errors(folder), contextlib.closing(writer), StopSignals() as stop:
         try:
-            if checkpoint is None:
+            if not resumed:
                 write_graph(writer, model)
                 writer.flush()
                 run.save()
@@ -222,12 +225,13 @@ def train(args: argparse.Namespace, command: list[str], checkpoint: Mapping[str,
         except StopRequest:
             run.save()
             where = f"epoch {run.epoch}, step {run.mean_loss.steps}"
-            print(f"train.py: stopped at {where}; to go on: python train.py --resume {folder}", file=sys.stderr)
+            again = command_line(["python", "train.py", "--resume", str(folder)])
+            print(f"train.py: stopped at {where}; to go on: {again}", file=sys.stderr)
             raise
 
-    print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {run.weights / 'best.pth'}")
-    predict = ["python", "predict.py", "--weights", str(run.weights / "best.pth"), val_set.images_path[0]]
-    print(f"next: {printable(subprocess.list2cmdline(predict) if os.name == 'nt' else shlex.join(predict))}")
+    best = str(run.weights / "best.pth")
+    print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {printable(best)}")
+    print(f"next: {command_line(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}")
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
@@ -321,6 +325,11 @@ def choose_figure_images(val_set: MyDataSet, class_names: list[str]) -> tuple[to
     return torch.stack(images), [class_names[label] for label in labels]
 
 
+def command_line(words: list[str]) -> str:
+    """For people to copy, quoted as their shell wants it."""
+    return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
+
+
 def shorten(text: str, width: int = 100) -> str:
     """`text` cut to a line's length."""
     return text if len(text) <= width else f"{text[: width - 4]} ..."
@@ -381,17 +390,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, list[str], Mapping[str, Any]]:
-    """The flags, the command line and the checkpoint of the run that a command line, parsed and not, wants to go on.
+def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, list[str], bool]:
+    """The flags and the command line of the run that a command line, parsed and not, wants to go on; is it complete?
 
     Raises:
         UsageError: there is no such run, or a flag contradicts how it was started.
         WeightsError: its checkpoint is damaged.
     """
     folder = find_run(given.resume)
-    checkpoint = read_checkpoint(folder / "weights" / "last.pth")
-    command = checkpoint["resume"]["command"]
-    before, args = parse_args(command), parse_args(command + argv)
+    progress = read_checkpoint(folder / "weights" / "last.pth")["resume"]
+    command = progress["command"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            before = parse_args(command)
+    except SystemExit as error:
+        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its command line is not train.py's") from error
+    args = parse_args(command + argv)
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
             raise UsageError(
@@ -402,14 +416,14 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
         raise UsageError(f"--epochs: the run {folder} was started with {before.epochs}; it can only be more")
     args.resume, args.download = str(folder), given.download
     changed = [flag for flag in ("epochs", "data_path", "val_path") if getattr(args, flag) != getattr(before, flag)]
-    return args, command + as_words(args, changed), checkpoint
+    return args, command + as_words(args, changed), progress["epoch"] >= args.epochs
 
 
 def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
     """Flags as on a command line; paths in full, as a run may go on from another folder."""
     values = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     return [
-        f"--{flag.replace('_', '-')}={Path(value).resolve() if flag.endswith('_path') else value}"
+        f"--{flag.replace('_', '-')}={Path(value).absolute() if flag.endswith('_path') else value}"
         for flag, value in values.items()
     ]
 
@@ -418,15 +432,20 @@ def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
     tolerate_any_name()
     argv = sys.argv[1:] if argv is None else argv
-    args, checkpoint = parse_args(argv), None
+    args = parse_args(argv)
     try:
         command = argv + as_words(args, ("data_path", "val_path"))
         if args.resume is not None:
-            args, command, checkpoint = resume(args, argv)
-            if checkpoint["resume"]["epoch"] >= args.epochs:
-                print(f"{args.resume} is complete: {args.epochs} epochs; --epochs with a larger number goes on")
+            args, command, complete = resume(args, argv)
+            if complete:
+                again = f"{args.epochs} epochs; --epochs with a larger number goes on"
+                print(f"{printable(args.resume)} is complete: {again}")
                 return 0
-        train(args, command, checkpoint)
+        train(args, command)
+    except BrokenPipeError:  # `train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
+        return 1
     except (DataError, EmptyLoaderError, WeightsError, UsageError, FloatingPointError, OSError) as error:
         print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -435,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
             sizes = f"--batch-size {args.batch_size} and --img-size {args.img_size}"
             reason = f"out of memory with {sizes}: lower one of them"
         elif is_dead_worker(error):
-            reason = "a process that reads images died: too little memory (--workers 0 needs least), or a damaged image"
+            reason = "a process that reads images died: too little memory or /dev/shm (try --workers 0), or a bad image"
         else:
             raise
         print(f"train.py: error: {reason}", file=sys.stderr)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from fault_harness import Campaign, Child, program
 from PIL import Image
+from torchvision import models
 
 import predict
 from data_utils import (
@@ -125,10 +126,14 @@ def draw_zoo(folder: Path) -> dict[str, bool]:
     (folder / "nowhere.jpg").symlink_to("missing.jpg")
     (folder / "loop.jpg").symlink_to("loop.jpg")
     (folder / "endless.bmp").symlink_to("/dev/zero")
+    (folder / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n")
     os.mkfifo(folder / "pipe.gif")
+    (folder / "locked").mkdir()
+    (folder / "forbidden.jpg").symlink_to("locked/a.jpg")
     (folder / "secret.png").write_bytes(good)
     (folder / "secret.png").chmod(0)
-    unusable = [path.name for path in folder.iterdir() if path.name not in before | usable.keys()]
+    unusable = [path.name for path in folder.iterdir() if path.name not in {"locked", *before, *usable}]
+    (folder / "locked").chmod(0)
 
     for name in (".DS_Store", "Thumbs.db", "notes.txt", ".hidden.jpg"):
         (folder / name).write_text("hello")
@@ -283,6 +288,7 @@ def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     box = Path("box").resolve()
     marker = box / "marker"
     (box / "run" / "weights").mkdir(parents=True)
+    torch.hub.set_dir(str(box / "hub"))
     payload = _Payload(marker)
     checkpoint = box / "run" / "weights" / "last.pth"
     pickled = box / "list.pkl"
@@ -313,6 +319,13 @@ def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
         refuses("a checkpoint to predict with", (WeightsError,), lambda: load_model(checkpoint))
         refuses("weights to start from", (WeightsError,), lambda: load_pretrained(resnet18(5), checkpoint, "resnet18"))
         refuses("a checkpoint to resume from", (WeightsError,), lambda: read_checkpoint(checkpoint))
+    torch.save({"fc.weight": torch.zeros(5, 512).to_sparse()}, checkpoint)
+    refuses("weights of another kind", (WeightsError,), lambda: load_pretrained(resnet18(5), checkpoint, "resnet18"))
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(models.ResNet18_Weights.DEFAULT.url).name)
+    cached.parent.mkdir(parents=True)
+    for content in (pickle.dumps(payload), b"<html>"):
+        cached.write_bytes(content)
+        refuses("weights of ImageNet", (WeightsError,), lambda: load_pretrained(resnet18(5), "imagenet", "resnet18"))
     for text in ("[]", "{", '{"0": 5}', '{"0": "a", "7": "b"}', "[" * 100_000, "\xff", '{"0": {"a": "b"}}'):
         (box / "class_indices.json").write_text(text, encoding="latin-1")
         refuses("class_indices.json", (DataError,), lambda: read_class_indices(box / "class_indices.json"))

@@ -70,9 +70,10 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [image.problem is not None for image in first.values()] == [True] + [False] * 119
     read = []
-    monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path))
+    monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert check_images(paths, json.loads(json.dumps(first))) == first
-    assert read == []
+    assert read == paths[:1]  # what was wrong may have been too little memory
+    read.clear()
     damaged = dict(zip(first, [None, [], [1, 2, 3, 4], {}, "text"], strict=False))
     assert check_images(paths[1:5], damaged | {paths[1]: [*first[paths[1]][:3], 7]}) == {
         path: first[path] for path in paths[1:5]
@@ -81,7 +82,7 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     read.clear()
     Path(paths[5]).write_bytes(b"hello")
     check_images(paths, first)
-    assert read == [paths[5]]
+    assert read == [paths[0], paths[5]]
 
 
 def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, monkeypatch):
@@ -101,7 +102,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     assert f"left out     {len(bad)} images" in capsys.readouterr().out
-    assert {Path(path).name for path in read} == {"loop.jpg", "nowhere.jpg", "endless.bmp", "pipe.gif"}
+    assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are known
 
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1", "--strict"]) == 1
     said = capsys.readouterr().err
@@ -124,11 +125,11 @@ def test_a_class_of_which_nothing_can_be_used_is_one_line(tmp_path, capsys):
 def test_files_are_told_apart_by_their_content(tmp_path):
     split = split_folder(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}), val_rate=0)
 
-    def describe() -> dict[str, list[str]]:
+    def describe() -> dict[str, list]:
         return describe_files(split, check_images(split.train_paths, {}))
 
     before = describe()
-    assert len({checksum for [checksum] in before.values()}) == 6
+    assert len({checksum for [[_, checksum]] in before.values()}) == 6
     os.utime(split.train_paths[0], (1, 1))
     assert describe() == before
     content = bytearray(Path(split.train_paths[1]).read_bytes())

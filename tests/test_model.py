@@ -166,14 +166,15 @@ def test_imagenet_means_torchvisions_default_weights(monkeypatch):
     state = torchvision_models.resnet18().state_dict()
     asked = []
 
-    def get_state_dict(weights, progress, check_hash):
-        asked.append((weights, progress, check_hash))
+    def get_state_dict(weights, **options):
+        asked.append((weights, options))
         return state
 
     monkeypatch.setattr(torchvision_models.ResNet18_Weights, "get_state_dict", get_state_dict)
     model = resnet18(num_classes=5)
     assert load_pretrained(model, "imagenet", "resnet18") == ["fc.weight", "fc.bias"]
-    assert asked == [(torchvision_models.ResNet18_Weights.DEFAULT, False, True)]
+    options = {"progress": False, "check_hash": True, "weights_only": True, "map_location": "cpu"}
+    assert asked == [(torchvision_models.ResNet18_Weights.DEFAULT, options)]
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
 

@@ -132,6 +132,30 @@ def test_more_epochs_are_allowed_and_fewer_are_not(pets, undisturbed, capsys):
     assert "4 epochs" in capsys.readouterr().out
 
 
+def test_a_run_may_go_on_in_another_number_format(pets, undisturbed, monkeypatch):
+    shutil.copytree(undisturbed, "runs/a")
+    monkeypatch.setattr(train, "select_precision", lambda *arguments: (torch.float16, "float16"))
+    assert train.main(["--resume", "a", "--epochs", "4"]) == 0
+    assert torch.load("runs/a/weights/last.pth", weights_only=True)["resume"]["scaler"]["scale"] > 0
+
+
+def test_it_goes_on_from_what_is_there_when_it_has_the_run_to_itself(pets, undisturbed, monkeypatch, capsys):
+    """Another process may have finished the run while this one was starting."""
+    with after_steps(STEPS + 1, send(signal.SIGTERM)):
+        assert train.main(flags(pets)) == 143
+    lock = run_utils.lock_run
+
+    def finish_before(folder: Path):
+        shutil.rmtree(folder)
+        shutil.copytree(undisturbed, folder)
+        return lock(folder)
+
+    monkeypatch.setattr(run_utils, "lock_run", finish_before)
+    assert train.main(["--resume"]) == 0
+    assert "on from epoch 3, step 0" in capsys.readouterr().out
+    assert differences(Path("runs/flower_experiment"), undisturbed) == []
+
+
 def test_the_newest_run_is_meant_without_a_name(pets, undisturbed, capsys):
     assert train.main(["--resume"]) == 1
     assert "no run in runs" in capsys.readouterr().err
@@ -187,6 +211,24 @@ def test_data_that_has_changed_is_named_file_by_file(pets, undisturbed, tmp_path
     assert "cat, dog, fox" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": [[1, 2]]}', '{"a": [["train"]]}'])
+def test_a_damaged_list_of_files_is_one_line(pets, undisturbed, capsys, text):
+    shutil.copytree(undisturbed, "runs/a")
+    Path("runs/a/files.json").write_text(text)
+    assert train.main(["--resume", "a", "--epochs", "4"]) == 1
+    assert "--allow-changed-data" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_has_moved_to_the_other_side_is_named(pets, tmp_path, capsys):
+    for side in ("train", "val"):
+        shutil.copytree(pets, tmp_path / "sides" / side)
+    (tmp_path / "sides/val/cat/cat 00.png").unlink()
+    assert train.main([*flags(tmp_path / "sides"), "--epochs", "1"]) == 0
+    (tmp_path / "sides/train/cat/cat 00.png").rename(tmp_path / "sides/val/cat/cat 00.png")
+    assert train.main(["--resume", "--epochs", "2"]) == 1
+    assert "cat/cat 00.png has moved between training and validation" in capsys.readouterr().err
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(undisturbed, capsys):
     shutil.copytree(undisturbed, "runs/a")
     holder = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run_utils; from pathlib import Path\n"
@@ -213,6 +255,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content["resume"].update(epoch=-1),
         lambda content: content["resume"]["optimizer"]["state"][3].update(momentum_buffer=torch.zeros(7)),
         lambda content: content["resume"].update(command=["--no-such-flag"]),
+        lambda content: content["resume"].update(command=["--help"]),
+        lambda content: content["resume"].update(command=["\x1b]0;title\x07\nanother line"]),
         lambda content: content["resume"].update(mean_loss={"os": "system"}),
         lambda content: content["resume"].update(events=[1, 2]),
         lambda content: content["state_dict"].pop("fc.weight"),

@@ -360,6 +360,7 @@ def test_values_out_of_range_are_refused_in_one_line(flags, capsys):
     [
         (["--data-path", "nowhere"], "nowhere: no such folder"),
         (["--data-path", "a.png"], "a.png: a file, not a folder"),
+        (["--data-path", "loop"], "loop: no such folder"),
         (["--data-path", "empty"], "needs at least two sub-folders"),
         (["--data-path", "hollow"], "no image (.jpg .jpeg .png .webp .bmp .gif .tif .tiff) in class dog"),
         (["--data-path", "few"], "too few images"),
@@ -373,6 +374,7 @@ def test_values_out_of_range_are_refused_in_one_line(flags, capsys):
 )
 def test_mistakes_are_one_line_and_leave_nothing(two_classes, flags, message, capsys):
     Path("empty").mkdir()
+    Path("loop").symlink_to("loop")
     write_image(Path("a.png"))
     write_classes(Path("hollow"), {"cat": 1})
     Path("hollow/dog").mkdir()
