@@ -1,5 +1,6 @@
 """Fixtures: small folders of images that the tests make, and the real photographs where there are any."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model import MODELS, BasicBlock, ResNet
 from sample_flowers import draw_sample
 
 matplotlib.use("Agg")
@@ -30,6 +32,14 @@ def write_classes(root: Path, counts: dict[str, int]) -> Path:
         for index in range(count):
             write_image(root / name / f"{name} {index:02d}.png", seed=1000 * label + index)
     return root
+
+
+@pytest.fixture(scope="module")
+def small_network() -> Iterator[None]:
+    """One block instead of two in each layer of ResNet-18, for what does not depend on the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "resnet18", functools.partial(ResNet, BasicBlock, [1, 1, 1, 1]))
+        yield
 
 
 @pytest.fixture

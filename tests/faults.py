@@ -14,7 +14,9 @@ Each prints what it tried and what went wrong; the exit status is 1 if anything 
 
 import argparse
 import errno
+import functools
 import itertools
+import math
 import os
 import random
 import shutil
@@ -40,6 +42,7 @@ from fault_harness import (
 )
 
 import run_utils
+from model import MODELS, BasicBlock, ResNet
 from run_utils import Run, save_checkpoint
 from sample_flowers import draw_sample
 
@@ -258,9 +261,10 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
         campaign.expect("the run's folder is removed: one line", one_complaint())
         campaign.expect("the run's folder is removed: no process is left", child.orphans())
 
-    # A checkpoint to go on from takes 90 MB, that of the best epoch 45: each size fails at another place.
-    for mib in (1, 60, 100, 150, 200)[-rounds:]:
-        small_file_system(campaign, mib)
+    # Parts of a checkpoint to go on from, which is twice as large as that of the best epoch: each fails elsewhere.
+    undisturbed, _ = campaign.undisturbed()
+    for part in (0.01, 0.7, 1.2, 1.7, 2.2)[-rounds:]:
+        small_file_system(campaign, math.ceil(part * (undisturbed / "weights" / "last.pth").stat().st_size / 2**20))
 
 
 def save_after_epochs_only() -> None:
@@ -359,9 +363,13 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         help="kills, signals, writes to an event file, files, or runs (default: 100, 30, all, 10,000, 20)",
     )
-    parser.add_argument("--short", action="store_true", help="a minute of it: fewer rounds, of shorter runs")
+    parser.add_argument(
+        "--short", action="store_true", help="a minute of it: fewer rounds, of shorter runs of less network"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random instants (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.short:  # for the forks as well
+        MODELS["resnet18"] = functools.partial(ResNet, BasicBlock, [1, 1, 1, 1])
     done = []
     with tempfile.TemporaryDirectory() as folder:
         data = draw_sample(Path(folder).resolve() / "data", images_per_class=IMAGES // 5, size=64)

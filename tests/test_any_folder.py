@@ -18,6 +18,7 @@ from data_utils import check_images, describe_files, find_split, leave_out, spli
 from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import Run
 
+pytestmark = pytest.mark.usefixtures("small_network")
 SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
 
 

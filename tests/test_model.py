@@ -52,7 +52,7 @@ def test_logits_and_gradients_equal_torchvisions(name, training):
         torch.testing.assert_close(value, theirs.state_dict()[key])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_without_the_top_comes_the_feature_map(name):
     ours, theirs = pair(name)
     headless = MODELS[name](include_top=False).eval()
@@ -101,7 +101,7 @@ def test_evaluation_mode_gives_each_module_its_mode_back():
     assert not model.bn1.training
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_with_batch_norm_folded_the_logits_are_the_same(name):
     model, _ = pair(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}

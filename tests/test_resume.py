@@ -21,6 +21,7 @@ import run_utils
 import train
 from run_utils import Run, lock_run, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("small_network")
 ROOT = Path(train.__file__).parent
 EPOCHS, STEPS = 3, 5  # of the run below: 20 images, four a step
 
@@ -36,7 +37,7 @@ def flags(data: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pets, tmp_path_factory) -> Path:
+def undisturbed(small_network, pets, tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("undisturbed"))

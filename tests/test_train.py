@@ -194,8 +194,8 @@ def test_learning_for_real(tmp_path):
 # --- repeatability ----------------------------------------------------------------------------------------------
 
 
-def test_weights_are_a_function_of_the_flags(sample):
-    flags = ["--data-path", str(sample), *TINY, "--epochs", "2", "--seed", "7"]
+def test_weights_are_a_function_of_the_flags(two_classes):
+    flags = ["--data-path", str(two_classes), *TINY, "--batch-size", "4", "--epochs", "2", "--seed", "7"]
     assert train.main(flags) == 0
     torch.rand(3)  # what happened before does not matter
     assert train.main([*flags, "--workers", "2"]) == 0
@@ -223,8 +223,8 @@ def test_workers_that_are_spawned_give_the_same(sample):
 
 
 @pytest.mark.parametrize("amp", ["on", "off"])
-def test_mixed_precision_is_repeatable_too(sample, capsys, amp):
-    flags = ["--data-path", str(sample), *TINY, "--epochs", "1", "--amp", amp]
+def test_mixed_precision_is_repeatable_too(two_classes, capsys, amp):
+    flags = ["--data-path", str(two_classes), *TINY, "--batch-size", "4", "--epochs", "1", "--amp", amp]
     assert train.main(flags) == 0
     assert f"precision    {'bfloat16' if amp == 'on' else 'float32 (--amp off)'}" in capsys.readouterr().out
     assert train.main([*flags, "--workers", "1"]) == 0
