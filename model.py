@@ -307,17 +307,24 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
-        raise WeightsError(f"{path}: not a PyTorch weights file, or a damaged one") from error
+    with _refusing(f"{path}: not a PyTorch weights file, or a damaged one"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
     return content
+
+
+@contextmanager
+def _refusing(complaint: str) -> Iterator[None]:
+    """Make one error, with this message, of all that torch raises for a file that is no checkpoint."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
+            yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise WeightsError(complaint) from error
 
 
 def _without_prefixes(name: str) -> str:
@@ -329,15 +336,12 @@ def _without_prefixes(name: str) -> str:
 def _imagenet_state(model_name: str) -> dict[str, Tensor]:
     weights = torchvision_models.get_model_weights(model_name).DEFAULT
     options = {"progress": sys.stderr.isatty(), "check_hash": True, "weights_only": True, "map_location": "cpu"}
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders aloud about files that it then refuses
+        with _refusing(f"{file}: not the weights of ImageNet, or damaged; remove it and try again"):
             return weights.get_state_dict(**options)
     except OSError as error:
         raise OSError(f"cannot download {weights.url}: {error}") from error
-    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        raise WeightsError(f"{file}: not the weights of ImageNet, or damaged; remove it and try again") from error
 
 
 def _load_state(

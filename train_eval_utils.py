@@ -105,7 +105,7 @@ def train_one_epoch(
     Raises:
         FloatingPointError: the loss is infinite or not a number. The losses are looked at twice a second and at the
             end, so that some more steps may have been taken; the message names the step that it happened at.
-        EmptyLoaderError: a ValueError.
+        EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
@@ -170,7 +170,7 @@ def evaluate(
     In evaluation mode, without gradients; the model gets its mode back. For `amp_dtype` see `compute_logits`.
 
     Raises:
-        EmptyLoaderError: a ValueError.
+        EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
     return accuracy(*collect_logits(model, data_loader, device, amp_dtype=amp_dtype))
 
@@ -193,7 +193,7 @@ def collect_logits(
         Logits (N, classes) float32 and labels (N,) int64 in the loader's order, on the CPU.
 
     Raises:
-        EmptyLoaderError: a ValueError.
+        EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
     all_logits, all_labels = [], []
     with evaluation_mode(model):
