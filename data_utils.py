@@ -3,6 +3,7 @@
 The functions that draw figures import matplotlib when they are called: who only reads folders need not wait for it.
 """
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -29,13 +30,14 @@ from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from model import evaluation_mode
-from my_dataset import ImageError, prepare_batch, read_image, to_pixels
+from my_dataset import ImageError, MyDataSet, prepare_batch, read_image, to_pixels
 from run_utils import Files, leave_with_the_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FIGURE_IMAGES = 24  # at most, in the figure of predictions
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found serves
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
@@ -58,6 +60,11 @@ class Split:
     train_labels: list[int]
     val_paths: list[str]
     val_labels: list[int]
+
+    def count(self) -> dict[str, tuple[int, int]]:
+        """How many images each class has, for training and for validation."""
+        train, val = collections.Counter(self.train_labels), collections.Counter(self.val_labels)
+        return {name: (train[label], val[label]) for label, name in enumerate(self.class_names)}
 
     def __str__(self) -> str:
         return (
@@ -570,26 +577,33 @@ def plot_class_preds(
     if not images:
         print(f"no prediction figure: no usable line in {Path(images_dir) / 'label.txt'}")
         return None
+    batch = torch.stack(images)
+    with evaluation_mode(net):
+        probabilities, predicted = net(prepare_batch(batch, device)).float().softmax(dim=1).cpu().max(dim=1)
+    guesses = [class_names[index] for index in predicted.tolist()]
     import matplotlib.pyplot as plt
 
-    return draw_predictions(net, torch.stack(images), names, class_names, device, figure=plt.figure(dpi=100))
-
-
-def draw_predictions(
-    net: nn.Module,
-    images: Tensor,
-    labels: Sequence[str],
-    class_names: Sequence[str],
-    device: torch.device | str = "cpu",
-    figure: "Figure | None" = None,
-) -> "Figure":
-    """Predict images (N, 3, H, W), uint8 or normalised float, and draw them with predicted and true class."""
     from plot_utils import predictions
 
-    with evaluation_mode(net):
-        probabilities, predicted = net(prepare_batch(images, device)).float().softmax(dim=1).cpu().max(dim=1)
-    guesses = [class_names[index] for index in predicted.tolist()]
-    return predictions(to_pixels(images), guesses, probabilities.tolist(), labels, figure)
+    return predictions(to_pixels(batch), guesses, probabilities.tolist(), names, plt.figure(dpi=100))
+
+
+def choose_figure_images(
+    data_set: MyDataSet, class_names: Sequence[str], images_dir: str | os.PathLike
+) -> tuple[Tensor, list[str]]:
+    """The pictures of `images_dir` where its labels are among the classes, else one image a class of `data_set`.
+
+    Returns:
+        Images (N, 3, H, W) uint8 and the name of each one's class; 24 at most.
+    """
+    has_labels = Path(images_dir, "label.txt").is_file()
+    labelled, problems = read_label_file(images_dir, class_names) if has_labels else ([], [])
+    if labelled and not problems:
+        images = [data_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
+        return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
+    labels = sorted(set(data_set.images_class))[:FIGURE_IMAGES]
+    images = [data_set[data_set.images_class.index(label)][0] for label in labels]
+    return torch.stack(images), [class_names[label] for label in labels]
 
 
 # --- download -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The network: ResNet 18 to 152, and the weights that go into it.
+"""The network: ResNet 18 to 152, the weights that go into it, and what it looks at.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, https://arxiv.org/abs/1512.03385
 
@@ -9,6 +9,7 @@ torchvision's.
 import copy
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as torchvision_models
@@ -132,9 +134,13 @@ class ResNet(nn.Module):
         layers += [block(self.in_channel, channel) for _ in range(1, block_num)]
         return nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def feature_map(self, x: Tensor) -> Tensor:
+        """What `avgpool` takes the mean of: (N, 512 * block.expansion, H/32, W/32)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.feature_map(x)
         if self.include_top:
             x = self.fc(torch.flatten(self.avgpool(x), 1))
         return x
@@ -203,6 +209,36 @@ def fold_batch_norm(model: ResNet) -> ResNet:
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return folded
+
+
+def grad_cam(model: ResNet, images: Tensor, classes: Tensor) -> Tensor:
+    """What `model` looked at: Grad-CAM of its last feature map (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
+
+    Grad-CAM weights the channels with the mean gradient of a class's logit. Behind a mean and one linear layer that
+    gradient is the class's row of `fc.weight` over a constant (section 3.1 there), so that no backward pass is needed.
+
+    Args:
+        images: (N, 3, H, W) float32, normalised, on the model's device.
+        classes: (N,) int64, the class of each image that is asked about; its predicted one, for example.
+
+    Returns:
+        Heat (N, H, W) float32: 0 where nothing speaks for the class, 1 where most does in this image. It is as coarse
+        as the feature map: H/32 x W/32 values, interpolated.
+    """
+    with evaluation_mode(model):
+        features = model.feature_map(images)
+        heat = torch.einsum("nchw,nc->nhw", features, model.fc.weight[classes]).relu()
+        heat = heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        return F.interpolate(heat.unsqueeze(1), images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+
+
+def named_convolutions(model: ResNet) -> dict[str, nn.Conv2d]:
+    """The convolutions by the names that the tutorial gives them in TensorBoard, "layer1/block0/conv1" for example."""
+    return {
+        re.sub(r"layer(\d)\.(\d+)\.", r"layer\1/block\2/", name).replace("downsample.0", "downsample"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
 
 
 def freeze_backbone(model: ResNet) -> None:

@@ -246,8 +246,21 @@ class _ImageCache:
         self._places[index] = torch.tensor([start, *image.shape[1:]])
 
 
+class Numbered(Dataset):
+    """`images`, each with its number in place of its label: where some cannot be read, the others can be told apart."""
+
+    def __init__(self, images: MyDataSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | Image.Image, int]:
+        return self.images[index][0], index
+
+
 class Tolerant(Dataset):
-    """A `MyDataSet` for long runs, during which files vanish and break: each such file is a line on standard error.
+    """Images for long runs, during which files vanish and break: each such file is a line on standard error.
 
     Args:
         images: what to read.
@@ -258,7 +271,7 @@ class Tolerant(Dataset):
         ImageError: it is to be replaced, and no image at all can be read.
     """
 
-    def __init__(self, images: MyDataSet, *, replace: bool) -> None:
+    def __init__(self, images: MyDataSet | Numbered, *, replace: bool) -> None:
         self.images = images
         self.replace = replace
 

@@ -1,18 +1,27 @@
 """Arrays, names and numbers become matplotlib figures. Reads no file, knows no network, shows no window.
 
-Class names are text: a dollar sign is a dollar sign (`parse_math=False`), not the start of a formula, and control
-characters are written as escapes.
 Every function draws on the `figure` it is given, or else on a new one that pyplot does not know: nothing to close.
+
+Class names are text: a dollar sign is a dollar sign, not the start of a formula. They are drawn in an installed font
+that has their characters; what no font has, and control characters, are written as escapes.
 """
 
-from collections.abc import Sequence
+import functools
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from run_utils import printable
+from matplotlib.ticker import MaxNLocator
 
 MAX_COLUMNS = 8
+FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, which everybody can tell apart (Okabe & Ito 2008)
+HEAT = "inferno"
+DPI = 100
 
 
 def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure: Figure | None = None) -> Figure:
@@ -20,12 +29,12 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
     figure = figure or Figure()
     figure.set_size_inches(max(6.4, 0.45 * len(class_names)), 4.8)
     axes = figure.add_subplot(xlabel="class", ylabel="images", title="Class distribution")
-    axes.bar_label(axes.bar(range(len(class_names)), counts))
-    crowded = sum(map(len, class_names)) > 60
+    axes.bar_label(axes.bar(range(len(class_names)), counts, color=FIRST))
+    crowded = sum(map(_width, class_names)) > 60
     axes.set_xticks(
         range(len(class_names)),
-        [printable(name) for name in class_names],
-        parse_math=False,
+        list(map(legible, class_names)),
+        **text_style(*class_names),
         rotation=45 if crowded else 0,
         ha="right" if crowded else "center",
     )
@@ -35,14 +44,12 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
 
 
 def labelled_images(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
-    """Images (N, H, W, 3) uint8 in a row, the name of each below it."""
-    figure = figure or Figure()
-    figure.set_size_inches(2.5 * len(images), 3)
-    for number, (image, name) in enumerate(zip(images, names, strict=True), start=1):
-        axes = figure.add_subplot(1, len(images), number, xticks=[], yticks=[])
+    """Images (N, H, W, 3) uint8, up to eight in a row, the name of each below it."""
+    figure = figure or Figure(dpi=DPI)
+    cells = _grid(figure, len(images), MAX_COLUMNS, below=0.3)
+    for axes, image, name in zip(cells, images, names, strict=True):
         axes.imshow(image)
-        axes.set_xlabel(printable(name), parse_math=False)
-    figure.set_layout_engine("constrained")
+        axes.set_xlabel(legible(name), **text_style(name), fontsize=_fitting(name, 2.2))
     return figure
 
 
@@ -58,22 +65,323 @@ def predictions(
     Up to eight in a row. Green with a tick is right, red with a cross is wrong: the mark is for those who cannot tell
     the two colours apart. Black is unknown.
     """
-    columns = min(len(images), MAX_COLUMNS)
-    rows = -(-len(images) // columns)
-    figure = figure or Figure(dpi=100)
-    figure.set_size_inches(2.5 * columns, 3.3 * rows)
-    for index, (image, guess, probability, label) in enumerate(
-        zip(images, predicted, probabilities, actual, strict=True)
-    ):
-        axes = figure.add_subplot(rows, columns, index + 1, xticks=[], yticks=[])
+    figure = figure or Figure(dpi=DPI)
+    cells = _grid(figure, len(images), MAX_COLUMNS, above=0.5, below=0.35)
+    for axes, image, guess, probability, label in zip(cells, images, predicted, probabilities, actual, strict=True):
         axes.imshow(image)
-        title = f"{printable(guess)}, {probability * 100:.2f}%"
-        colour = "black"
+        title, colour = _title(guess, probability, label)
+        axes.set_title(title, color=colour, fontsize=_fitting(title, 2.3), **text_style(title))
         if label is not None:
-            right = guess == label
-            title += f"\n(label: {printable(label)})"
-            colour = "green" if right else "red"
-            axes.set_xlabel("\N{CHECK MARK}" if right else "\N{MULTIPLICATION SIGN}", color=colour, fontsize=16)
-        axes.set_title(title, color=colour, parse_math=False)
-    figure.set_layout_engine("constrained")
+            axes.set_xlabel(_mark(guess == label), color=colour, fontsize=16, labelpad=0)
     return figure
+
+
+def training_batch(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
+    """Images (N, H, W, 3) uint8, up to eight in a row, the name of each below it."""
+    figure = figure or Figure(dpi=DPI)
+    sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS, below=0.3)
+    for box, image, name in zip(boxes, images, names, strict=True):
+        sheet.imshow(image, extent=box.extent)
+        _write(sheet, name, box.middle, box.bottom - 0.05, va="top", ha="center", fontsize=_fitting(name, 2.2))
+    return figure
+
+
+def mistakes(
+    images: np.ndarray,
+    heats: np.ndarray,
+    predicted: Sequence[str],
+    probabilities: Sequence[float],
+    actual: Sequence[str],
+    figure: Figure | None = None,
+) -> Figure:
+    """Images (N, H, W, 3) uint8, each beside what the network looked at: heat (N, H, W) in 0..1 over it, as `heated`.
+
+    Titles, marks and colours are those of `predictions`; four in a row.
+    """
+    figure = figure or Figure(dpi=DPI)
+    sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS // 2, width=4.6, above=0.55, below=0.3)
+    for box, image, heat, guess, probability, label in zip(
+        boxes, images, heats, predicted, probabilities, actual, strict=True
+    ):
+        sheet.imshow(np.concatenate([image, heated(image, heat)], axis=1), extent=box.extent)
+        title, colour = _title(guess, probability, label)
+        style = {"ha": "center", "color": colour}
+        _write(sheet, title, box.middle, box.top + 0.05, va="bottom", fontsize=_fitting(title, 4.4), **style)
+        _write(sheet, _mark(guess == label), box.middle, box.bottom - 0.02, va="top", fontsize=14, **style)
+    return figure
+
+
+def explained(
+    images: Sequence[np.ndarray],
+    heats: Sequence[np.ndarray],
+    tops: Sequence[Sequence[tuple[str, float]]],
+    titles: Sequence[str],
+    labels: Sequence[str | None],
+    figure: Figure | None = None,
+) -> Figure:
+    """Images (H, W, 3) uint8, each beside what the network looked at and a bar for each of its most probable classes.
+
+    Args:
+        heats: (H, W) in 0..1, see `heated`.
+        tops: of each image, (class, probability in 0..1), the most probable first.
+        titles: what is written above each, its file's name for example.
+        labels: the class of each, where it is known: its bar is blue, and others vermilion; else all are blue.
+    """
+    figure = figure or Figure(dpi=DPI)
+    columns = 1 if len(images) <= 3 else 2 if len(images) <= 8 else 3
+    sheet, boxes = _sheet(figure, len(images), columns, width=7.4, above=0.35)
+    for box, image, heat, top, title, label in zip(boxes, images, heats, tops, titles, labels, strict=True):
+        pictures = (box.left, box.left + 4.6, box.bottom, box.top)
+        sheet.imshow(np.concatenate([image, heated(image, heat)], axis=1), extent=pictures)
+        mark = "" if label is None else f"  (label: {_shortened(label, 24)}) {_mark(top[0][0] == label)}"
+        _write(sheet, _shortened(title, 80 - _width(mark)) + mark, box.left, box.top + 0.07, fontsize=10)
+        left, row = box.left + 4.8, (box.top - box.bottom) / max(len(top), 3)
+        for place, (name, probability) in enumerate(top):
+            y = box.top - place * row
+            words = f"{_shortened(name, 24)}  {probability:.1%}"
+            _write(sheet, words, left + 0.05, y - 0.08 * row, va="top", fontsize=min(9.0, 24 * row))
+            colour = FIRST if label in (None, name) else SECOND
+            sheet.barh(y - 0.68 * row, probability * (box.right - left), 0.42 * row, left=left, color=colour)
+        sheet.plot([left, left], [box.bottom, box.top], color="black", linewidth=0.8)
+    return figure
+
+
+def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """`image` (H, W, 3) uint8 in grey under the colours of `heat` (H, W) in 0..1: (H, W, 3) uint8, bright where hot."""
+    grey = image.mean(axis=2, keepdims=True) * np.ones(3)
+    colours = 255 * matplotlib.colormaps[HEAT](heat)[..., :3]
+    return (0.45 * grey + 0.55 * colours).astype(np.uint8)
+
+
+def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: Figure | None = None) -> Figure:
+    """How many images of each class (rows) were taken for each class (columns): (classes, classes) of int.
+
+    The numbers are counts; the shade of a cell is its part of its row.
+    """
+    figure = figure or Figure(dpi=DPI)
+    classes = len(class_names)
+    names = [_shortened(name, 24) for name in class_names]
+    size = 12 if classes <= 6 else 10 if classes <= 20 else 8 if classes <= 50 else 7
+    cell = 0.75 if classes <= 6 else 0.45 if classes <= 20 else 0.3 if classes <= 50 else 0.24
+    inch = size / 72
+    side = max(cell * classes, 2.5)
+    names_take = 0.65 * inch * max(map(_width, names)) + 2.2 * inch
+    upright = max(map(_width, names)) * 0.65 * inch > 0.9 * side / classes  # too long to stand side by side
+    left, right = max(names_take, 0.9), 1.1
+    bottom, top = (names_take if upright else 0.7), 0.8
+    width, height = left + side + right, bottom + side + top
+    figure.set_size_inches(width, height)
+
+    axes = figure.add_axes([left / width, bottom / height, side / width, side / height])
+    parts = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shades = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    largest = confusion.max()
+    digits = len(f"{largest}")
+    number_size = min(size, 0.8 * side / classes * 72 / (0.65 * digits))
+    for row, column in np.argwhere(confusion):
+        axes.text(
+            column,
+            row,
+            f"{confusion[row, column]}",
+            ha="center",
+            va="center",
+            fontsize=number_size,
+            color="white" if parts[row, column] > 0.5 else "black",
+        )
+    style = text_style(*class_names) | {"fontsize": size}
+    axes.set_xticks(range(classes), list(map(legible, names)), rotation=90 if upright else 0, **style)
+    axes.set_yticks(range(classes), list(map(legible, names)), **style)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    images, correct = confusion.sum(), confusion.trace()
+    axes.set_title(f"{images} images, {correct} right ({correct / max(images, 1):.1%})", pad=12)
+    legend = figure.add_axes([1 - 0.85 / width, bottom / height, 0.15 / width, min(side, 4) / height])
+    figure.colorbar(shades, cax=legend, ticks=[0, 0.5, 1], label="part of the true class").ax.set_yticklabels(
+        ["0", "½", "1"]
+    )
+    return figure
+
+
+def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None) -> Figure:
+    """Loss and accuracy of training and validation, epoch by epoch.
+
+    Args:
+        history: of each epoch "epoch", "train_loss", "val_loss", "train_accuracy", "accuracy".
+    """
+    figure = figure or Figure(dpi=DPI)
+    figure.set_size_inches(10, 4)
+    epochs = [row["epoch"] for row in history]
+    panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "accuracy")]
+    for place, (title, of_training, of_validation) in enumerate(panels):
+        axes = figure.add_axes([0.07 + 0.5 * place, 0.14, 0.41, 0.76], title=title, xlabel="epoch")
+        axes.plot(epochs, [row[of_training] for row in history], "o-", color=FIRST, markersize=3, label="training")
+        axes.plot(
+            epochs, [row[of_validation] for row in history], "s--", color=SECOND, markersize=3, label="validation"
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    axes.set_ylim(0, 1)
+    return figure
+
+
+# --- layout -------------------------------------------------------------------------------------------------------
+
+
+class _Box(NamedTuple):
+    """The sides of a picture, in inches from the left and from the bottom of its figure."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        return tuple(self)
+
+    @property
+    def middle(self) -> float:
+        return (self.left + self.right) / 2
+
+
+def _place(
+    figure: Figure,
+    count: int,
+    columns: int,
+    width: float = 2.3,
+    height: float = 2.3,
+    above: float = 0.1,
+    below: float = 0.1,
+) -> list[_Box]:
+    """Size `figure` for `count` pictures, in rows of `columns`; inches of each, and of the room above and below it."""
+    columns, gap = min(count, columns), 0.15
+    rows = -(-count // columns)
+    figure.set_size_inches(columns * (width + gap) + gap, rows * (height + above + below) + gap)
+    boxes = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        left = gap + column * (width + gap)
+        bottom = gap / 2 + (rows - row - 1) * (height + above + below) + below
+        boxes.append(_Box(left, left + width, bottom, bottom + height))
+    return boxes
+
+
+def _grid(figure: Figure, *places: float, **sizes: float) -> list[Axes]:
+    """As `_place`, axes without ticks in these places."""
+    boxes = _place(figure, *places, **sizes)
+    width, height = figure.get_size_inches()
+    return [
+        figure.add_axes(
+            [box.left / width, box.bottom / height, (box.right - box.left) / width, (box.top - box.bottom) / height],
+            xticks=[],
+            yticks=[],
+        )
+        for box in boxes
+    ]
+
+
+def _sheet(figure: Figure, *places: float, **sizes: float) -> tuple[Axes, list[_Box]]:
+    """As `_place`, and axes over the whole figure with inches as their unit: one for each picture would take long."""
+    boxes = _place(figure, *places, **sizes)
+    sheet = figure.add_axes([0, 0, 1, 1])
+    sheet.set_axis_off()
+    width, height = figure.get_size_inches()
+    sheet.set(xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    return sheet, boxes
+
+
+def _write(axes: Axes, text: str, x: float, y: float, **style: object) -> None:
+    axes.text(x, y, "\n".join(map(legible, text.split("\n"))), **text_style(text), **style)
+
+
+def _title(guess: str, probability: float, label: str | None) -> tuple[str, str]:
+    """The title of a prediction, and its colour."""
+    title = f"{legible(guess)}, {probability * 100:.2f}%"
+    if label is None:
+        return title, "black"
+    return f"{title}\n(label: {legible(label)})", "green" if guess == label else "red"
+
+
+def _mark(right: bool) -> str:
+    return "\N{CHECK MARK}" if right else "\N{MULTIPLICATION SIGN}"
+
+
+def _width(text: str) -> int:
+    """The places that a line takes, two for an East Asian character."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _fitting(text: str, inches: float, largest: float = 12) -> float:
+    """The font size at which the longest line is no wider than that."""
+    return max(4.0, min(largest, inches * 72 / (0.6 * max(_width(line) for line in text.splitlines() or [""]) + 1e-9)))
+
+
+def _shortened(text: str, width: int) -> str:
+    """`text` with its middle left out where it is wider than that."""
+    text = legible(text)
+    while _width(text) > width:
+        middle = len(text) // 2
+        text = text[: middle - 1] + "\N{HORIZONTAL ELLIPSIS}" + text[middle + 1 :]
+    return text
+
+
+# --- fonts --------------------------------------------------------------------------------------------------------
+
+
+def text_style(*texts: str) -> dict[str, object]:
+    """Keyword arguments for matplotlib's text functions: no formulas, and fonts that have the characters."""
+    return {"parse_math": False, "fontfamily": ["sans-serif", *_more_families(frozenset("".join(texts)))]}
+
+
+def legible(text: str) -> str:
+    """`text` with control characters, and what no installed font has, as escapes."""
+    return "".join(c if _can_be_drawn(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@functools.cache
+def _can_be_drawn(character: str) -> bool:
+    has_glyph = _default_font_has(character) or _other_font(character) is not None
+    return character.isprintable() and has_glyph
+
+
+@functools.cache
+def _more_families(characters: frozenset[str]) -> list[str]:
+    fonts = (_other_font(c) for c in sorted(characters) if c.isprintable() and not _default_font_has(c))
+    return list(dict.fromkeys(font for font in fonts if font))
+
+
+@functools.cache
+def _default_font_has(character: str) -> bool:
+    return _has(font_manager.findfont(font_manager.FontProperties()), character)
+
+
+@functools.cache
+def _other_font(character: str) -> str | None:
+    """The family of an installed upright font that has a character; Chinese ones are found in the same one."""
+    entries = sorted(
+        (font for font in _installed_fonts() if font.style == "normal" and not font.name.startswith("Last Resort")),
+        key=lambda font: (font.weight != 400, "CJK" not in font.name, "Sans" not in font.name, font.name),
+    )
+    return next((font.name for font in entries if _has(font.fname, character)), None)
+
+
+@functools.cache
+def _installed_fonts() -> list[font_manager.FontEntry]:
+    """What matplotlib knows, and what has been installed since it looked for fonts the first time."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in font_manager.findSystemFonts():
+        if path not in known:
+            try:
+                font_manager.fontManager.addfont(path)
+            except (RuntimeError, ValueError, OSError):  # not a font that matplotlib reads
+                continue
+    return font_manager.fontManager.ttflist
+
+
+def _has(path: str, character: str) -> bool:
+    try:
+        font = font_manager.get_font(path)
+    except (RuntimeError, OSError):
+        return False
+    return font.scalable and font.get_char_index(ord(character)) != 0

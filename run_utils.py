@@ -2,17 +2,21 @@
 
 import argparse
 import contextlib
+import csv
 import importlib
 import json
 import multiprocessing.queues
 import os
 import platform
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -23,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from model import WeightsError, read_torch_file
-from train_eval_utils import MeanLoss
+from train_eval_utils import Progress
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 
 KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what earlier runs have found out about image files
@@ -77,6 +82,16 @@ def tolerate_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def command_line(words: list[str]) -> str:
+    """For people to copy, quoted as their shell wants it."""
+    return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
+
+
+def shorten(text: str, width: int = 100) -> str:
+    """`text` cut to a line's length."""
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
 # --- device -------------------------------------------------------------------------------------------------------
@@ -177,6 +192,16 @@ def available_memory() -> int:
     return max(0, min(available, default=0))
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory so far, in GiB: of the GPU by tensors, else of this process (not its workers); None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 # --- folder -------------------------------------------------------------------------------------------------------
 
 
@@ -226,20 +251,69 @@ def lock_run(run: Path) -> TextIO | None:
 
 def write_args(args: argparse.Namespace, path: str | os.PathLike) -> None:
     """Write every flag's value, and the versions that the run uses, as JSON."""
-    packages = ("torch", "torchvision", "tensorboard", "PIL", "matplotlib", "numpy", "tqdm")
-    versions = {package: importlib.import_module(package).__version__ for package in packages}
-    content = {"flags": vars(args), "versions": {"python": platform.python_version()} | versions}
+    content = {"flags": vars(args), "versions": versions()}
     Path(path).write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that a run uses."""
+    packages = ("torch", "torchvision", "tensorboard", "PIL", "matplotlib", "numpy", "tqdm")
+    return {"python": platform.python_version()} | {
+        package: importlib.import_module(package).__version__ for package in packages
+    }
+
+
+def run_card(command: list[str], args: argparse.Namespace, data: Mapping[str, tuple[int, int]], hardware: str) -> str:
+    """A run in Markdown: its command, data, machine, versions, and every flag's value.
+
+    Args:
+        data: of each class, how many images there are for training and for validation.
+    """
+
+    def table(*rows: Sequence[object]) -> list[str]:
+        cells = [[printable(str(cell)).replace("|", "\\|") for cell in row] for row in rows]
+        cells.insert(1, ["---"] * len(rows[0]))
+        return [*(f"| {' | '.join(row)} |" for row in cells), ""]
+
+    sums = [sum(column) for column in zip(*data.values(), strict=True)]
+    counts = [(name, *numbers) for name, numbers in data.items()]
+    lines = [f"    {command_line(['python', 'train.py', *command])}", "", f"On {printable(hardware)}.", ""]
+    lines += table(("class", "training", "validation"), *counts, ("all", *sums))
+    lines += table(("flag", "value"), *vars(args).items())
+    lines += table(("package", "version"), *versions().items())
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write a file under, which gets its own when it is finished: it is whole at any instant."""
+    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # with its extension, which tells the format
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file that is whole at any instant."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a CSV file that is whole at any instant: a column for each key of any row, in their order.
+
+    What cannot be UTF-8, as in the name of a file, is written as an escape.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (
+        whole_file(path) as unfinished,
+        open(unfinished, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -376,7 +450,7 @@ class Run:
         info: what a weights file tells of its model: {"model": ..., "class_names": ..., "img_size": ...}.
         command: the words of its command line.
 
-    `epoch` is the one under way, `mean_loss` that of its steps so far.
+    `epoch` is the one under way, `progress` that of its steps so far, `history` the metrics of those before it.
     """
 
     def __init__(
@@ -393,7 +467,8 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.info, self.command = info, command
         self.epoch = 0
-        self.mean_loss = MeanLoss()
+        self.progress = Progress()
+        self.history: list[dict[str, float]] = []
         self.last: dict[str, Any] = {"epoch": None, "accuracy": None}
         self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0}
         self._saved_at, self._saving_takes = 0.0, 0.0
@@ -404,7 +479,7 @@ class Run:
         return self.folder / "weights"
 
     def save(self) -> None:
-        """Write last.pth: the epoch under way, after the steps that `mean_loss` counts.
+        """Write last.pth: the epoch under way, after the steps that `progress` counts.
 
         The event files must have been flushed.
 
@@ -413,7 +488,7 @@ class Run:
             OSError: it cannot be written, likewise.
         """
         start = time.perf_counter()
-        self.mean_loss.read()
+        self.progress.read()
         state = self.state_dict()
         if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
             raise FloatingPointError(
@@ -422,7 +497,8 @@ class Run:
         resume = {
             "command": self.command,
             "epoch": self.epoch,
-            "mean_loss": self.mean_loss.state,
+            "progress": self.progress.state,
+            "history": self.history,
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -448,7 +524,7 @@ class Run:
             self.best = self.last
             save_checkpoint(self.info | self.last | {"state_dict": self.state_dict()}, self.weights / "best.pth")
         self.epoch += 1
-        self.mean_loss = MeanLoss()
+        self.progress = Progress()
         self.save()
         return is_best
 
@@ -468,9 +544,12 @@ class Run:
             self._load_optimizer(resume["optimizer"])
             if resume["scaler"]:  # not where the run computed in another number format before
                 self.scaler.load_state_dict(resume["scaler"])
-            losses = resume["mean_loss"]
+            counted = resume["progress"]
             self.epoch = resume["epoch"]
-            self.mean_loss = MeanLoss(float(losses["sum"]), int(losses["images"]), int(losses["steps"]))
+            self.progress = Progress(
+                float(counted["sum"]), *(int(counted[key]) for key in ("images", "steps", "right"))
+            )
+            self.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
             self.best = {"epoch": resume["best"]["epoch"], "accuracy": float(resume["best"]["accuracy"])}
             self.last = {key: checkpoint[key] for key in self.last}
             cut_events(self.folder, dict(resume["events"]))
@@ -536,6 +615,36 @@ def event_errors(run: Path) -> Iterator[None]:
         raise OSError(f"cannot write in {run}: {error.strerror}") from error
     finally:
         threading.excepthook = before
+
+
+class Aside:
+    """Work beside the training, in a thread, one piece after the other; or in its place, where `at_once`."""
+
+    def __init__(self, at_once: bool) -> None:
+        self._thread = None if at_once else ThreadPoolExecutor(max_workers=1)
+        self._pending: list[Future] = []
+
+    def do(self, work: Callable[..., None], *arguments: object) -> None:
+        """Start a piece of work. What an earlier one raised is raised here."""
+        if self._thread is None:
+            work(*arguments)
+        else:
+            self.wait()
+            self._pending.append(self._thread.submit(work, *arguments))
+
+    def wait(self) -> None:
+        """Until all of it is done. What it raised is raised here."""
+        while self._pending:
+            self._pending.pop().result()
+
+    def __enter__(self) -> "Aside":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if kind is None:
+            self.wait()
 
 
 # --- signals ------------------------------------------------------------------------------------------------------

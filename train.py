@@ -10,40 +10,63 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 import argparse
 import contextlib
 import copy
+import functools
 import io
+import itertools
 import json
 import math
 import os
-import shlex
-import subprocess
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+import plot_utils
 from data_utils import (
     DataError,
     check_images,
+    choose_figure_images,
     describe_files,
     download_flower_photos,
-    draw_predictions,
     find_split,
     leave_out,
-    read_label_file,
     write_class_indices,
 )
-from model import MODELS, ResNet, WeightsError, freeze_backbone, load_pretrained, to_device
-from my_dataset import EpochSampler, EvalTransform, MyDataSet, Tolerant, TrainTransform, read_image
+from model import (
+    MODELS,
+    ResNet,
+    WeightsError,
+    evaluation_mode,
+    freeze_backbone,
+    grad_cam,
+    load_pretrained,
+    named_convolutions,
+    to_device,
+)
+from my_dataset import (
+    EpochSampler,
+    EvalTransform,
+    MyDataSet,
+    Numbered,
+    Tolerant,
+    TrainTransform,
+    prepare_batch,
+    stack_images,
+    to_pixels,
+)
 from run_utils import (
     KNOWN_IMAGES,
+    Aside,
     FlagParser,
     Run,
     StopRequest,
@@ -52,6 +75,7 @@ from run_utils import (
     available_cores,
     available_memory,
     check_same_data,
+    command_line,
     create_run_folder,
     describe_device,
     event_errors,
@@ -59,29 +83,43 @@ from run_utils import (
     is_dead_worker,
     is_out_of_memory,
     leave_with_the_run,
+    peak_memory,
     printable,
     read_checkpoint,
     read_json,
+    run_card,
     save_checkpoint,
     select_device,
     select_precision,
+    shorten,
     tolerate_any_name,
     true_or_false,
+    whole_file,
     write_args,
+    write_csv,
     write_json,
 )
 from sample_flowers import draw_sample
-from train_eval_utils import EmptyLoaderError, accuracy, collect_logits, train_one_epoch
+from train_eval_utils import (
+    EmptyLoaderError,
+    Evaluation,
+    collect_features,
+    collect_logits,
+    compute_logits,
+    train_one_epoch,
+)
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
 FLOWER_PHOTOS = HERE / "data" / "flower_photos"
 PLOT_IMG = HERE / "plot_img"
 MAY_CHANGE = {  # when a run goes on
-    *("epochs", "data_path", "val_path", "device", "workers", "save_every"),
+    *("epochs", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("resume", "allow_changed_data", "strict"),
 }
-FIGURE_IMAGES = 24  # at most, in the prediction figure
+WORST = 8  # mistakes in the figure of the worst
+PROJECTED = 1000  # validation images in the projector, about
+LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 
 
 def train(args: argparse.Namespace, command: list[str]) -> None:
@@ -121,9 +159,7 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
         raise DataError("no usable image is left for training or for validation")
     sampler = EpochSampler(len(train_set), args.seed)
     train_loader = make_loader(Tolerant(train_set, replace=True), args, device, sampler)
-    val_loader = make_loader(Tolerant(val_set, replace=False), args, device)
-
-    figure_images, figure_labels = choose_figure_images(val_set, class_names)
+    val_loader = make_loader(Tolerant(Numbered(val_set), replace=False), args, device)
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
@@ -150,6 +186,7 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
         (folder / "unusable_images.txt").write_text("\n".join([*problems, ""]), encoding="utf-8")
     with event_errors(folder):
         writer = SummaryWriter(log_dir=str(folder))
+    report = Report(writer, run, args, train_loader, val_loader, device, amp_dtype)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}")
@@ -160,26 +197,31 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     if problems:
         where = printable(str(folder / "unusable_images.txt"))
         print(f"left out     {len(problems)} images that cannot be used: {where} says why")
-    where = f", on from epoch {run.epoch}, step {run.mean_loss.steps}" if resumed else ""
+    where = f", on from epoch {run.epoch}, step {run.progress.steps}" if resumed else ""
     print(f"run          {printable(str(folder))}{where}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
+
+    def save() -> None:
+        run.progress.read()
+        report.flush()
+        run.save()
 
     def after_step() -> None:
         stop.check()
         if run.save_is_due():
-            run.save()
+            save()
 
-    with event_errors(folder), contextlib.closing(writer), StopSignals() as stop:
+    with event_errors(folder), contextlib.closing(writer), report.drawing, StopSignals() as stop:
         try:
             if not resumed:
-                write_graph(writer, model)
-                writer.flush()
-                run.save()
+                report.start(run_card(command, args, split.count(), f"{describe_device(device)}, {precision}"))
+                save()
             while run.epoch < args.epochs:
                 stop.check()
                 epoch, start = run.epoch, time.perf_counter()
                 learning_rate = set_learning_rate(optimizer, epoch, args)
-                sampler.set_epoch(epoch, start=run.mean_loss.steps * args.batch_size)
+                sampler.set_epoch(epoch, start=run.progress.steps * args.batch_size)
+                run.progress.on_read = report.step
                 train_loss = train_one_epoch(
                     model,
                     optimizer,
@@ -188,43 +230,34 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                     epoch,
                     amp_dtype=amp_dtype,
                     scaler=scaler,
-                    mean_loss=run.mean_loss,
+                    progress=run.progress,
                     after_step=after_step,
                     keep_bar=False,
                 )
-                logits, labels = collect_logits(model, val_loader, device, amp_dtype=amp_dtype, after_step=stop.check)
-                if len(labels) < len(val_set):
-                    print(f"[epoch {epoch}] {len(val_set) - len(labels)} of {len(val_set)} validation images left out")
-                val_accuracy = accuracy(logits, labels)
-                val_loss = F.cross_entropy(logits, labels).item()
-                if not math.isfinite(val_loss):  # before it is drawn or saved: the checkpoints stay those from before
+                logits, numbers = collect_logits(model, val_loader, device, amp_dtype=amp_dtype, after_step=stop.check)
+                if len(numbers) < len(val_set):
+                    left_out = len(val_set) - len(numbers)
+                    print(f"[epoch {epoch}] {left_out} of {len(val_set)} validation images left out")
+                validation = Evaluation(logits, torch.tensor(val_set.images_class)[numbers])
+                if not math.isfinite(validation.loss):  # before it is drawn or saved: the checkpoints are from before
                     raise FloatingPointError(
-                        f"the validation loss is {val_loss} after epoch {epoch}, with learning rate {learning_rate:g}: "
-                        f"training diverged, a lower rate may help"
+                        f"the validation loss is {validation.loss} after epoch {epoch}, with learning rate "
+                        f"{learning_rate:g}: training diverged, a lower rate may help"
                     )
 
-                writer.add_scalar("train_loss", train_loss, epoch)
-                writer.add_scalar("val_loss", val_loss, epoch)
-                writer.add_scalar("accuracy", val_accuracy, epoch)
-                writer.add_scalar("learning_rate", learning_rate, epoch)
-                figure = draw_predictions(model, figure_images, figure_labels, class_names, device, Figure(dpi=100))
-                writer.add_figure("predictions vs. actuals", figure, epoch)
-                writer.add_histogram("conv1", model.conv1.weight, epoch)
-                writer.add_histogram("layer1/block0/conv1", model.layer1[0].conv1.weight, epoch)
-                writer.flush()
-
+                report.epoch(validation, numbers, learning_rate, seconds=time.perf_counter() - start)
                 if args.save_every and (epoch + 1) % args.save_every == 0:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
-                is_best = run.finish_epoch(val_accuracy)
+                is_best = run.finish_epoch(validation.accuracy)
                 print(
-                    f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {val_loss:.3f}  "
-                    f"accuracy {val_accuracy:.3f}  learning_rate {learning_rate:.5f}  "
+                    f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {validation.loss:.3f}  "
+                    f"accuracy {validation.accuracy:.3f}  learning_rate {learning_rate:.5f}  "
                     f"{time.perf_counter() - start:.1f} s{'  *best' if is_best else ''}",
                     flush=True,
                 )
         except StopRequest:
-            run.save()
-            where = f"epoch {run.epoch}, step {run.mean_loss.steps}"
+            save()
+            where = f"epoch {run.epoch}, step {run.progress.steps}"
             again = command_line(["python", "train.py", "--resume", str(folder)])
             print(f"train.py: stopped at {where}; to go on: {again}", file=sys.stderr)
             raise
@@ -303,36 +336,193 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: argpar
     return rate
 
 
-def write_graph(writer: SummaryWriter, model: ResNet) -> None:
-    """The graph for an image of 224 px; of a copy, as tracing runs the model, which moves BatchNorm's statistics."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # add_graph traces, and torch.jit.trace is deprecated
-        writer.add_graph(copy.deepcopy(model).cpu(), torch.zeros(1, 3, 224, 224))
+Painter = Callable[[], Figure]  # so that it can be drawn later, beside the training
 
 
-def choose_figure_images(val_set: MyDataSet, class_names: list[str]) -> tuple[torch.Tensor, list[str]]:
-    """The pictures of plot_img where its labels are among the classes, else one validation image a class.
+class Report:
+    """What a run tells of itself: in TensorBoard, and in files of its folder for those who open no browser.
 
-    Returns:
-        Images (N, 3, H, W) uint8 and the name of each one's class.
+    All of it is computed from what training and evaluation have found anyway. What takes long (figures with many
+    images, precision-recall curves) follows the 1st, 2nd, 4th, 8th, ... epoch and the last one, the projector the last.
     """
-    labelled, problems = read_label_file(PLOT_IMG, class_names) if (PLOT_IMG / "label.txt").is_file() else ([], [])
-    if labelled and not problems:
-        images = [val_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
-        return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
-    labels = sorted(set(val_set.images_class))[:FIGURE_IMAGES]
-    images = [val_set[val_set.images_class.index(label)][0] for label in labels]
-    return torch.stack(images), [class_names[label] for label in labels]
 
+    def __init__(
+        self,
+        writer: SummaryWriter,
+        run: Run,
+        args: argparse.Namespace,
+        train_loader: DataLoader,
+        val_loader: DataLoader,
+        device: torch.device,
+        amp_dtype: torch.dtype | None,
+    ) -> None:
+        self.writer, self.run, self.args = writer, run, args
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.steps = len(train_loader)  # of a whole epoch, now
+        self.device, self.amp_dtype = device, amp_dtype
+        self.class_names = run.info["class_names"]
+        self.val_set = val_loader.dataset.images.images
+        self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
+        self.drawing = Aside(at_once=device.type == "cpu")  # whose cores training needs itself
 
-def command_line(words: list[str]) -> str:
-    """For people to copy, quoted as their shell wants it."""
-    return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
+    def start(self, card: str) -> None:
+        """What is known before the first step: the graph, the layout of the curves, the flags and the run's card."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # add_graph traces, and torch.jit.trace is deprecated
+            # Of a copy: tracing runs the model, which moves BatchNorm's statistics.
+            self.writer.add_graph(copy.deepcopy(self.run.model).cpu(), torch.zeros(1, 3, 224, 224))
+        charts = {
+            "loss": ["Multiline", ["^train_loss$", "^val_loss$"]],
+            "accuracy": ["Multiline", ["^train_accuracy$", "^accuracy$"]],
+            "recall of each class": ["Multiline", ["^recall/"]],
+        }
+        self.writer.add_custom_scalars({"training and validation": charts})
+        self.writer.add_text("run", card)
+        flags = {flag: value if type(value) in (int, float) else str(value) for flag, value in vars(self.args).items()}
+        results = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "train_loss", "best_accuracy"), 0)
+        for summary in hparams(flags, results)[:2]:  # in this run; add_hparams would make another one of it
+            self.writer.file_writer.add_summary(summary)
 
+    def step(self, step: int, loss: float) -> None:
+        """The loss of some of the steps: always the same ones, whether the run has been interrupted or not."""
+        if step % math.ceil(self.steps / LOSSES_AN_EPOCH) == 0:
+            self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps + step)
 
-def shorten(text: str, width: int = 100) -> str:
-    """`text` cut to a line's length."""
-    return text if len(text) <= width else f"{text[: width - 4]} ..."
+    def epoch(self, validation: Evaluation, numbers: Tensor, learning_rate: float, seconds: float) -> None:
+        """An epoch, before it is saved.
+
+        Args:
+            numbers: (N,) int64, which images of the validation set `validation` is of.
+            seconds: that training and evaluation took.
+        """
+        epoch, model, progress = self.run.epoch, self.run.model, self.run.progress
+        is_best = validation.accuracy > self.run.best["accuracy"]
+        is_last = epoch + 1 == self.args.epochs
+        scalars = {
+            "train_loss": progress.loss,
+            "val_loss": validation.loss,
+            "train_accuracy": progress.accuracy,
+            "accuracy": validation.accuracy,
+            "best_accuracy": max(validation.accuracy, self.run.best["accuracy"]),
+            "macro_f1": validation.macro_f1,
+            "learning_rate": learning_rate,
+            "speed/images_per_second": progress.speed,
+            "speed/seconds_per_epoch": seconds,
+            "memory/peak_GiB": peak_memory(self.device),
+        }
+        scalars |= {
+            f"recall/{name}": recall for name, recall in zip(self.class_names, validation.recalls.tolist(), strict=True)
+        }
+        scalars = {tag: value for tag, value in scalars.items() if value is not None and not math.isnan(value)}
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, epoch)
+        for tag, convolution in named_convolutions(model).items():
+            if self.args.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
+                self.writer.add_histogram(tag, convolution.weight, epoch)
+            if self.args.histograms == "all" and convolution.weight.grad is not None:
+                self.writer.add_histogram(f"gradients/{tag}", convolution.weight.grad, epoch)
+
+        self.run.history.append({"epoch": epoch} | scalars)
+        write_csv(self.run.history, self.run.folder / "metrics.csv")
+        confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
+        files, figures = {}, {"predictions vs. actuals": self.predictions()}
+        if is_best:
+            write_csv(self.every_image(validation, numbers), self.run.folder / "mistakes.csv")
+            files["confusion_matrix.png"] = confusion
+        if (epoch + 1).bit_count() == 1 or is_last:  # a power of two
+            files["curves.png"] = functools.partial(plot_utils.curves, list(self.run.history))
+            figures["confusion matrix"] = confusion
+            figures["worst mistakes"] = self.mistakes(validation, numbers)
+            figures["training batch"] = self.training_batch()
+            for index, name in enumerate(self.class_names):
+                is_class, probability = validation.labels == index, validation.probabilities[:, index]
+                self.writer.add_pr_curve(f"class/{name}", is_class, probability, epoch)
+        if is_last:
+            self.projector(validation, numbers)
+            self.writer.file_writer.add_summary(hparams({}, {})[2])
+        self.drawing.do(self.draw, figures, files, epoch)
+        self.writer.flush()
+
+    def flush(self) -> None:
+        """Let all of it be in the files."""
+        self.drawing.wait()
+        self.writer.flush()
+
+    def draw(self, figures: dict[str, Painter], files: dict[str, Painter], epoch: int) -> None:
+        """Draw figures for TensorBoard, by their tags, and for the run's folder, by their names."""
+        drawn = {paint: paint() for paint in [*figures.values(), *files.values()]}  # some are for both
+        for tag, paint in figures.items():
+            self.writer.add_figure(tag, drawn[paint], epoch)
+        for name, paint in files.items():
+            with whole_file(self.run.folder / name) as unfinished:
+                drawn[paint].savefig(unfinished)
+
+    def predictions(self) -> Painter:
+        """The tutorial's figure: what the network says to a few images, the same ones after each epoch."""
+        with evaluation_mode(self.run.model):
+            logits = compute_logits(self.run.model, self.example_images, self.device, self.amp_dtype)
+        probabilities, predicted = logits.softmax(dim=1).cpu().max(dim=1)
+        names = [self.class_names[index] for index in predicted.tolist()]
+        pixels = to_pixels(self.example_images)
+        return functools.partial(plot_utils.predictions, pixels, names, probabilities.tolist(), self.example_names)
+
+    def mistakes(self, validation: Evaluation, numbers: Tensor) -> Painter:
+        """The mistakes with the highest loss, and what the network looked at when it made them."""
+        places = validation.worst(WORST)
+        items = [self.val_loader.dataset[number] for number in numbers[places].tolist()]
+        places = [place for place, item in zip(places, items, strict=True) if item is not None]
+        images = stack_images([image for image, _ in filter(None, items)])
+        predicted = validation.predicted[places]
+        heats = grad_cam(self.run.model, prepare_batch(images, self.device), predicted.to(self.device)).cpu().numpy()
+        probabilities = validation.probabilities[places].amax(dim=1).tolist()
+        names, labels = (
+            [self.class_names[index] for index in column.tolist()] for column in (predicted, validation.labels[places])
+        )
+        return functools.partial(plot_utils.mistakes, to_pixels(images), heats, names, probabilities, labels)
+
+    def training_batch(self) -> Painter:
+        """The first batch of the epoch (of a large one, a part) as the network has seen it, augmentation included."""
+        train_set, sampler = self.train_loader.dataset, self.train_loader.sampler
+        sampler.set_epoch(self.run.epoch)
+        items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]
+        images, labels = train_set.collate_fn(items)
+        names = [self.class_names[label] for label in labels.tolist()]
+        return functools.partial(plot_utils.training_batch, to_pixels(images), names)
+
+    def every_image(self, validation: Evaluation, numbers: Tensor) -> list[dict[str, str | float]]:
+        """The rows of mistakes.csv: the validation images, the highest loss first."""
+        paths, names = self.val_set.images_path, self.class_names
+        largest = validation.probabilities.amax(dim=1)
+        columns = (numbers, validation.labels, validation.predicted, largest, validation.losses)
+        rows = sorted(zip(*(column.tolist() for column in columns), strict=True), key=lambda row: -row[-1])
+        return [
+            {
+                "path": paths[number],
+                "true": names[label],
+                "predicted": names[predicted],
+                "probability": f"{probability:.6f}",
+                "loss": f"{loss:.6f}",
+            }
+            for number, label, predicted, probability, loss in rows
+        ]
+
+    def projector(self, validation: Evaluation, numbers: Tensor) -> None:
+        """What `fc` sees of the validation images, with the images in small, for the projector."""
+        features, shown, thumbnails = collect_features(
+            self.run.model, self.val_loader, self.device, PROJECTED, amp_dtype=self.amp_dtype
+        )
+        names = list(map(printable, self.class_names))
+        predicted = dict(zip(numbers.tolist(), validation.predicted.tolist(), strict=True))
+        rows = []
+        for number in shown.tolist():
+            label, guess = self.val_set.images_class[number], predicted.get(number)
+            right = "right" if guess == label else "wrong"
+            rows.append([names[label], "" if guess is None else names[guess], right])
+        before = self.run.folder / f"{self.run.epoch:05d}"
+        if before.exists():  # of an epoch that is done again
+            shutil.rmtree(before)
+        header = ["class", "predicted", "right or wrong"]
+        self.writer.add_embedding(features, rows, thumbnails, self.run.epoch, "validation", metadata_header=header)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -366,6 +556,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--allow-changed-data", action="store_true", help="--resume: also where files have been added, changed or lost")
     add("--strict", action="store_true", help="end where an image cannot be used, instead of leaving it out")
+    add("--histograms", choices=("first", "all"), default="first", help="of two convolutions, or of all and gradients")
     add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
     args = parser.parse_args(argv)
     if args.download:

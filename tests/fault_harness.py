@@ -141,10 +141,12 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
 
 
 def accumulated(run: Path) -> dict[str, list]:
-    """What TensorBoard shows: each scalar's steps and values, the steps of the rest."""
+    """What TensorBoard shows: each scalar's steps, its values unless it measures the machine, the steps of the rest."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
     tags = events.Tags()
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    for tag in (tag for tag in found if tag.startswith(("speed/", "memory/"))):
+        found[tag] = [step for step, _ in found[tag]]
     found |= {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
     return found | {tag: [event.step for event in events.Histograms(tag)] for tag in tags["histograms"]}
 

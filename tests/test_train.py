@@ -15,7 +15,7 @@ from conftest import write_classes, write_image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data_utils import find_split
+from data_utils import choose_figure_images, find_split
 from model import BasicBlock, ResNet, load_model, resnet18
 from my_dataset import EvalTransform, MyDataSet, Tolerant
 from train_eval_utils import evaluate
@@ -77,6 +77,8 @@ def test_what_a_run_leaves_behind(run):
     assert len(events) == 1
     assert files - events == {
         *("args.json", "class_indices.json", "files.json", ".lock"),
+        *("metrics.csv", "mistakes.csv", "confusion_matrix.png", "curves.png", "projector_config.pbtxt"),
+        *(f"00002/validation/{name}" for name in ("tensors.tsv", "metadata.tsv", "sprite.png")),
         *(f"weights/{name}" for name in ("best.pth", "last.pth", "model-1.pth")),
     }
     assert {path.name for path in folder.parent.parent.iterdir()} == {"runs"}
@@ -89,11 +91,18 @@ def test_the_events(run):
     events = read_events(run[0])
     tags = events.Tags()
     assert tags["graph"]
-    assert {"train_loss", "accuracy", "learning_rate", "val_loss"} == set(tags["scalars"])
-    for tag in tags["scalars"]:
+    assert set(tags["scalars"]) == {
+        *("train_loss", "val_loss", "train_accuracy", "accuracy", "best_accuracy", "macro_f1", "learning_rate"),
+        *(f"recall/{name}" for name in ("daisy", "dandelion", "roses", "sunflowers", "tulips")),
+        *("speed/images_per_second", "speed/seconds_per_epoch", "memory/peak_GiB", "step/train_loss"),
+    }
+    for tag in set(tags["scalars"]) - {"step/train_loss"}:
         assert [scalar.step for scalar in events.Scalars(tag)] == [0, 1, 2]
-    assert tags["images"] == ["predictions vs. actuals"]
-    assert [image.step for image in events.Images("predictions vs. actuals")] == [0, 1, 2]
+    assert [scalar.step for scalar in events.Scalars("step/train_loss")] == list(range(15))  # 5 steps an epoch
+    images = {"predictions vs. actuals", "confusion matrix", "worst mistakes", "training batch"}
+    assert set(tags["images"]) == images
+    for tag in images:
+        assert [image.step for image in events.Images(tag)] == [0, 1, 2]
     assert set(tags["histograms"]) == {"conv1", "layer1/block0/conv1"}
     for tag in tags["histograms"]:
         assert [histogram.step for histogram in events.Histograms(tag)] == [0, 1, 2]
@@ -147,7 +156,7 @@ def test_last_holds_what_a_resume_needs(run):
     last = torch.load(run[0] / "weights" / "last.pth", weights_only=True)
     assert last["epoch"] == 2
     resume = last["resume"]
-    assert (resume["epoch"], resume["mean_loss"]["steps"]) == (3, 0)
+    assert (resume["epoch"], resume["progress"]["steps"]) == (3, 0)
     assert resume["optimizer"]["state"]
     assert resume["best"].keys() == {"accuracy", "epoch"}
     assert resume["scaler"] == {}  # of float16 alone
@@ -268,15 +277,13 @@ def test_folders_of_ones_own(tmp_path, capsys):
 
 def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_classes, sample):
     split, _ = find_split(sample)
-    images, names = train.choose_figure_images(
-        MyDataSet(split.val_paths, split.val_labels, EvalTransform(32)), split.class_names
-    )
+    data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
+    images, names = choose_figure_images(data_set, split.class_names, train.PLOT_IMG)
     assert images.shape == (5, 3, 32, 32)
     assert sorted(names) == split.class_names
     split, _ = find_split(two_classes)
-    images, names = train.choose_figure_images(
-        MyDataSet(split.val_paths, split.val_labels, EvalTransform(32)), split.class_names
-    )
+    data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
+    images, names = choose_figure_images(data_set, split.class_names, train.PLOT_IMG)
     assert images.shape == (2, 3, 32, 32)
     assert names == ["cat", "dog"]
 

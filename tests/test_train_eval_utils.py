@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import train_eval_utils
 from model import BasicBlock, ResNet, freeze_backbone
 from my_dataset import prepare_batch
-from train_eval_utils import accuracy, collect_logits, evaluate, train_one_epoch
+from train_eval_utils import Evaluation, collect_logits, evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 
@@ -163,7 +163,7 @@ def test_accuracy_is_over_the_images_seen():
     logits, seen = collect_logits(FirstPixel(), data, CPU)
     assert (logits.shape, logits.dtype) == ((5, 2), torch.float32)
     assert torch.equal(seen, labels)
-    assert accuracy(logits, seen) == pytest.approx(3 / 5)
+    assert Evaluation(logits, seen).accuracy == pytest.approx(3 / 5)
 
 
 def test_evaluation_has_no_gradients_and_gives_the_mode_back():
