@@ -258,11 +258,12 @@ class _Checks(Dataset):
         try:
             read_image(path, least_side=16)  # all of the file is read, next to nothing is kept
         except ImageError as error:
-            return _checksum(path), str(error)
-        return _checksum(path), None
+            return file_checksum(path), str(error)
+        return file_checksum(path), None
 
 
-def _checksum(path: str) -> str | None:
+def file_checksum(path: str) -> str | None:
+    """Of the content of a file, as hexadecimal digits; None where it cannot be read."""
     content = hashlib.blake2b(digest_size=16)
     try:
         if not Path(path).is_file():  # a pipe, a device: who knows when it ends

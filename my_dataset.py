@@ -68,6 +68,17 @@ def _read(path: str | os.PathLike, least_side: int | None) -> tuple[Image.Image,
         return image, min(image.size) < full_size
 
 
+def read_header(path: str | os.PathLike) -> tuple[str, str, tuple[int, int]]:
+    """The format of an image file, its mode, and its width and height in pixels, upright: what its header tells.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    with _errors_named(path), _open(path) as file:
+        size = file.size[::-1] if _orientation(file) >= 5 else file.size  # held sideways
+        return file.format or "unknown", file.mode, size
+
+
 def _open(path: str | os.PathLike) -> Image.Image:
     if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for who writes into it
         raise ValueError("not a file")
@@ -307,8 +318,7 @@ class Tolerant(Dataset):
 
 def _is_extreme(path: str | os.PathLike) -> bool:
     try:
-        with _errors_named(path), _open(path) as image:  # reads the header only
-            width, height = image.size
+        _, _, (width, height) = read_header(path)
     except ImageError:
         return False  # read_image will say so again
     return max(width, height) > MAX_ASPECT_RATIO * min(width, height)

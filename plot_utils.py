@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 MAX_COLUMNS = 8
 FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, which everybody can tell apart (Okabe & Ito 2008)
@@ -222,6 +222,64 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
         axes.grid(alpha=0.3)
         axes.legend()
     axes.set_ylim(0, 1)
+    return figure
+
+
+def data_health(
+    class_names: Sequence[str],
+    train_counts: Sequence[int],
+    val_counts: Sequence[int],
+    sizes: np.ndarray,
+    conflicts: Sequence[tuple[Sequence[np.ndarray], Sequence[str], Sequence[str]]],
+    figure: Figure | None = None,
+) -> Figure:
+    """The images of each class, the sizes of all, and pairs of images that show the same in two classes.
+
+    Args:
+        sizes: (N, 2), width and height in pixels.
+        conflicts: two images (H, W, 3) uint8, their classes, their files' names; for each pair.
+    """
+    figure = figure or Figure(dpi=DPI)
+    above = max(4.0, 1 + 0.2 * len(class_names))
+    rows = -(-len(conflicts) // 2)
+    figure.set_size_inches(12, above + 2.6 * rows)
+    figure.set_layout_engine("constrained")
+    grid = figure.add_gridspec(2 if rows else 1, 1, height_ratios=[above, 2.6 * rows][: 2 if rows else 1])
+
+    top = figure.add_subfigure(grid[0]).subplots(1, 2)
+    axes, places = top[0], range(len(class_names))
+    axes.barh(places, train_counts, color=FIRST, label="training")
+    bars = axes.barh(places, val_counts, left=train_counts, color=SECOND, label="validation")
+    axes.bar_label(bars, [str(a + b) for a, b in zip(train_counts, val_counts, strict=True)], padding=3)
+    axes.set_yticks(places, [_shortened(name, 28) for name in class_names], **text_style(*class_names))
+    axes.set(xlabel="images", ylim=(len(class_names) - 0.4, -0.6))
+    axes.margins(x=0.12)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+    axes = top[1]
+    each, counts = np.unique(sizes, axis=0, return_counts=True)
+    axes.scatter(*each.T, s=12 + 150 * counts / counts.max(), color=FIRST, alpha=0.4, linewidths=0, rasterized=True)
+    axes.set_title("size of the images (a larger dot: more of them)", fontsize="medium")
+    axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
+    axes.set(
+        xlim=(each[:, 0].min() / 1.5, each[:, 0].max() * 1.5), ylim=(each[:, 1].min() / 1.5, each[:, 1].max() * 1.5)
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+
+    if rows:
+        below = figure.add_subfigure(grid[1])
+        below.suptitle("the same picture in two classes", fontsize="medium")
+        cells = below.add_gridspec(rows, 5, width_ratios=[1, 1, 0.2, 1, 1])
+        for number, (images, classes, files) in enumerate(conflicts):
+            for index in range(2):
+                axes = below.add_subplot(cells[number // 2, 3 * (number % 2) + index], xticks=[], yticks=[])
+                axes.imshow(images[index])
+                axes.set_title(_shortened(classes[index], 28), **text_style(classes[index]), fontsize="medium")
+                axes.set_xlabel(_shortened(files[index], 28), **text_style(files[index]), fontsize="small")
     return figure
 
 

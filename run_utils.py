@@ -301,12 +301,12 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         unfinished.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a CSV file that is whole at any instant: a column for each key of any row, in their order.
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
+    """Write a CSV file that is whole at any instant: these columns, and then those of other keys of the rows.
 
     What cannot be UTF-8, as in the name of a file, is written as an escape.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     with (
         whole_file(path) as unfinished,
         open(unfinished, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,

@@ -1,0 +1,405 @@
+"""check_data.py from its command line, and its search for near-identical pictures."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import write_classes
+from PIL import ExifTags, Image, ImageDraw
+
+import check_data
+from sample_flowers import draw_sample
+
+KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+ROOT = Path(check_data.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """500 drawn flowers of 64 px: five classes of 100, no two alike."""
+    return draw_sample(tmp_path_factory.mktemp("drawn") / "flowers", images_per_class=100, size=64)
+
+
+@pytest.fixture
+def flowers(tmp_path, drawn) -> Path:
+    """20 of each class, in a folder to add to."""
+    for kind in KINDS:
+        (tmp_path / "flowers" / kind).mkdir(parents=True)
+        for path in sorted((drawn / kind).iterdir())[:20]:
+            shutil.copy(path, tmp_path / "flowers" / kind)
+    return tmp_path / "flowers"
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch) -> Path:
+    """The current directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def run(capsys, *argv, plot: str = "") -> tuple[int, str, str]:
+    """Exit status, output, complaints; without a figure."""
+    try:
+        status = check_data.main([*map(str, argv), "--save-plot", plot])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def groups_of(capsys, folder, *argv) -> dict[frozenset[str], tuple[str, str, str]]:
+    """The paths of each group -> its kind, conflict and leak, as the CSV file has it."""
+    run(capsys, folder, "--csv", "groups.csv", *argv)
+    with open("groups.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return {
+        frozenset(row["path"] for row in part): (part[0]["kind"], part[0]["conflict"], part[0]["leak"])
+        for part in groups.values()
+    }
+
+
+def copies(path: Path) -> dict[str, tuple[Image.Image, dict]]:
+    """What becomes of a picture on its way through the world: the end of a file's name -> image, how to save it."""
+    image = Image.open(path).convert("RGB")
+    found = {f"_q{quality}.jpg": (image, {"quality": quality}) for quality in (30, 50, 75, 95)}
+    found |= {".png": (image, {}), "_30.webp": (image, {"quality": 30}), ".webp": (image, {"quality": 80})}
+    for scale in (0.5, 0.9, 1.1, 2):
+        size = (round(image.width * scale), round(image.height * scale))
+        found[f"_{scale}.png"] = (image.resize(size, Image.Resampling.BICUBIC), {})
+        found[f"_{scale}.jpg"] = (image.resize(size, Image.Resampling.BICUBIC), {"quality": 75})
+    turned = image.transpose(Image.Transpose.ROTATE_90)  # as a camera stores it, with a tag that says so
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    found["_turned.jpg"] = (turned, {"quality": 90, "exif": exif})
+    return found
+
+
+def test_drawn_flowers_are_all_different(capsys, drawn):
+    status, output, complaints = run(capsys, drawn)
+    assert (status, complaints) == (0, "")
+    assert "500 images were found" in output
+    assert output.splitlines()[-1].startswith("no label conflict: 0 pictures in several classes, 0 in both")
+    assert "0 more than once in all; 0 of 500 files unusable" in output
+    for kind in KINDS:
+        assert f"{kind:10}        80          20" in output
+    assert "size in pixels: 64 x 64 the smallest, 64 x 64 the median, 64 x 64 the largest" in output
+    assert "shorter side below 224 px: 500" in output
+    assert "mode: RGB 500\nformat: JPEG 500\nunusable: 0" in output
+
+
+def test_every_copy_is_found(capsys, flowers):
+    expected = {}
+    for number, kind in enumerate(KINDS):
+        path = flowers / kind / f"{kind}_{number:03d}.jpg"
+        group = {f"{kind}/{path.name}"}
+        for end, (image, options) in copies(path).items():
+            name = f"{path.stem}{end}"
+            image.save(flowers / kind / name, **options)
+            group.add(f"{kind}/{name}")
+        expected[frozenset(group)] = ("near-identical", "0", "0")
+    assert groups_of(capsys, flowers, "--val-rate", "0") == expected
+
+
+def test_conflicts_leaks_and_the_rest(capsys, tmp_path, flowers):
+    val = tmp_path / "val"
+    for kind in KINDS:
+        (val / kind).mkdir(parents=True)
+        shutil.move(flowers / kind / f"{kind}_019.jpg", val / kind)
+
+    def smaller(path: Path, copy: Path) -> None:
+        Image.open(path).resize((58, 58)).save(copy, quality=60)
+
+    shutil.copy(flowers / "daisy/daisy_000.jpg", flowers / "roses/another.jpg")  # conflict
+    smaller(flowers / "daisy/daisy_001.jpg", flowers / "tulips/small.jpg")  # conflict
+    smaller(flowers / "roses/roses_002.jpg", val / "tulips/both.jpg")  # conflict and leak
+    shutil.copy(flowers / "roses/roses_003.jpg", val / "roses/same.jpg")  # leak
+    smaller(flowers / "roses/roses_004.jpg", val / "roses/small.jpg")  # leak
+    shutil.copy(flowers / "tulips/tulips_005.jpg", flowers / "tulips/twice.jpg")
+    smaller(flowers / "tulips/tulips_006.jpg", flowers / "tulips/tulips 6.jpg")
+
+    expected = {
+        frozenset({"daisy/daisy_000.jpg", "roses/another.jpg"}): ("identical", "1", "0"),
+        frozenset({"daisy/daisy_001.jpg", "tulips/small.jpg"}): ("near-identical", "1", "0"),
+        frozenset({"roses/roses_002.jpg", f"{val}/tulips/both.jpg"}): ("near-identical", "1", "1"),
+        frozenset({"roses/roses_003.jpg", f"{val}/roses/same.jpg"}): ("identical", "0", "1"),
+        frozenset({"roses/roses_004.jpg", f"{val}/roses/small.jpg"}): ("near-identical", "0", "1"),
+        frozenset({"tulips/tulips_005.jpg", "tulips/twice.jpg"}): ("identical", "0", "0"),
+        frozenset({"tulips/tulips_006.jpg", "tulips/tulips 6.jpg"}): ("near-identical", "0", "0"),
+    }
+    assert groups_of(capsys, flowers, "--val-path", val) == expected
+    status, output, _ = run(capsys, flowers, "--val-path", val)
+    assert status == 1
+    lines = output.splitlines()
+    titles = [
+        "LABEL CONFLICT: the same picture in several classes: 3",
+        "LEAK: the same picture in training and validation: 2",
+        "more than once, in one class: 2",
+    ]
+    assert [line for line in lines if line in titles] == titles
+    at = lines.index("    daisy/daisy_000.jpg  (daisy, training)")
+    assert lines[at - 1 : at + 2 : 2] == ["  identical:", "    roses/another.jpg  (roses, training)"]
+    assert lines.index("  near-identical, also a LEAK:") < lines.index(titles[1])
+    assert lines.index(titles[1]) < lines.index(f"    {val}/roses/same.jpg  (roses, validation)")
+    assert lines[-1].startswith("LABEL CONFLICTS: 3 pictures in several classes, 3 in both training and validation, 7 ")
+
+
+def test_a_folder_validated_on_itself_leaks(capsys, flowers):
+    status, output, _ = run(capsys, flowers, "--val-path", flowers)
+    assert status == 0
+    assert "LEAK: the same picture in training and validation: 100" in output
+    assert "... and 80 more groups (--csv lists them all)" in output
+    assert len(groups_of(capsys, flowers, "--val-path", flowers)) == 100
+
+
+def test_train_and_val_in_the_folder(capsys, tmp_path, flowers):
+    shutil.copytree(flowers, tmp_path / "data" / "train")
+    (tmp_path / "data" / "val" / "roses").mkdir(parents=True)
+    shutil.copy(flowers / "roses" / "roses_000.jpg", tmp_path / "data" / "val" / "roses" / "x.jpg")
+    expected = {frozenset({"train/roses/roses_000.jpg", "val/roses/x.jpg"}): ("identical", "0", "1")}
+    assert groups_of(capsys, tmp_path / "data") == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_files_are_listed_and_change_nothing_else(capsys, flowers, workers):
+    for number in range(11):
+        (flowers / "daisy" / f"broken {number:02d}.jpg").write_bytes(b"not an image")
+    (flowers / "daisy" / "bad\x1bname.jpg").write_bytes(b"")
+    status, output, complaints = run(capsys, flowers, "--workers", workers)
+    assert (status, complaints) == (0, "")
+    assert "unusable: 12\n" in output
+    assert "broken 08.jpg': not an image, or of an unknown format\n" in output
+    assert "broken 09.jpg" not in output
+    assert "bad\\x1bname.jpg" in output
+    assert "\x1b" not in output
+    assert "  ... and 2 more files\n" in output
+    assert output.splitlines()[-1].endswith("0 more than once in all; 12 of 112 files unusable")
+
+
+def test_sizes_modes_formats_and_classes(capsys, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    pictures = {"a.png": (300, 250), "b.bmp": (30, 310), "c.tif": (90, 20)}
+    for kind in ("a", "b"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    for name, (width, height) in pictures.items():
+        Image.fromarray(noise[:height, :width]).save(tmp_path / "data" / "a" / name)
+    Image.fromarray(noise[:230, 100:]).convert("CMYK").save(tmp_path / "data" / "b" / "d.jpg")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 8
+    Image.fromarray(noise[:50, :290]).convert("L").save(tmp_path / "data" / "b" / "e.jpg", exif=exif)  # stands upright
+    for number in range(20):
+        Image.fromarray(noise[number * 10 :, :240]).save(tmp_path / "data" / "a" / f"more {number}.png")
+    _, output, _ = run(capsys, tmp_path / "data", "--val-rate", "0")
+    assert "size in pixels: 90 x 20 the smallest" in output
+    assert "300 x 250 the largest" not in output
+    assert "240 x 400 the largest" in output
+    assert "as wide as long: 1\n" in output
+    assert "mode: RGB 23, CMYK 1, L 1\nformat: PNG 21, JPEG 2, BMP 1, TIFF 1\n" in output
+    assert "very unbalanced: a has 12 times as many images for training as b" in output
+
+
+def digit(number: int, random: np.random.Generator) -> Image.Image:
+    """A digit by hand, 28 x 28 px, black on white."""
+    corners = {
+        0: "30 01 03 36 63 61 30",
+        2: "11 30 51 53 16 66",
+        3: "10 51 53 33 55 46 06",
+        4: "30 04 64 44 42 47",
+        5: "60 10 03 43 55 36 06",
+        6: "50 13 05 36 55 33 14",
+        7: "00 60 33 27",
+        8: "33 11 30 51 33 05 36 65 33",
+        9: "52 33 21 40 52 46",
+    }[number]
+    points = np.array([[int(c) for c in corner] for corner in corners.split()]) + random.normal(0, 0.3, (1, 2))
+    points = (points + random.normal(0, 0.25, points.shape)) * 12 + 20
+    image = Image.new("L", (112, 112), 255)
+    ImageDraw.Draw(image).line([tuple(point) for point in points.tolist()], 0, int(random.integers(7, 13)), "curve")
+    return image.resize((28, 28), Image.Resampling.BOX)
+
+
+def test_digits_on_white_differ_and_their_copies_do_not(capsys, tmp_path):
+    random = np.random.default_rng(0)
+    for number in (0, 2, 3, 4, 5, 6, 7, 8, 9):
+        (tmp_path / "digits" / str(number)).mkdir(parents=True)
+        for index in range(30):
+            digit(number, random).save(tmp_path / "digits" / str(number) / f"{index}.png")
+    assert groups_of(capsys, tmp_path / "digits") == {}
+    Image.open(tmp_path / "digits/3/7.png").save(tmp_path / "digits/8/copy.jpg", quality=50)
+    expected = {frozenset({"3/7.png", "8/copy.jpg"}): ("near-identical", "1", "0")}
+    assert groups_of(capsys, tmp_path / "digits", "--val-rate", "0") == expected
+
+
+def test_blank_pictures_are_the_same_where_their_colour_is(capsys, tmp_path):
+    colours = {"white": (255,) * 3, "grey": (128,) * 3, "black": (0,) * 3, "red": (200, 0, 0), "blue": (0, 0, 255)}
+    for name, colour in colours.items():
+        (tmp_path / "blank" / name).mkdir(parents=True)
+        for size in (30, 40, 50):
+            Image.new("RGB", (size, 40), colour).save(tmp_path / "blank" / name / f"{size}.jpg", quality=size)
+    expected = {
+        frozenset(f"{name}/{size}.jpg" for size in (30, 40, 50)): ("near-identical", "0", "0") for name in colours
+    }
+    assert groups_of(capsys, tmp_path / "blank", "--val-rate", "0") == expected
+
+
+def test_another_colour_is_another_picture(capsys, tmp_path):
+    for name, colour in {"red": (200, 60, 60), "blue": (90, 103, 230)}.items():  # equally bright
+        image = Image.new("RGB", (100, 80), (180, 180, 180))
+        ImageDraw.Draw(image).rounded_rectangle((20, 25, 80, 55), 10, colour)
+        (tmp_path / "cars" / name).mkdir(parents=True)
+        image.save(tmp_path / "cars" / name / "car.png")
+    assert groups_of(capsys, tmp_path / "cars", "--val-rate", "0") == {}
+
+
+def blank(shades: np.ndarray) -> np.ndarray:
+    """Thumbnails (N, 16, 16, 3) of one grey each."""
+    return np.full((len(shades), 16, 16, 3), 128, dtype=np.uint8) * [0, 1, 1] + shades[:, None, None, None] * [1, 0, 0]
+
+
+def test_shades_that_become_others_little_by_little_are_no_one_group():
+    thumbnails = blank(np.arange(256)).astype(np.uint8)
+    groups = check_data.near_groups(check_data.perceptual_hashes(thumbnails), thumbnails)
+    assert np.ptp(np.flatnonzero(groups == groups[0])) <= check_data.MAX_SPREAD * check_data.MAX_LUMA
+    assert (np.unique(groups, return_counts=True)[1] > 5).sum() > 10
+
+
+def test_a_crowd_of_blank_pictures_is_one_group():
+    random = np.random.default_rng(0)
+    thumbnails = np.concatenate([blank(np.full(20000, 255)), 255 - random.integers(0, 3, (2000, 16, 16, 3))])
+    thumbnails = thumbnails.astype(np.uint8)
+    thumbnails[-2000:, ..., 1:] = 128
+    groups = check_data.near_groups(check_data.perceptual_hashes(thumbnails), thumbnails)
+    assert (groups == 0).all()
+
+
+def test_the_search_finds_what_comparing_all_pairs_finds():
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**63, 20000, dtype=np.uint64)
+    brightness = random.uniform(0, 255, 20000)
+    for number in range(1100):  # 100 pairs of each distance from 0 to 10, 8 being allowed, as bright or less alike
+        flips = random.choice(63, number % 11, replace=False)
+        hashes[2 * number + 1] = hashes[2 * number] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64))
+        brightness[2 * number + 1] = brightness[2 * number] + random.uniform(-6, 6)
+    pieces = list(check_data.near_hashes(hashes, brightness))
+    found = [tuple(sorted(pair)) for left, right in pieces for pair in zip(left.tolist(), right.tolist(), strict=True)]
+
+    expected = set()
+    for start in range(0, 20000, 500):
+        differing = hashes[start : start + 500, None] ^ hashes[None]
+        bits = np.unpackbits(differing.view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.uint8)
+        near = (bits.reshape(differing.shape) <= 8) & (abs(brightness[start : start + 500, None] - brightness) <= 5)
+        rows, columns = np.nonzero(near)
+        expected |= {(i, j) for i, j in zip((rows + start).tolist(), columns.tolist(), strict=True) if i < j}
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+    assert len(expected) > 700
+
+
+def test_the_figure(capsys, tmp_path, somewhere_else, flowers):
+    shutil.copy(flowers / "daisy/daisy_000.jpg", flowers / "roses/$x^2$ another.jpg")
+    status, output, _ = run(capsys, flowers, plot="data_health.png")
+    assert status == 1
+    assert "figure: data_health.png\n" in output
+    with_pairs = matplotlib.image.imread(somewhere_else / "data_health.png")
+    (flowers / "roses/$x^2$ another.jpg").unlink()
+    status, _, _ = run(capsys, flowers, plot="data_health.png")
+    assert (status, [path.name for path in somewhere_else.iterdir()]) == (0, ["data_health.png"])
+    assert matplotlib.image.imread(somewhere_else / "data_health.png").shape[0] < with_pairs.shape[0]
+    assert {path.name for path in flowers.iterdir()} == set(KINDS)
+    run(capsys, flowers)
+    assert [path.name for path in somewhere_else.iterdir()] == ["data_health.png"]
+
+
+@pytest.mark.parametrize("classes", [2, 100])
+def test_nothing_overlaps_in_the_figure(classes):
+    names = [f"a rather long name $x^{{{i}}}$ of a class, the {i}th" for i in range(classes)]
+    picture = np.zeros((50, 70, 3), dtype=np.uint8)
+    pair = ([picture, picture.transpose(1, 0, 2)], names[:2], ["a_file_name_that_does_not_end.jpg"] * 2)
+    sizes = np.array([[300, 200], [4000, 3000], [20, 300]])
+    figure = check_data.data_health(names, [100] * classes, [20] * classes, sizes, [pair] * 3)
+    figure.draw_without_rendering()
+    texts = [text for part in figure.subfigs for axes in part.axes for text in [*axes.get_yticklabels(), axes.title]]
+    texts += [axes.xaxis.label for part in figure.subfigs for axes in part.axes]
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    assert len(boxes) > classes + 12
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["{data}/cat"], "needs at least two sub-folders"),
+        (["{data}", "--val-rate", "1"], "--val-rate is 1.0"),
+        (["{data}", "--workers", "-1"], "--workers is -1"),
+        (["{data}", "--val-path", "nowhere"], "nowhere: no such folder"),
+        (["{data}", "--csv", "x.txt"], "--csv x.txt: give a file in an existing folder, .csv"),
+        (["{data}", "--csv", "{data}/cat/x.csv"], "that is inside the data"),
+        (["{data}", "--csv", "nowhere/x.csv"], "give a file in an existing folder"),
+    ],
+)
+def test_what_cannot_be_checked(capsys, two_classes, flags, reason):
+    status, output, complaints = run(capsys, *[flag.format(data=two_classes) for flag in flags])
+    assert (status, output) == (2, "")
+    assert reason in complaints
+    assert complaints.count("\n") == 1
+
+
+def test_a_class_without_a_usable_image(capsys, two_classes):
+    for path in (two_classes / "cat").iterdir():
+        path.write_bytes(b"")
+    status, output, complaints = run(capsys, two_classes)
+    assert status == 2
+    assert "unusable: 10" in output
+    assert complaints == "check_data.py: class cat: none of its images for training can be used\n"
+
+
+def test_no_figure_among_the_data(capsys, two_classes, monkeypatch):
+    status, _, complaints = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
+    assert (status, "that is inside the data" in complaints) == (2, True)
+    monkeypatch.chdir(two_classes)  # who works there gets the figure there
+    assert run(capsys, ".", plot="data_health.png")[0] == 0
+    assert Path("data_health.png").is_file()
+
+
+def test_names_are_escaped(capsys, tmp_path):
+    data = write_classes(tmp_path / "data", {"a\x1b[31m": 3, "b": 3})
+    shutil.copy(data / "b" / "b 00.png", data / "a\x1b[31m" / "\n.png")
+    status, output, _ = run(capsys, data, plot="out.svg")
+    assert status == 1
+    assert "a\\x1b[31m/\\n.png" in output
+    assert "\x1b" not in output + Path("out.svg").read_text(encoding="utf-8")
+
+
+def test_a_csv_file_is_written_whole_or_not_at_all(capsys, two_classes, somewhere_else, monkeypatch):
+    shutil.copy(two_classes / "cat" / "cat 00.png", two_classes / "dog")
+    Path("x.csv").write_text("from before")
+
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        status, _, complaints = run(capsys, two_classes, "--csv", "x.csv")
+    assert status == 2
+    assert "No space left on device" in complaints
+    assert [(path.name, path.read_text()) for path in somewhere_else.iterdir()] == [("x.csv", "from before")]
+
+
+def test_as_a_program(two_classes, somewhere_else):
+    shutil.copy(two_classes / "cat" / "cat 00.png", two_classes / "dog")
+    done = subprocess.run(
+        [sys.executable, ROOT / "check_data.py", two_classes], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[-1].startswith("LABEL CONFLICTS: 1 ")
+    assert (somewhere_else / "data_health.png").is_file()
