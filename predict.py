@@ -3,7 +3,8 @@
 python predict.py photo.jpg                          # the best weights of the newest run
 python predict.py photo.jpg a_folder --weights runs/flower_experiment/weights/best.pth
 python predict.py a_folder --json > predictions.jsonl
-python predict.py photo.jpg --save-plot prediction.png
+python predict.py photo.jpg --save-plot prediction.png   # with what the network looked at
+python predict.py a_folder --csv predictions.csv --save-plot least_certain.png
 python predict.py photo.jpg --weights model-29.pth --model resnet34 --class-indices class_indices.json
 """
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_utils import DataError, list_images_below, read_class_indices
-from model import MODELS, ResNet, WeightsError, evaluation_mode, fold_batch_norm, load_model
-from my_dataset import EvalTransform, ImageError, read_image, stack_images, to_pixels
+from model import MODELS, ResNet, WeightsError, evaluation_mode, fold_batch_norm, grad_cam, load_model
+from my_dataset import EvalTransform, ImageError, prepare_batch, read_image, stack_images, to_pixels
 from run_utils import (
     FlagParser,
     UsageError,
@@ -34,6 +35,8 @@ from run_utils import (
     select_device,
     select_precision,
     tolerate_any_name,
+    whole_file,
+    write_csv,
 )
 from train_eval_utils import compute_logits
 
@@ -41,7 +44,7 @@ from train_eval_utils import compute_logits
 # and so the digits printed for an image would depend on how many others were asked for.
 BATCH_SIZE = 8
 MANY_IMAGES = 100  # more than this are read by workers, which take a while to start
-FIGURE_IMAGES = 24  # at most, in --save-plot
+FIGURE_IMAGES = 24  # at most, in --save-plot: the least certain ones
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
@@ -50,6 +53,9 @@ def predict(args: argparse.Namespace) -> int:
     plot_path = Path(args.save_plot) if args.save_plot else None
     if plot_path and not (plot_path.suffix.lower() in FIGURE_FORMATS and plot_path.parent.is_dir()):
         raise UsageError(f"--save-plot {plot_path}: give a file in an existing folder, {' '.join(FIGURE_FORMATS)}")
+    csv_path = Path(args.csv) if args.csv else None
+    if csv_path and not csv_path.parent.is_dir():
+        raise UsageError(f"--csv {csv_path}: give a file in an existing folder")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: probabilities to four digits
@@ -71,25 +77,35 @@ def predict(args: argparse.Namespace) -> int:
         except (OSError, DataError) as error:
             fail(error)
 
-    figure_rows = []
+    shown: list[Shown] = []
+    rows = []
     hits: dict[str, list[bool]] = {}  # by labelled folder
     for file, outcome in predict_images(model, files, info["img_size"], device, amp_dtype):
         if isinstance(outcome, ImageError):
             fail(outcome)
             continue
         image, probabilities = outcome
-        top = [(class_names[index], probabilities[index].item()) for index in probabilities.argsort(descending=True)]
+        ranking = probabilities.argsort(descending=True).tolist()
+        top = [(class_names[index], probabilities[index].item()) for index in ranking]
         print_prediction(file, top[: args.topk], args.json)
         if file.label is not None:
             hits.setdefault(file.argument, []).append(top[0][0] == file.label)
-        if plot_path and len(figure_rows) < FIGURE_IMAGES:
-            figure_rows.append((image, *top[0], file.label))
+        if csv_path:
+            rows.append(csv_row(file, top[: args.topk]))
+        if plot_path:
+            shown.append(Shown(file, image, ranking[0], top[: args.topk]))
+            if len(shown) > FIGURE_IMAGES:
+                del shown[max(range(len(shown)), key=lambda place: shown[place].certainty())]
 
     for folder, right in hits.items():
         line = f"{printable(folder)}: accuracy {sum(right) / len(right):.4f} ({sum(right)} of {len(right)} images)"
         print(line, file=sys.stderr if args.json else sys.stdout)
-    if figure_rows:
-        save_figure(figure_rows, plot_path)
+    if csv_path:
+        write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
+    if shown:
+        if any(Path(argument).is_dir() for argument in args.images):
+            shown.sort(key=Shown.certainty)
+        save_figure(model, shown, plot_path, device)
     return 1 if failures else 0
 
 
@@ -99,6 +115,19 @@ class ImageFile(NamedTuple):
     path: str
     label: str | None
     argument: str
+
+
+class Shown(NamedTuple):
+    """A prediction in the figure: the image (3, H, W) uint8, its class, (name, probability) of the most probable."""
+
+    file: ImageFile
+    image: Tensor
+    predicted: int
+    top: list[tuple[str, float]]
+
+    def certainty(self) -> float:
+        """The probability of its class."""
+        return self.top[0][1]
 
 
 def find_images(argument: str, class_names: list[str], on_error: Callable[[OSError], None]) -> list[ImageFile]:
@@ -174,12 +203,30 @@ def print_prediction(file: ImageFile, top: list[tuple[str, float]], as_json: boo
         print(f"{printable(file.path)}: {ranking}{mark}", flush=True)
 
 
-def save_figure(rows: list[tuple[Tensor, str, float, str | None]], path: Path) -> None:
-    """Draw (image, predicted class, probability, true class or None) and save it."""
-    from plot_utils import predictions  # matplotlib, which the other predictions need not wait for
+def csv_row(file: ImageFile, top: list[tuple[str, float]]) -> dict[str, str]:
+    """A line of --csv: the image, its class, its label where it is known, and the next classes."""
+    row = {"image": file.path, "class": top[0][0], "probability": f"{top[0][1]:.6f}", "label": file.label or ""}
+    for place, (name, probability) in enumerate(top[1:], start=2):
+        row |= {f"class {place}": name, f"probability {place}": f"{probability:.6f}"}
+    return row
 
-    images, guesses, probabilities, labels = zip(*rows, strict=True)
-    predictions(to_pixels(torch.stack(images)), guesses, probabilities, labels).savefig(path)
+
+def save_figure(model: ResNet, shown: list[Shown], path: Path, device: torch.device) -> None:
+    """Draw each image, what the network looked at, and a bar for each of its most probable classes."""
+    from plot_utils import explained  # matplotlib, which the other predictions need not wait for
+
+    batch = stack_images([prediction.image for prediction in shown])
+    classes = torch.tensor([prediction.predicted for prediction in shown], device=device)
+    heats = grad_cam(model, prepare_batch(batch, device), classes).cpu().numpy()
+    figure = explained(
+        to_pixels(batch),
+        heats,
+        [prediction.top for prediction in shown],
+        [prediction.file.path for prediction in shown],
+        [prediction.file.label for prediction in shown],
+    )
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished)
 
 
 def complain(error: Exception) -> None:
@@ -197,7 +244,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda where there is one)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
     add("--json", action="store_true", help="print a JSON object a line")
-    add("--save-plot", metavar="OUT.png", help=f"draw the predictions (of the first {FIGURE_IMAGES} images)")
+    add("--csv", metavar="OUT.csv", help="write the predictions to a file, too")
+    plot = f"draw the images (of many, the {FIGURE_IMAGES} least certain) with what the network looked at"
+    add("--save-plot", metavar="OUT.png", help=plot)
     add("--model", choices=MODELS, help="for a plain state_dict, which does not tell")
     add("--class-indices", metavar="JSON", help="for a plain state_dict: the class_indices.json of its run")
     args = parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """predict.py from its command line."""
 
+import csv
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 from conftest import as_another_user, write_image
 from PIL import Image
 
+import plot_utils
 import predict
 from data_utils import list_images_below, write_class_indices
 from model import resnet18
@@ -199,6 +201,41 @@ def test_the_plot(capsys, weights, sample, tmp_path, extension):
     status, lines, _ = run(capsys, sample / "roses", sample, "--weights", weights, "--save-plot", out)
     assert (status, len(lines)) == (0, 121)
     assert out.stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {out.name}
+
+
+def test_the_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sample, tmp_path, monkeypatch):
+    drawn = []
+    explained = plot_utils.explained
+    monkeypatch.setattr(plot_utils, "explained", lambda *content: drawn.append(content) or explained(*content))
+    csv_path = tmp_path / "out.csv"
+    flags = ["--weights", weights, "--topk", "2", "--save-plot", tmp_path / "out.png", "--csv", csv_path]
+    status, lines, _ = run(capsys, sample, *flags)
+    assert (status, len(lines)) == (0, 101)
+    with open(csv_path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "class", "probability", "label", "class 2", "probability 2"]
+    for row, line in zip(rows, lines, strict=False):
+        assert line.startswith(f"{row['image']}: {row['class']} {float(row['probability']):.2%}")
+        assert row["label"] == Path(row["image"]).parent.name
+    least_certain = sorted(rows, key=lambda row: float(row["probability"]))[:24]
+    images, heats, tops, titles, labels = drawn[0]
+    assert titles == [row["image"] for row in least_certain]
+    assert labels == [row["label"] for row in least_certain]
+    assert images.shape == (24, 64, 64, 3)
+    assert heats.shape == (24, 64, 64)
+    assert all(len(top) == 2 for top in tops)
+    with Image.open(tmp_path / "out.png") as figure:
+        assert figure.height > 1500  # eight rows
+
+
+def test_images_that_are_named_are_drawn_in_that_order(capsys, weights, sample, tmp_path, monkeypatch):
+    drawn = []
+    explained = plot_utils.explained
+    monkeypatch.setattr(plot_utils, "explained", lambda *content: drawn.append(content) or explained(*content))
+    paths = [str(path) for path in sorted((sample / "tulips").iterdir())[:3]]
+    assert run(capsys, *paths, "--weights", weights, "--save-plot", tmp_path / "out.png")[0] == 0
+    assert drawn[0][3] == paths
 
 
 @pytest.mark.parametrize(
@@ -207,6 +244,7 @@ def test_the_plot(capsys, weights, sample, tmp_path, extension):
         (["--weights", "nowhere.pth"], "nowhere.pth: no such weights file"),
         (["--save-plot", "nowhere/out.png"], "--save-plot"),
         (["--save-plot", "out.xyz"], "--save-plot"),
+        (["--csv", "nowhere/out.csv"], "--csv nowhere/out.csv"),
         (["--device", "gpu"], "--device gpu"),
         (["--class-indices", "nowhere.json"], "nowhere.json: no such file"),
     ],
