@@ -2,8 +2,11 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torchvision import models as torchvision_models
 
 from model import (
@@ -15,12 +18,16 @@ from model import (
     evaluation_mode,
     fold_batch_norm,
     freeze_backbone,
+    grad_cam,
     load_model,
     load_pretrained,
+    named_convolutions,
     resnet18,
     resnet34,
     resnet101,
 )
+from my_dataset import prepare_batch
+from sample_flowers import draw_flower
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -267,3 +274,71 @@ def test_a_checkpoint_that_lies_is_an_error(tmp_path, changes):
     torch.save(checkpoint(**changes), tmp_path / "best.pth")
     with pytest.raises(WeightsError, match=r"best\.pth"):
         load_model(tmp_path / "best.pth")
+
+
+# --- what it looks at ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_grad_cam_is_that_of_the_gradients(name):
+    torch.manual_seed(0)
+    model = MODELS[name](num_classes=3).train()
+    images = torch.randn(2, 3, 96, 64)
+    classes = torch.tensor([2, 0])
+    heat = grad_cam(model, images, classes)
+    assert heat.shape == (2, 96, 64)
+    assert model.training
+    model.eval()
+    features = model.feature_map(images).detach().requires_grad_()
+    logits = model.fc(features.mean(dim=(2, 3)))
+    (gradients,) = torch.autograd.grad(logits[[0, 1], classes].sum(), features)
+    expected = (gradients.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1).relu()  # as the paper has it
+    expected = expected / expected.amax(dim=(1, 2), keepdim=True)
+    expected = F.interpolate(expected.unsqueeze(1), (96, 64), mode="bilinear").squeeze(1)
+    assert torch.allclose(heat, expected.detach(), atol=1e-4)
+
+
+def test_grad_cam_finds_the_flower():
+    kinds, size, flower = ["daisy", "tulips"], 128, 56
+
+    def scene(kind: str, index: int) -> tuple[np.ndarray, int, int]:
+        """A flower in a corner of a picture of something out of focus."""
+        rng = np.random.default_rng([index, kinds.index(kind)])
+        ground = Image.fromarray(rng.integers(60, 120, (4, 4, 3), dtype=np.uint8)).resize((size, size))
+        left, top = (int(side) for side in rng.choice([4, size - flower - 4], 2) + rng.integers(-4, 5, 2))
+        ground.paste(draw_flower(kind, index, size=flower), (left, top))
+        return np.asarray(ground), left, top
+
+    def batch(indices: range) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+        drawn = [(*scene(kind, index), label) for index in indices for label, kind in enumerate(kinds)]
+        pixels = torch.from_numpy(np.stack([pixels for pixels, *_ in drawn])).permute(0, 3, 1, 2)
+        return prepare_batch(pixels, "cpu"), torch.tensor([d[3] for d in drawn]), [d[1:3] for d in drawn]
+
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, labels, _ = batch(range(40))
+    for _ in range(10):
+        for chosen in torch.randperm(len(images)).split(16):
+            loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    images, labels, corners = batch(range(1000, 1010))
+    with torch.no_grad():
+        predicted = model.eval()(images).argmax(dim=1)
+    assert (predicted == labels).float().mean() > 0.7
+    inside, outside = [], []
+    for heat, (left, top) in zip(grad_cam(model, images, predicted), corners, strict=True):
+        box = torch.zeros(size, size, dtype=torch.bool)
+        box[top : top + flower, left : left + flower] = True
+        inside.append(heat[box].mean())
+        outside.append(heat[~box].mean())
+    assert sum(inside) > 2 * sum(outside)
+
+
+def test_convolutions_have_the_tutorials_names():
+    names = list(named_convolutions(MODELS["resnet34"](num_classes=2)))
+    assert len(names) == 36
+    assert names[:3] == ["conv1", "layer1/block0/conv1", "layer1/block0/conv2"]
+    assert {"layer2/block0/downsample", "layer3/block5/conv2"} < set(names)

@@ -1,5 +1,6 @@
 """train.py from its command line: what it leaves behind, what it prints, what it refuses."""
 
+import csv
 import json
 import math
 import os
@@ -13,6 +14,11 @@ import pytest
 import torch
 from conftest import write_classes, write_image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torchvision import io as torchvision_io
+from torchvision.models import resnet18 as torchvision_resnet18
+from torchvision.transforms import v2
 
 import train
 from data_utils import choose_figure_images, find_split
@@ -109,6 +115,95 @@ def test_the_events(run):
     rates = [scalar.value for scalar in events.Scalars("learning_rate")]
     expected = [0.001 * (((1 + math.cos(math.pi * n / 3)) / 2) * (1 - 0.5) + 0.5) for n in range(3)]
     assert rates == pytest.approx(expected)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_mistakes_are_what_the_best_weights_say_of_each_image(run):
+    folder, *_ = run
+    best = torch.load(folder / "weights" / "best.pth", weights_only=True)
+    model = torchvision_resnet18(num_classes=5)  # on its own: no code of ours
+    model.load_state_dict(best["state_dict"])
+    amp_dtype, _ = train.select_precision("auto", torch.device("cpu"))
+    scale = v2.Compose(
+        [
+            *(v2.Resize(37), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True)),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    rows = read_csv(folder / "mistakes.csv")
+    images = [scale(torchvision_io.decode_image(row["path"])) for row in rows]
+    with torch.no_grad(), torch.autocast("cpu", amp_dtype, enabled=amp_dtype is not None):
+        logits = model.eval()(torch.stack(images)).float()
+    probabilities, predicted = logits.softmax(dim=1).max(dim=1)
+    names = best["class_names"]
+    labels = torch.tensor([names.index(row["true"]) for row in rows])
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    tolerance = 1e-3 if amp_dtype is None else 0.05
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities.tolist(), abs=tolerance)
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses.tolist(), abs=5 * tolerance)
+    agree = sum(row["predicted"] == names[index] for row, index in zip(rows, predicted.tolist(), strict=True))
+    assert agree >= len(rows) - (0 if amp_dtype is None else 1)  # rounding may turn one over
+    assert [row["true"] for row in rows] == [Path(row["path"]).parent.name for row in rows]
+    assert [float(row["loss"]) for row in rows] == sorted((float(row["loss"]) for row in rows), reverse=True)
+    assert len({row["path"] for row in rows}) == 20  # the validation images, each once
+    right = sum(row["true"] == row["predicted"] for row in rows)
+    assert right / 20 == pytest.approx(best["accuracy"])
+
+
+def test_metrics_are_those_of_tensorboard(run):
+    folder, *_ = run
+    events = read_events(folder)
+    rows = read_csv(folder / "metrics.csv")
+    assert [row.pop("epoch") for row in rows] == ["0", "1", "2"]
+    assert set(rows[0]) == set(events.Tags()["scalars"]) - {"step/train_loss"}
+    for tag in rows[0]:
+        values = [scalar.value for scalar in events.Scalars(tag)]
+        assert [float(row[tag]) for row in rows] == pytest.approx(values, rel=1e-5)
+    recalls = [float(rows[-1][f"recall/{name}"]) for name in ("daisy", "dandelion", "roses", "sunflowers", "tulips")]
+    assert sum(recalls) / 5 == pytest.approx(float(rows[-1]["accuracy"]))  # as many images of each class
+    assert float(rows[-1]["best_accuracy"]) == max(float(row["accuracy"]) for row in rows)
+
+
+def test_what_the_other_tabs_show(run):
+    folder, *_ = run
+    tensors = read_events(folder).Tags()["tensors"]
+    assert {f"class/{name}" for name in ("daisy", "dandelion", "roses", "sunflowers", "tulips")} < set(tensors)
+    assert {"run/text_summary", "custom_scalars__config__"} < set(tensors)
+    card = read_events(folder).Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "python train.py --data-path" in card
+    assert "| daisy | 16 | 4 |" in card
+    assert "| all | 80 | 20 |" in card
+    assert "| lrf | 0.5 |" in card
+    assert f"| torch | {torch.__version__} |" in card
+    metadata = (folder / "00002" / "validation" / "metadata.tsv").read_text(encoding="utf-8").splitlines()
+    assert metadata[0].split("\t") == ["class", "predicted", "right or wrong"]
+    assert len(metadata) == 21
+    for line in metadata[1:]:
+        label, predicted, verdict = line.split("\t")
+        assert verdict == ("right" if label == predicted else "wrong")
+    raw = [
+        value.metadata.plugin_data
+        for path in folder.glob("events.*")
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    ]
+    content = [HParamsPluginData.FromString(plugin.content) for plugin in raw]
+    flags = next(data.session_start_info.hparams for data in content if data.HasField("session_start_info"))
+    assert flags["lrf"].number_value == 0.5
+    assert flags["model"].string_value == "resnet18"
+    assert sum(data.HasField("session_end_info") for data in content) == 1
+
+
+def test_every_convolution_in_histograms(two_classes):
+    assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--histograms", "all"]) == 0
+    tags = read_events(Path("runs/flower_experiment")).Tags()["histograms"]
+    names = set(train.named_convolutions(resnet18(2)))
+    assert set(tags) == names | {f"gradients/{name}" for name in names}
 
 
 def test_the_graph_is_the_models(run):

@@ -1,5 +1,6 @@
 """An epoch of training, a pass of evaluation."""
 
+import copy
 import math
 
 import pytest
@@ -9,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import train_eval_utils
-from model import BasicBlock, ResNet, freeze_backbone
-from my_dataset import prepare_batch
-from train_eval_utils import Evaluation, collect_logits, evaluate, train_one_epoch
+from model import BasicBlock, ResNet, freeze_backbone, resnet18
+from my_dataset import EvalTransform, MyDataSet, prepare_batch
+from train_eval_utils import Evaluation, Progress, collect_features, collect_logits, evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 
@@ -208,3 +209,60 @@ def test_the_bar_on_a_terminal(monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "[epoch 7] mean loss 0." in shown
     assert "images/s" in shown
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_agree_with_their_definitions():
+    #          label, predicted, probability of the predicted class
+    rows = [(0, 0, 0.9), (0, 0, 0.6), (0, 1, 0.5), (1, 1, 0.7), (1, 2, 0.8), (2, 2, 0.4)]
+    probabilities = torch.tensor([[p if k == guess else (1 - p) / 3 for k in range(4)] for _, guess, p in rows])
+    found = Evaluation(probabilities.log(), torch.tensor([label for label, *_ in rows]))
+    assert found.accuracy == pytest.approx(4 / 6)
+    assert found.confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert found.recalls.tolist()[:3] == pytest.approx([2 / 3, 1 / 2, 1])
+    assert math.isnan(found.recalls[3])  # no image shows it
+    f1 = [2 * 2 / (2 * 2 + 0 + 1), 2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1 + 0)]  # 2 TP / (2 TP + FP + FN)
+    assert found.macro_f1 == pytest.approx(sum(f1) / 3)
+    losses = [-math.log(0.9), -math.log(0.6), -math.log(0.5 / 3), -math.log(0.7), -math.log(0.2 / 3), -math.log(0.4)]
+    assert found.losses.tolist() == pytest.approx(losses, rel=1e-5)
+    assert found.loss == pytest.approx(sum(losses) / 6)
+    assert torch.allclose(found.probabilities, probabilities)
+    assert found.worst(4) == [4, 2, 5, 1]  # the two mistakes, and then the highest losses of the others
+
+
+def test_features_are_what_the_classifier_sees(sample):
+    model = resnet18(num_classes=5).eval()
+    paths = sorted(map(str, sample.rglob("*.jpg")))[::10]
+    loader = DataLoader(MyDataSet(paths, list(range(10)), EvalTransform(32)), 4, collate_fn=MyDataSet.collate_fn)
+    features, labels, thumbnails = collect_features(model, loader, "cpu", limit=5)
+    assert labels.tolist() == list(range(8))  # whole batches
+    assert features.shape == (8, 512)
+    assert thumbnails.shape == (8, 3, 32, 32)
+    assert torch.equal(thumbnails[0], loader.dataset[0][0] / 255)
+    logits, _ = collect_logits(model, loader, "cpu")
+    with torch.no_grad():
+        assert torch.allclose(model.fc(features), logits[:8], atol=1e-4)
+
+
+def test_training_counts_what_it_saw():
+    images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([0, 1] * 5)
+    model = resnet18(num_classes=2)
+    progress, read = Progress(), []
+    progress.on_read = lambda step, loss: read.append((step, loss))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = [(images[:6], labels[:6]), (images[6:], labels[6:])]
+    expected = []
+    with torch.no_grad():
+        for batch, _ in batches:
+            expected.append(copy.deepcopy(model).train()(prepare_batch(batch, "cpu")))
+    mean = train_one_epoch(model, optimizer, batches, "cpu", 0, progress=progress)
+    right = sum(int((a.argmax(1) == b).sum()) for a, (_, b) in zip(expected, batches, strict=True))
+    losses = [F.cross_entropy(a, b).item() for a, (_, b) in zip(expected, batches, strict=True)]
+    assert (progress.images, progress.steps, progress.right) == (10, 2, right)
+    assert progress.accuracy == right / 10
+    assert [step for step, _ in read] == [0, 1]
+    assert [loss for _, loss in read] == pytest.approx(losses, rel=1e-4)
+    assert mean == progress.loss == pytest.approx((6 * losses[0] + 4 * losses[1]) / 10, rel=1e-4)

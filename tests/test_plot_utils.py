@@ -1,0 +1,127 @@
+"""The figures: what they show, and that nothing is cut off, warned about or kept."""
+
+import gc
+import io
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+import plot_utils
+from plot_utils import confusion_matrix, curves, explained, heated, mistakes, predictions, training_batch
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+HEATS = np.linspace(0, 1, 16 * 32 * 32).reshape(16, 32, 32)
+HISTORY = [
+    {"epoch": epoch, "train_loss": 1.0, "val_loss": 1.1, "train_accuracy": 0.5, "accuracy": 0.4} for epoch in range(3)
+]
+
+
+def all_figures(names: list[str]) -> list[Figure]:
+    """One of each kind, with these class names."""
+    names16 = [names[index % len(names)] for index in range(16)]
+    tops = [[(name, 0.5), (names[0], 0.3)] for name in names16]
+    return [
+        predictions(PICTURES[:5], names16[:5], [0.5] * 5, names16[1:6]),
+        mistakes(PICTURES[:8], HEATS[:8], names16[:8], [0.5] * 8, names16[1:9]),
+        training_batch(PICTURES, names16),
+        explained(PICTURES, HEATS, tops, [f"{name}.jpg" for name in names16], [*names16[1:], None]),
+        confusion_matrix(np.ones((len(names), len(names)), dtype=int), names),
+        curves(HISTORY),
+    ]
+
+
+def visible_texts(figure: Figure) -> list[Text]:
+    figure.draw_without_rendering()
+    return [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+@pytest.mark.parametrize("classes", [2, 5, 20, 100])
+def test_nothing_is_cut_off_or_overlaps(classes):
+    names = [f"class {index}" if index % 3 else f"a long name of class {index}" for index in range(classes)]
+    for figure in all_figures(names):
+        boxes = [(text.get_text(), text.get_window_extent()) for text in visible_texts(figure)]
+        outside = [
+            text for text, box in boxes if not all(figure.bbox.padded(1).contains(*c) for c in (box.min, box.max))
+        ]
+        assert outside == []
+    labels = confusion_matrix(np.eye(classes, dtype=int), names).axes[0]
+    labels.figure.draw_without_rendering()
+    for axis in (labels.xaxis, labels.yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        assert len(boxes) == classes
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
+def test_the_confusion_matrix_shows_counts_and_parts_of_rows():
+    figure = confusion_matrix(np.array([[3, 1], [0, 0]]), ["cat", "dog"])
+    axes = figure.axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert {(*text.get_position(), text.get_text()) for text in axes.texts} == {(0, 0, "3"), (1, 0, "1")}
+    assert "4 images, 3 right (75.0%)" in axes.get_title()
+
+
+def test_heat_is_bright_where_it_is_hot():
+    grey = np.full((2, 2, 3), 100, dtype=np.uint8)
+    shown = heated(grey, np.array([[0.0, 0.3], [0.6, 1.0]])).sum(axis=2).flatten().tolist()
+    assert shown == sorted(shown)
+    assert shown[0] < shown[-1]
+
+
+def test_characters_that_no_font_has_are_escapes_and_give_no_warning(monkeypatch):
+    default = font_manager.findfont("DejaVu Sans")
+    monkeypatch.setattr(plot_utils, "_installed_fonts", lambda: [font_manager.FontEntry(fname=default)])
+    forget_fonts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in all_figures(["\u83ca\u82b1", "\u73ab\u7470 $x$ \u65cb\n"]):
+            figure.savefig(io.BytesIO())
+            assert not any("\u83ca" in text.get_text() for text in figure.findobj(Text))
+    title = predictions(PICTURES[:1], ["\u83ca"], [1.0], ["\u83ca"]).axes[0].get_title()
+    assert title == "\\u83ca, 100.00%\n(label: \\u83ca)"
+    forget_fonts()
+
+
+def test_characters_are_drawn_in_a_font_that_has_them(monkeypatch):
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name == "STIXGeneral" and font.weight == 400]
+    monkeypatch.setattr(plot_utils, "_installed_fonts", lambda: fonts)
+    missing = next(
+        c
+        for c in map(chr, range(0x2000, 0x2C00))
+        if not plot_utils._default_font_has(c)
+        and c.isprintable()
+        and any(plot_utils._has(font.fname, c) for font in fonts)
+    )
+    forget_fonts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = predictions(PICTURES[:1], [missing], [1.0], [missing])
+        figure.savefig(io.BytesIO())
+    assert missing in figure.axes[0].get_title()
+    assert "STIXGeneral" in figure.axes[0].title.get_fontfamily()
+    forget_fonts()
+
+
+def forget_fonts() -> None:
+    for remembered in (plot_utils._can_be_drawn, plot_utils._more_families, plot_utils._other_font):
+        remembered.cache_clear()
+
+
+def test_epochs_of_figures_leave_nothing_in_memory():
+    def objects_after(epochs: int) -> int:
+        for number in range(epochs):
+            for figure in (
+                confusion_matrix(np.full((2, 2), number), ["cat", "dog"], Figure(dpi=20)),
+                mistakes(PICTURES[:1], HEATS[:1], ["cat"], [0.5], ["dog"], Figure(dpi=20)),
+            ):
+                figure.savefig(io.BytesIO())
+        gc.collect()
+        return len(gc.get_objects())
+
+    objects_after(5)
+    before = objects_after(5)
+    assert objects_after(30) - before < 300  # a figure alone has more than that
