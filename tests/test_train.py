@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_classes, write_image
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torchvision import io as torchvision_io
 from torchvision.models import resnet18 as torchvision_resnet18
 from torchvision.transforms import v2
 
@@ -135,7 +135,7 @@ def test_mistakes_are_what_the_best_weights_say_of_each_image(run):
         ]
     )
     rows = read_csv(folder / "mistakes.csv")
-    images = [scale(torchvision_io.decode_image(row["path"])) for row in rows]
+    images = [scale(v2.functional.pil_to_tensor(Image.open(row["path"]))) for row in rows]
     with torch.no_grad(), torch.autocast("cpu", amp_dtype, enabled=amp_dtype is not None):
         logits = model.eval()(torch.stack(images)).float()
     probabilities, predicted = logits.softmax(dim=1).max(dim=1)
