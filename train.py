@@ -9,33 +9,23 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 
 import argparse
 import contextlib
-import copy
-import functools
 import io
-import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-import plot_utils
 from data_utils import (
     DataError,
     check_images,
-    choose_figure_images,
     describe_files,
     download_flower_photos,
     find_split,
@@ -46,11 +36,8 @@ from model import (
     MODELS,
     ResNet,
     WeightsError,
-    evaluation_mode,
     freeze_backbone,
-    grad_cam,
     load_pretrained,
-    named_convolutions,
     to_device,
 )
 from my_dataset import (
@@ -60,13 +47,10 @@ from my_dataset import (
     Numbered,
     Tolerant,
     TrainTransform,
-    prepare_batch,
-    stack_images,
-    to_pixels,
 )
+from report import Report
 from run_utils import (
     KNOWN_IMAGES,
-    Aside,
     FlagParser,
     Run,
     StopRequest,
@@ -83,7 +67,6 @@ from run_utils import (
     is_dead_worker,
     is_out_of_memory,
     leave_with_the_run,
-    peak_memory,
     printable,
     read_checkpoint,
     read_json,
@@ -94,32 +77,24 @@ from run_utils import (
     shorten,
     tolerate_any_name,
     true_or_false,
-    whole_file,
     write_args,
-    write_csv,
     write_json,
 )
 from sample_flowers import draw_sample
 from train_eval_utils import (
     EmptyLoaderError,
     Evaluation,
-    collect_features,
     collect_logits,
-    compute_logits,
     train_one_epoch,
 )
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
 FLOWER_PHOTOS = HERE / "data" / "flower_photos"
-PLOT_IMG = HERE / "plot_img"
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("resume", "allow_changed_data", "strict"),
 }
-WORST = 8  # mistakes in the figure of the worst
-PROJECTED = 1000  # validation images in the projector, about
-LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 
 
 def train(args: argparse.Namespace, command: list[str]) -> None:
@@ -334,195 +309,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: argpar
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-Painter = Callable[[], Figure]  # so that it can be drawn later, beside the training
-
-
-class Report:
-    """What a run tells of itself: in TensorBoard, and in files of its folder for those who open no browser.
-
-    All of it is computed from what training and evaluation have found anyway. What takes long (figures with many
-    images, precision-recall curves) follows the 1st, 2nd, 4th, 8th, ... epoch and the last one, the projector the last.
-    """
-
-    def __init__(
-        self,
-        writer: SummaryWriter,
-        run: Run,
-        args: argparse.Namespace,
-        train_loader: DataLoader,
-        val_loader: DataLoader,
-        device: torch.device,
-        amp_dtype: torch.dtype | None,
-    ) -> None:
-        self.writer, self.run, self.args = writer, run, args
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.steps = len(train_loader)  # of a whole epoch, now
-        self.device, self.amp_dtype = device, amp_dtype
-        self.class_names = run.info["class_names"]
-        self.val_set = val_loader.dataset.images.images
-        self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
-        self.drawing = Aside(at_once=device.type == "cpu")  # whose cores training needs itself
-
-    def start(self, card: str) -> None:
-        """What is known before the first step: the graph, the layout of the curves, the flags and the run's card."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # add_graph traces, and torch.jit.trace is deprecated
-            # Of a copy: tracing runs the model, which moves BatchNorm's statistics.
-            self.writer.add_graph(copy.deepcopy(self.run.model).cpu(), torch.zeros(1, 3, 224, 224))
-        charts = {
-            "loss": ["Multiline", ["^train_loss$", "^val_loss$"]],
-            "accuracy": ["Multiline", ["^train_accuracy$", "^accuracy$"]],
-            "recall of each class": ["Multiline", ["^recall/"]],
-        }
-        self.writer.add_custom_scalars({"training and validation": charts})
-        self.writer.add_text("run", card)
-        flags = {flag: value if type(value) in (int, float) else str(value) for flag, value in vars(self.args).items()}
-        results = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "train_loss", "best_accuracy"), 0)
-        for summary in hparams(flags, results)[:2]:  # in this run; add_hparams would make another one of it
-            self.writer.file_writer.add_summary(summary)
-
-    def step(self, step: int, loss: float) -> None:
-        """The loss of some of the steps: always the same ones, whether the run has been interrupted or not."""
-        if step % math.ceil(self.steps / LOSSES_AN_EPOCH) == 0:
-            self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps + step)
-
-    def epoch(self, validation: Evaluation, numbers: Tensor, learning_rate: float, seconds: float) -> None:
-        """An epoch, before it is saved.
-
-        Args:
-            numbers: (N,) int64, which images of the validation set `validation` is of.
-            seconds: that training and evaluation took.
-        """
-        epoch, model, progress = self.run.epoch, self.run.model, self.run.progress
-        is_best = validation.accuracy > self.run.best["accuracy"]
-        is_last = epoch + 1 == self.args.epochs
-        scalars = {
-            "train_loss": progress.loss,
-            "val_loss": validation.loss,
-            "train_accuracy": progress.accuracy,
-            "accuracy": validation.accuracy,
-            "best_accuracy": max(validation.accuracy, self.run.best["accuracy"]),
-            "macro_f1": validation.macro_f1,
-            "learning_rate": learning_rate,
-            "speed/images_per_second": progress.speed,
-            "speed/seconds_per_epoch": seconds,
-            "memory/peak_GiB": peak_memory(self.device),
-        }
-        scalars |= {
-            f"recall/{name}": recall for name, recall in zip(self.class_names, validation.recalls.tolist(), strict=True)
-        }
-        scalars = {tag: value for tag, value in scalars.items() if value is not None and not math.isnan(value)}
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, epoch)
-        for tag, convolution in named_convolutions(model).items():
-            if self.args.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
-                self.writer.add_histogram(tag, convolution.weight, epoch)
-            if self.args.histograms == "all" and convolution.weight.grad is not None:
-                self.writer.add_histogram(f"gradients/{tag}", convolution.weight.grad, epoch)
-
-        self.run.history.append({"epoch": epoch} | scalars)
-        write_csv(self.run.history, self.run.folder / "metrics.csv")
-        confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
-        files, figures = {}, {"predictions vs. actuals": self.predictions()}
-        if is_best:
-            write_csv(self.every_image(validation, numbers), self.run.folder / "mistakes.csv")
-            files["confusion_matrix.png"] = confusion
-        if (epoch + 1).bit_count() == 1 or is_last:  # a power of two
-            files["curves.png"] = functools.partial(plot_utils.curves, list(self.run.history))
-            figures["confusion matrix"] = confusion
-            figures["worst mistakes"] = self.mistakes(validation, numbers)
-            figures["training batch"] = self.training_batch()
-            for index, name in enumerate(self.class_names):
-                is_class, probability = validation.labels == index, validation.probabilities[:, index]
-                self.writer.add_pr_curve(f"class/{name}", is_class, probability, epoch)
-        if is_last:
-            self.projector(validation, numbers)
-            self.writer.file_writer.add_summary(hparams({}, {})[2])
-        self.drawing.do(self.draw, figures, files, epoch)
-        self.writer.flush()
-
-    def flush(self) -> None:
-        """Let all of it be in the files."""
-        self.drawing.wait()
-        self.writer.flush()
-
-    def draw(self, figures: dict[str, Painter], files: dict[str, Painter], epoch: int) -> None:
-        """Draw figures for TensorBoard, by their tags, and for the run's folder, by their names."""
-        drawn = {paint: paint() for paint in [*figures.values(), *files.values()]}  # some are for both
-        for tag, paint in figures.items():
-            self.writer.add_figure(tag, drawn[paint], epoch)
-        for name, paint in files.items():
-            with whole_file(self.run.folder / name) as unfinished:
-                drawn[paint].savefig(unfinished)
-
-    def predictions(self) -> Painter:
-        """The tutorial's figure: what the network says to a few images, the same ones after each epoch."""
-        with evaluation_mode(self.run.model):
-            logits = compute_logits(self.run.model, self.example_images, self.device, self.amp_dtype)
-        probabilities, predicted = logits.softmax(dim=1).cpu().max(dim=1)
-        names = [self.class_names[index] for index in predicted.tolist()]
-        pixels = to_pixels(self.example_images)
-        return functools.partial(plot_utils.predictions, pixels, names, probabilities.tolist(), self.example_names)
-
-    def mistakes(self, validation: Evaluation, numbers: Tensor) -> Painter:
-        """The mistakes with the highest loss, and what the network looked at when it made them."""
-        places = validation.worst(WORST)
-        items = [self.val_loader.dataset[number] for number in numbers[places].tolist()]
-        places = [place for place, item in zip(places, items, strict=True) if item is not None]
-        images = stack_images([image for image, _ in filter(None, items)])
-        predicted = validation.predicted[places]
-        heats = grad_cam(self.run.model, prepare_batch(images, self.device), predicted.to(self.device)).cpu().numpy()
-        probabilities = validation.probabilities[places].amax(dim=1).tolist()
-        names, labels = (
-            [self.class_names[index] for index in column.tolist()] for column in (predicted, validation.labels[places])
-        )
-        return functools.partial(plot_utils.mistakes, to_pixels(images), heats, names, probabilities, labels)
-
-    def training_batch(self) -> Painter:
-        """The first batch of the epoch (of a large one, a part) as the network has seen it, augmentation included."""
-        train_set, sampler = self.train_loader.dataset, self.train_loader.sampler
-        sampler.set_epoch(self.run.epoch)
-        items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]
-        images, labels = train_set.collate_fn(items)
-        names = [self.class_names[label] for label in labels.tolist()]
-        return functools.partial(plot_utils.training_batch, to_pixels(images), names)
-
-    def every_image(self, validation: Evaluation, numbers: Tensor) -> list[dict[str, str | float]]:
-        """The rows of mistakes.csv: the validation images, the highest loss first."""
-        paths, names = self.val_set.images_path, self.class_names
-        largest = validation.probabilities.amax(dim=1)
-        columns = (numbers, validation.labels, validation.predicted, largest, validation.losses)
-        rows = sorted(zip(*(column.tolist() for column in columns), strict=True), key=lambda row: -row[-1])
-        return [
-            {
-                "path": paths[number],
-                "true": names[label],
-                "predicted": names[predicted],
-                "probability": f"{probability:.6f}",
-                "loss": f"{loss:.6f}",
-            }
-            for number, label, predicted, probability, loss in rows
-        ]
-
-    def projector(self, validation: Evaluation, numbers: Tensor) -> None:
-        """What `fc` sees of the validation images, with the images in small, for the projector."""
-        features, shown, thumbnails = collect_features(
-            self.run.model, self.val_loader, self.device, PROJECTED, amp_dtype=self.amp_dtype
-        )
-        names = list(map(printable, self.class_names))
-        predicted = dict(zip(numbers.tolist(), validation.predicted.tolist(), strict=True))
-        rows = []
-        for number in shown.tolist():
-            label, guess = self.val_set.images_class[number], predicted.get(number)
-            right = "right" if guess == label else "wrong"
-            rows.append([names[label], "" if guess is None else names[guess], right])
-        before = self.run.folder / f"{self.run.epoch:05d}"
-        if before.exists():  # of an epoch that is done again
-            shutil.rmtree(before)
-        header = ["class", "predicted", "right or wrong"]
-        self.writer.add_embedding(features, rows, thumbnails, self.run.epoch, "validation", metadata_header=header)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

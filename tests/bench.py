@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import predict
+import report
 import run_utils
 import train
 from data_utils import find_split, plot_class_preds, write_class_indices
@@ -434,7 +435,7 @@ def bench_logging(args: argparse.Namespace) -> None:
         return wrapper
 
     for name in ("step", "epoch", "flush"):
-        setattr(train.Report, name, timed(getattr(train.Report, name)))
+        setattr(report.Report, name, timed(getattr(report.Report, name)))
     for name in ("save_checkpoint", "event_sizes"):
         setattr(run_utils, name, timed(getattr(run_utils, name)))
     comparison = Comparison(args, "part of an epoch", "epochs", "logging")

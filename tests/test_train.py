@@ -20,9 +20,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.models import resnet18 as torchvision_resnet18
 from torchvision.transforms import v2
 
+import report
 import train
 from data_utils import choose_figure_images, find_split
-from model import BasicBlock, ResNet, load_model, resnet18
+from model import BasicBlock, ResNet, load_model, named_convolutions, resnet18
 from my_dataset import EvalTransform, MyDataSet, Tolerant
 from train_eval_utils import evaluate
 
@@ -202,7 +203,7 @@ def test_what_the_other_tabs_show(run):
 def test_every_convolution_in_histograms(two_classes):
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--histograms", "all"]) == 0
     tags = read_events(Path("runs/flower_experiment")).Tags()["histograms"]
-    names = set(train.named_convolutions(resnet18(2)))
+    names = set(named_convolutions(resnet18(2)))
     assert set(tags) == names | {f"gradients/{name}" for name in names}
 
 
@@ -373,12 +374,12 @@ def test_folders_of_ones_own(tmp_path, capsys):
 def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_classes, sample):
     split, _ = find_split(sample)
     data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
-    images, names = choose_figure_images(data_set, split.class_names, train.PLOT_IMG)
+    images, names = choose_figure_images(data_set, split.class_names, report.PLOT_IMG)
     assert images.shape == (5, 3, 32, 32)
     assert sorted(names) == split.class_names
     split, _ = find_split(two_classes)
     data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
-    images, names = choose_figure_images(data_set, split.class_names, train.PLOT_IMG)
+    images, names = choose_figure_images(data_set, split.class_names, report.PLOT_IMG)
     assert images.shape == (2, 3, 32, 32)
     assert names == ["cat", "dog"]
 
