@@ -162,8 +162,9 @@ class MyDataSet(Dataset):
     Images whose width/height is above 10 or below 0.1 are left out, with a line that says so; the lists given are not
     touched. `images_path` and `images_class` hold what is left.
 
-    `dataset[i]` is (image, label); `dataset[i, seed]` draws what is random in the transform from `seed` and leaves the
-    global generator as it was, so that an item does not depend on the process or the order it is read in.
+    `dataset[i]` is (image, label). `dataset[i, seed]` draws what is random in the transform from `seed` and leaves the
+    global generator as it was, so that an item does not depend on the process or the order it is read in;
+    `dataset[i, seed, img_size]` asks the transform for another size.
 
     Raises (from `dataset[i]`):
         ImageError: the file cannot be read.
@@ -195,14 +196,14 @@ class MyDataSet(Dataset):
     def __len__(self) -> int:
         return len(self.images_path)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int]:
-        index, seed = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | tuple[int, ...]) -> tuple[Tensor | Image.Image, int]:
+        index, seed, *img_size = item if isinstance(item, tuple) else (item, None)
         image = self._image(index)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)
-                image = self.transform(image)
+                image = self.transform(image, *img_size)
         return image, self.images_class[index]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -289,8 +290,8 @@ class Tolerant(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int] | None:
-        index, *seed = item if isinstance(item, tuple) else (item,)
+    def __getitem__(self, item: int | tuple[int, ...]) -> tuple[Tensor | Image.Image, int] | None:
+        index, *how = item if isinstance(item, tuple) else (item,)
         try:
             return self.images[item]
         except ImageError as error:
@@ -302,7 +303,7 @@ class Tolerant(Dataset):
             for offset in range(1, len(self) if self.replace else 0):
                 other = (index + offset) % len(self)
                 with contextlib.suppress(ImageError):  # which gets a line of its own when its turn comes
-                    return self.images[(other, *seed) if seed else other]
+                    return self.images[(other, *how) if how else other]
             if self.replace:
                 raise ImageError(f"{error}; nor any other image") from error
             return None
@@ -325,12 +326,12 @@ def _is_extreme(path: str | os.PathLike) -> bool:
 
 
 class EpochSampler(Sampler):
-    """The order of an epoch and a seed for each image's augmentation, for `MyDataSet`.
+    """The order of an epoch, a seed for each image's augmentation, and its size, for `MyDataSet`.
 
-    Yields (index, seed): the order is a function of `seed` and the epoch, an image's seed one of `seed`, the epoch and
-    the image's index. Neither depends on the number of workers, nor on what ran before. The order lives in the main
-    process, so that workers that persist over epochs need not be told. Call `set_epoch` before each epoch. An epoch
-    that was broken off goes on at an image of its order.
+    Yields (index, seed) or (index, seed, img_size): the order is a function of `seed` and the epoch, an image's seed
+    one of `seed`, the epoch and the image's index. Neither depends on the number of workers, nor on what ran before.
+    The order lives in the main process, so that workers that persist over epochs need not be told. Call `set_epoch`
+    before each epoch. An epoch that was broken off goes on at an image of its order.
 
     Args:
         size: the number of images.
@@ -342,18 +343,25 @@ class EpochSampler(Sampler):
         self.seed = seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Say which epoch, from 0, the next pass is, and how many of its images it leaves out at the beginning."""
+    def set_epoch(self, epoch: int, start: int = 0, img_size: int | None = None) -> None:
+        """Say which epoch, from 0, the next pass is.
+
+        Args:
+            start: how many of its images it leaves out at the beginning.
+            img_size: pixels of the square that its images become; None: as the transform has it.
+        """
         self.epoch = epoch
         self.start = start
+        self.img_size = img_size
 
     def __len__(self) -> int:
         return max(0, self.size - self.start)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        img_size = () if self.img_size is None else (self.img_size,)
         for index in order[self.start :].tolist():
-            yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+            yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]), *img_size
 
 
 # --- transforms and normalisation ---------------------------------------------------------------------------------
@@ -362,17 +370,23 @@ class EpochSampler(Sampler):
 class TrainTransform:
     """RGB image -> uint8 (3, img_size, img_size): a random resized crop and a horizontal flip, the tutorial's.
 
+    Args:
+        img_size: pixels.
+        least_area: the least part of the image's area that a crop has.
+
     `least_side`: more pixels than that the image need not have on its shorter side. At 224 px it makes photographs
     the size of ImageNet's, whose smallest crops are enlarged likewise.
     """
 
-    def __init__(self, img_size: int = 224) -> None:
+    def __init__(self, img_size: int = 224, least_area: float = 0.08) -> None:
+        self.img_size = img_size
         self.least_side = math.ceil(1.5 * img_size)
-        self.crop = v2.RandomResizedCrop(img_size, antialias=True)
+        self.crop = v2.RandomResizedCrop(img_size, scale=(least_area, 1.0), antialias=True)
         self.flip = v2.RandomHorizontalFlip()
 
-    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+    def __call__(self, image: Image.Image | Tensor, img_size: int | None = None) -> Tensor:
         """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
+        self.crop.size = [img_size or self.img_size] * 2
         return self.flip(self.crop(_to_tensor(image)))
 
 

@@ -81,22 +81,30 @@ class Report:
         if step % math.ceil(self.steps / LOSSES_AN_EPOCH) == 0:
             self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps + step)
 
-    def epoch(self, validation: Evaluation, numbers: Tensor, learning_rate: float, seconds: float) -> None:
+    def epoch(
+        self,
+        validation: Evaluation,
+        numbers: Tensor,
+        learning_rate: float,
+        seconds: float,
+        is_best: bool,
+        is_last: bool,
+    ) -> None:
         """An epoch, before it is saved.
 
         Args:
             numbers: (N,) int64, which images of the validation set `validation` is of.
             seconds: that training and evaluation took.
+            is_best: its accuracy is the best so far.
+            is_last: there is no other one after it.
         """
         epoch, model, progress = self.run.epoch, self.run.model, self.run.progress
-        is_best = validation.accuracy > self.run.best["accuracy"]
-        is_last = epoch + 1 == self.args.epochs
         scalars = {
             "train_loss": progress.loss,
             "val_loss": validation.loss,
             "train_accuracy": progress.accuracy,
             "accuracy": validation.accuracy,
-            "best_accuracy": max(validation.accuracy, self.run.best["accuracy"]),
+            "best_accuracy": self.run.best["accuracy"],
             "macro_f1": validation.macro_f1,
             "learning_rate": learning_rate,
             "speed/images_per_second": progress.speed,
@@ -176,7 +184,7 @@ class Report:
     def training_batch(self) -> Painter:
         """The first batch of the epoch (of a large one, a part) as the network has seen it, augmentation included."""
         train_set, sampler = self.train_loader.dataset, self.train_loader.sampler
-        sampler.set_epoch(self.run.epoch)
+        sampler.set_epoch(self.run.epoch, img_size=sampler.img_size)
         items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]
         images, labels = train_set.collate_fn(items)
         names = [self.class_names[label] for label in labels.tolist()]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from model import WeightsError, read_torch_file
-from train_eval_utils import Progress
+from train_eval_utils import Progress, Schedule
 
 try:
     import fcntl
@@ -459,12 +459,13 @@ class Run:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
+        schedule: Schedule,
         info: dict[str, Any],
         command: list[str],
     ) -> None:
         self.folder = folder
         self._lock = lock_run(folder)
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
         self.info, self.command = info, command
         self.epoch = 0
         self.progress = Progress()
@@ -502,6 +503,8 @@ class Run:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "over": self.schedule.is_over(self.epoch),
             "events": event_sizes(self.folder),
         }
         save_checkpoint(self.info | self.last | {"state_dict": state, "resume": resume}, self.weights / "last.pth")
@@ -512,21 +515,27 @@ class Run:
         """Whether a minute has passed since last.pth was written, and 100 times as long as that took."""
         return time.perf_counter() - self._saved_at > max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
 
-    def finish_epoch(self, accuracy: float) -> bool:
-        """Go to the next epoch: write best.pth if this one's validation `accuracy` is the best so far, and last.pth.
-
-        Returns:
-            Whether it is. Raises as `save`.
-        """
+    def judge(self, accuracy: float) -> bool:
+        """Note the validation `accuracy` of the epoch under way; returns whether it is the best so far."""
         self.last = {"epoch": self.epoch, "accuracy": accuracy}
-        is_best = accuracy > self.best["accuracy"]
-        if is_best:
+        if accuracy > self.best["accuracy"]:
             self.best = self.last
+        return self.best is self.last
+
+    def has_stalled(self, patience: int) -> bool:
+        """Whether so many epochs, or more, have not been better than the best before them; 0: never."""
+        return patience > 0 and self.last["epoch"] is not None and self.last["epoch"] - self.best["epoch"] >= patience
+
+    def finish_epoch(self) -> None:
+        """Go to the next epoch: write best.pth if the one under way was judged the best so far, and last.pth.
+
+        Raises as `save`.
+        """
+        if self.best is self.last:
             save_checkpoint(self.info | self.last | {"state_dict": self.state_dict()}, self.weights / "best.pth")
         self.epoch += 1
         self.progress = Progress()
         self.save()
-        return is_best
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's, on the CPU, so that the files load on a machine without a GPU."""
@@ -544,6 +553,7 @@ class Run:
             self._load_optimizer(resume["optimizer"])
             if resume["scaler"]:  # not where the run computed in another number format before
                 self.scaler.load_state_dict(resume["scaler"])
+            self.schedule.load_state_dict(resume.get("schedule", {}))
             counted = resume["progress"]
             self.epoch = resume["epoch"]
             self.progress = Progress(

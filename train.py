@@ -3,7 +3,8 @@
 python train.py                                  # the built-in sample: nothing to download
 python train.py --data-path my_photos            # my_photos/cat/*.jpg, my_photos/dog/*.jpg, ...
 python train.py --data-path flower_photos --download
-python train.py --data-path my_photos --weights imagenet --freeze-layers
+python train.py --data-path my_photos --recipe scratch --time-budget 25
+python train.py --data-path my_photos --recipe finetune --weights imagenet
 tensorboard --logdir=runs                        # beside it; then open http://localhost:6006/
 """
 
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from torch.nn import Parameter
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import (
     DataError,
+    Split,
     check_images,
     describe_files,
     download_flower_photos,
@@ -39,6 +42,7 @@ from model import (
     freeze_backbone,
     load_pretrained,
     to_device,
+    zero_init,
 )
 from my_dataset import (
     EpochSampler,
@@ -82,15 +86,65 @@ from run_utils import (
 )
 from sample_flowers import draw_sample
 from train_eval_utils import (
+    GRAIN,
     EmptyLoaderError,
     Evaluation,
+    Schedule,
+    TimedSchedule,
     collect_logits,
+    measure_speed,
     train_one_epoch,
 )
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
 FLOWER_PHOTOS = HERE / "data" / "flower_photos"
+
+# How to train: values of flags, each of which a flag on the command line overrides, and below the line of what has no
+# flag. The tutorial's is the default.
+RECIPES = {
+    "tutorial": {
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 0.001,
+        "lrf": 0.1,  # the last rate, as a part of lr
+        "warmup": 0.0,  # the part of the training in which the rate rises
+        "weight_decay": 0.005,
+        "label_smoothing": 0.0,
+        # ---
+        "rate_by_step": False,  # or by epoch
+        "nesterov": False,
+        "decay_norms": True,  # weight decay of BatchNorm and biases, too
+        "zero_init": False,  # each block begins as its shortcut (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
+        "least_area": 0.08,  # of the image, that a random crop has
+        "first_size": 1.0,  # of the images that are trained on, as parts of --img-size
+        "last_size": 1.0,
+        "backbone_rate": 1.0,  # of all layers but fc, as a part of the learning rate
+    },
+    "scratch": {
+        "epochs": 40,
+        "batch_size": 32,
+        "lr": 0.05,
+        "lrf": 0.0,
+        "warmup": 0.2,
+        "weight_decay": 0.0005,
+        "label_smoothing": 0.1,
+        # ---
+        "rate_by_step": True,
+        "nesterov": True,
+        "decay_norms": False,
+        "zero_init": True,
+        "least_area": 0.25,
+        "first_size": 0.5,
+        "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
+        "backbone_rate": 1.0,
+    },
+}
+
+PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
+ENOUGH_EPOCHS = 16
+PROBE_SIZE = 128  # at which speed is measured, to plan by
+
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("resume", "allow_changed_data", "strict"),
@@ -107,6 +161,7 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     Raises:
         StopRequest: a signal came; the run has been saved.
     """
+    began = time.perf_counter()
     matplotlib.use("Agg")  # figures go to files, also where there is a screen
     device = select_device(args.device)
     amp_dtype, precision = select_precision(args.amp, device)
@@ -127,14 +182,6 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     split, problems = leave_out(found, checked)
     if problems and args.strict:
         raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
-    cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
-    train_set = MyDataSet(split.train_paths, split.train_labels, TrainTransform(args.img_size), cache_bytes=cache_bytes)
-    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(args.img_size), cache_bytes=cache_bytes)
-    if not (len(train_set) and len(val_set)):
-        raise DataError("no usable image is left for training or for validation")
-    sampler = EpochSampler(len(train_set), args.seed)
-    train_loader = make_loader(Tolerant(train_set, replace=True), args, device, sampler)
-    val_loader = make_loader(Tolerant(Numbered(val_set), replace=False), args, device)
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
@@ -143,11 +190,27 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     optimizer = make_optimizer(model, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
+    # The images, in the sizes that the time allows, and the schedule.
+    evaluation_seconds = 0.0
+    if args.time_budget and not resumed:
+        args.img_size, evaluation_seconds = plan(args, model, split, device, amp_dtype)
+    cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
+    transform = TrainTransform(args.img_size, args.least_area)
+    train_set = MyDataSet(split.train_paths, split.train_labels, transform, cache_bytes=cache_bytes)
+    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(args.img_size), cache_bytes=cache_bytes)
+    if not (len(train_set) and len(val_set)):
+        raise DataError("no usable image is left for training or for validation")
+    sampler = EpochSampler(len(train_set), args.seed)
+    train_loader = make_loader(Tolerant(train_set, replace=True), args, device, sampler)
+    val_loader = make_loader(Tolerant(Numbered(val_set), replace=False), args, device)
+    schedule = make_schedule(args, len(train_loader), began)
+    schedule.reserve_time(evaluation_seconds)
+
     # The run. Nothing has been written up to here, in case a flag or the data was wrong.
     folder = Path(args.resume) if resumed else create_run_folder(args.name)
     files = describe_files(found, checked)
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
-    run = Run(folder, model, optimizer, scaler, info, command)
+    run = Run(folder, model, optimizer, scaler, schedule, info, command)
     if resumed:
         checkpoint = read_checkpoint(run.weights / "last.pth")  # from here on no other process can change it
         check_same_data(folder, files, class_names, checkpoint, args.allow_changed_data)
@@ -167,6 +230,7 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     print(f"device       {describe_device(device)}")
     print(f"precision    {precision}")
     print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
+    print(f"recipe       {describe_recipe(args)}")
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
     print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(val_source)})")
     if problems:
@@ -181,6 +245,10 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
         report.flush()
         run.save()
 
+    def before_step() -> bool:
+        set_learning_rate(optimizer, schedule.learning_rate(run.epoch, run.progress.taken))
+        return run.progress.taken == 0 or not schedule.is_over(run.epoch)
+
     def after_step() -> None:
         stop.check()
         if run.save_is_due():
@@ -191,11 +259,11 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
             if not resumed:
                 report.start(run_card(command, args, split.count(), f"{describe_device(device)}, {precision}"))
                 save()
-            while run.epoch < args.epochs:
+            while not (schedule.is_over(run.epoch) or run.has_stalled(args.patience)):
                 stop.check()
                 epoch, start = run.epoch, time.perf_counter()
-                learning_rate = set_learning_rate(optimizer, epoch, args)
-                sampler.set_epoch(epoch, start=run.progress.steps * args.batch_size)
+                first_image = run.progress.steps * args.batch_size
+                sampler.set_epoch(epoch, start=first_image, img_size=schedule.img_size(epoch))
                 run.progress.on_read = report.step
                 train_loss = train_one_epoch(
                     model,
@@ -205,10 +273,14 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                     epoch,
                     amp_dtype=amp_dtype,
                     scaler=scaler,
+                    label_smoothing=args.label_smoothing,
                     progress=run.progress,
+                    before_step=before_step,
                     after_step=after_step,
                     keep_bar=False,
                 )
+                learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
+                trained = time.perf_counter()
                 logits, numbers = collect_logits(model, val_loader, device, amp_dtype=amp_dtype, after_step=stop.check)
                 if len(numbers) < len(val_set):
                     left_out = len(val_set) - len(numbers)
@@ -220,10 +292,13 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                         f"{learning_rate:g}: training diverged, a lower rate may help"
                     )
 
-                report.epoch(validation, numbers, learning_rate, seconds=time.perf_counter() - start)
+                is_best = run.judge(validation.accuracy)
+                is_last = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
+                report.epoch(validation, numbers, learning_rate, time.perf_counter() - start, is_best, is_last)
                 if args.save_every and (epoch + 1) % args.save_every == 0:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
-                is_best = run.finish_epoch(validation.accuracy)
+                run.finish_epoch()
+                schedule.reserve_time(time.perf_counter() - trained)
                 print(
                     f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {validation.loss:.3f}  "
                     f"accuracy {validation.accuracy:.3f}  learning_rate {learning_rate:.5f}  "
@@ -266,7 +341,7 @@ def make_loader(
         batch_size=args.batch_size,
         sampler=sampler,
         # A last batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
-        drop_last=sampler is not None and args.img_size <= 32 and len(dataset) % args.batch_size == 1,
+        drop_last=sampler is not None and has_single_pixels(args) and len(dataset) % args.batch_size == 1,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -284,6 +359,8 @@ def number_of_workers(args: argparse.Namespace) -> int:
 def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> str:
     """Load and freeze as the flags say; a few words for the header. A run that goes on loads its own weights later."""
     words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
+    if args.zero_init and not args.weights:
+        zero_init(model)
     if args.weights and not resumed:
         left_out = load_pretrained(model, args.weights, args.model)
         if left_out:
@@ -297,18 +374,83 @@ def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> s
 
 
 def make_optimizer(model: ResNet, args: argparse.Namespace, device: torch.device) -> torch.optim.SGD:
-    """For the parameters that learn."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """For the parameters that learn, in groups of one weight decay and one part of the learning rate each."""
+    groups: dict[tuple[float, float], list[Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weight_decay = args.weight_decay if args.decay_norms or parameter.ndim > 1 else 0.0
+            part = 1.0 if name.startswith("fc.") else args.backbone_rate
+            groups.setdefault((weight_decay, part), []).append(parameter)
     fused = device.type in ("cpu", "cuda") or None  # one kernel for all of them, where there is one
-    return torch.optim.SGD(learning, lr=args.lr, momentum=0.9, weight_decay=0.005, fused=fused)
+    return torch.optim.SGD(
+        [{"params": same, "weight_decay": decay, "part": part} for (decay, part), same in groups.items()],
+        lr=args.lr,
+        momentum=0.9,
+        nesterov=args.nesterov,
+        fused=fused,
+    )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> float:
-    """The epoch's rate: half a cosine from lr down to lr * lrf (https://arxiv.org/abs/1812.01187)."""
-    rate = args.lr * ((1 + math.cos(math.pi * epoch / args.epochs)) / 2 * (1 - args.lrf) + args.lrf)
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """For the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+        group["lr"] = rate * group["part"]
+
+
+def make_schedule(args: argparse.Namespace, steps: int, began: float) -> Schedule:
+    """The learning rate and the size of the images: for epochs of so many steps, or for a time that has begun."""
+    options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "by_step": args.rate_by_step}
+    options |= {"img_sizes": training_sizes(args)}
+    if args.time_budget:
+        return TimedSchedule(60 * args.time_budget, began, **options)
+    return Schedule(args.epochs, steps, **options)
+
+
+def plan(
+    args: argparse.Namespace, model: ResNet, split: Split, device: torch.device, amp_dtype: torch.dtype | None
+) -> tuple[int, float]:
+    """Plan for a time budget, by the speed of a few steps.
+
+    Returns:
+        The largest size of images, unless the flags say which, at which there is time for `ENOUGH_EPOCHS`; and the
+        seconds that an evaluation will take.
+    """
+    images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(PROBE_SIZE))
+    loader = make_loader(Tolerant(images, replace=True), args, device, EpochSampler(len(images), args.seed))
+    seconds = 60 * args.time_budget
+    speed = measure_speed(model, loader, device, min(5.0, seconds / 50), amp_dtype=amp_dtype)
+    pixels_per_second = speed * PROBE_SIZE**2
+    for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
+        first, last = training_sizes(args, img_size)
+        pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # of an image, in the mean
+        epochs = 0.9 * seconds * pixels_per_second / pixels / len(images)
+        if epochs >= ENOUGH_EPOCHS:
+            break
+    print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speed:.1f} images/s at {PROBE_SIZE} px)")
+    return img_size, len(split.val_paths) * img_size**2 / (3 * pixels_per_second)  # without a backward pass
+
+
+def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tuple[int, int]:
+    """Pixels of the images that are trained on, at the start and at the end, for an `img_size` (--img-size)."""
+    img_size = img_size or args.img_size
+    parts = (args.first_size, args.last_size)
+    first, last = (img_size if part == 1 else max(32, round(part * img_size / GRAIN) * GRAIN) for part in parts)
+    return first, last
+
+
+def has_single_pixels(args: argparse.Namespace) -> bool:
+    """Whether images are so small, at the start, that they end as one pixel in the network."""
+    return args.img_size is not None and min(training_sizes(args)) <= 32
+
+
+def describe_recipe(args: argparse.Namespace) -> str:
+    """For people: what is in force."""
+    flags = ("batch_size", "lr", "lrf", "warmup", "weight_decay", "label_smoothing")
+    values = ", ".join(f"{flag.replace('_', ' ')} {getattr(args, flag):g}" for flag in flags)
+    long = f"{args.time_budget:g} minutes" if args.time_budget else f"{args.epochs} epochs"
+    first, last = training_sizes(args)
+    sizes = f"{first} px" if first == last else f"{first} to {last} px"
+    return f"{args.recipe}, {long}, {values}, {sizes}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -323,11 +465,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=MODELS, default="resnet34", help="default: %(default)s")
     add("--weights", default="", help="a weights file to start from, or imagenet (default: from scratch)")
     add("--freeze-layers", nargs="?", const=True, default=False, type=true_or_false, help="train fc only")
-    add("--img-size", type=int, default=224, help="pixels of the square that is trained on (default: %(default)s)")
-    add("--epochs", type=int, default=30, help="default: %(default)s")
-    add("--batch-size", type=int, default=16, help="images a step (default: %(default)s)")
-    add("--lr", type=float, default=0.001, help="learning rate at the start (default: %(default)s)")
-    add("--lrf", type=float, default=0.1, help="learning rate at the end, as a part of --lr (default: %(default)s)")
+    size_help = "pixels of the square that the network sees (default: 224, or what --time-budget allows)"
+    add("--img-size", type=int, help=size_help)
+    add("--recipe", choices=RECIPES, default="tutorial", help="what the seven flags below are (default: %(default)s)")
+    add("--epochs", type=int, help="passes over the images")
+    add("--batch-size", type=int, help="images a step")
+    add("--lr", type=float, help="the highest learning rate")
+    add("--lrf", type=float, help="the last one, as a part of --lr")
+    add("--warmup", type=float, help="the part of the training in which the learning rate rises to --lr")
+    add("--weight-decay", type=float, help="times the weight is added to its gradient")
+    add("--label-smoothing", type=float, help="the part of the probability that all classes share")
+    add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
+    add("--patience", type=int, default=0, help="end after so many epochs without a better accuracy (default: never)")
     add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, else the CPU)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
     add("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
@@ -344,19 +493,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--strict", action="store_true", help="end where an image cannot be used, instead of leaving it out")
     add("--histograms", choices=("first", "all"), default="first", help="of two convolutions, or of all and gradients")
     add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
+    parser.set_defaults(**RECIPES["tutorial"])
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
     args = parser.parse_args(argv)
+    if args.img_size is None and not args.time_budget:
+        args.img_size = 224
     if args.download:
         args.data_path = args.data_path or str(FLOWER_PHOTOS)
 
     for flag, fits, need in [
         ("val_rate", 0 < args.val_rate < 1, "above 0 and below 1"),
         ("num_classes", args.num_classes is None or args.num_classes >= 2, "at least 2"),
-        ("img_size", args.img_size >= 32, "at least 32"),
+        ("img_size", args.img_size is None or args.img_size >= 32, "at least 32"),
         ("epochs", args.epochs >= 1, "at least 1"),
         ("batch_size", args.batch_size >= 1, "at least 1"),
-        ("batch_size", args.batch_size >= 2 or args.img_size > 32, "at least 2 for images of 32 pixels"),
+        ("batch_size", args.batch_size >= 2 or not has_single_pixels(args), "at least 2 for images of 32 pixels"),
         ("lr", 0 < args.lr < math.inf, "above 0"),
         ("lrf", 0 <= args.lrf < math.inf, "at least 0"),
+        ("warmup", 0 <= args.warmup < 1, "at least 0 and below 1"),
+        ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"),
+        ("label_smoothing", 0 <= args.label_smoothing < 1, "at least 0 and below 1"),
+        ("time_budget", args.time_budget is None or 0 < args.time_budget < math.inf, "above 0"),
+        ("patience", args.patience >= 0, "at least 0"),
         ("workers", args.workers is None or args.workers >= 0, "at least 0"),
         ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
         ("name", args.name == Path(args.name).name and args.name[:1] not in ("", "."), "a plain folder name"),
@@ -375,7 +533,8 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
         WeightsError: its checkpoint is damaged.
     """
     folder = find_run(given.resume)
-    progress = read_checkpoint(folder / "weights" / "last.pth")["resume"]
+    checkpoint = read_checkpoint(folder / "weights" / "last.pth")
+    progress = checkpoint["resume"]
     command = progress["command"]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -392,8 +551,13 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     if args.epochs < before.epochs:
         raise UsageError(f"--epochs: the run {folder} was started with {before.epochs}; it can only be more")
     args.resume, args.download = str(folder), given.download
+    if args.img_size is None:  # it was planned
+        args.img_size = checkpoint.get("img_size")
+        if not isinstance(args.img_size, int) or args.img_size < 32:
+            raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its img_size is {args.img_size!r}")
     changed = [flag for flag in ("epochs", "data_path", "val_path") if getattr(args, flag) != getattr(before, flag)]
-    return args, command + as_words(args, changed), progress["epoch"] >= args.epochs
+    complete = progress.get("over") if args.time_budget else progress["epoch"] >= args.epochs
+    return args, command + as_words(args, changed), complete
 
 
 def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
@@ -416,7 +580,8 @@ def main(argv: list[str] | None = None) -> int:
             args, command, complete = resume(args, argv)
             if complete:
                 again = f"{args.epochs} epochs; --epochs with a larger number goes on"
-                print(f"{printable(args.resume)} is complete: {again}")
+                what = "its time is up" if args.time_budget else again
+                print(f"{printable(args.resume)} is complete: {what}")
                 return 0
         train(args, command)
     except BrokenPipeError:  # `train.py | head`

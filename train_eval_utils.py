@@ -1,8 +1,10 @@
-"""One epoch of training, one pass of evaluation, and the metrics that are computed from it."""
+"""The schedule of a training, one epoch of it, one pass of evaluation, and the metrics that are computed from that."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,120 @@ from model import ResNet, evaluation_mode, fold_batch_norm
 from my_dataset import prepare_batch, to_pixels
 
 READ_SECONDS = 0.5  # between two looks at the loss
+FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
+GRAIN = 16  # pixels, by which the images grow
 
 
 class EmptyLoaderError(ValueError):
     """A data loader that gives no image."""
+
+
+# --- schedule -----------------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """How far a training is, from 0 to 1, and what follows from that: its learning rate and the size of its images.
+
+    The rate rises for a while and falls then by half a cosine (https://arxiv.org/abs/1812.01187), in all but the rise
+    the tutorial's; a rise to a rate that is too high for the first steps and a long fall are the "1cycle policy" of
+    Smith & Topin 2017, https://arxiv.org/abs/1708.07120. The images grow from the first to the last size, as less of
+    them can be computed in the time of large ones (Tan & Le 2021, https://arxiv.org/abs/2104.00298).
+
+    Args:
+        epochs: how many there are.
+        steps: of each.
+        lr: the highest learning rate.
+        lrf: the last one, as a part of it.
+        warmup: the part of the training in which it rises.
+        by_step: it changes with each step; otherwise with each epoch.
+        img_sizes: pixels, at the start and at the end.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        *,
+        lr: float,
+        lrf: float,
+        warmup: float = 0.0,
+        by_step: bool = False,
+        img_sizes: tuple[int, int] = (224, 224),
+    ) -> None:
+        self.epochs, self.steps = epochs, steps
+        self.lr, self.lrf, self.warmup, self.by_step = lr, lrf, warmup, by_step
+        self.img_sizes = img_sizes
+
+    def progress(self, epoch: int, step: int = 0) -> float:
+        """From 0 to 1, before a step of an epoch (both from 0)."""
+        return min(1.0, (epoch + step / self.steps) / self.epochs)
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether there is no such epoch any more."""
+        return epoch >= self.epochs
+
+    def learning_rate(self, epoch: int, step: int = 0) -> float:
+        """Of a step."""
+        progress = self.progress(epoch, step if self.by_step else 0)
+        if progress < self.warmup:
+            return self.lr * (FIRST_RATE + (1 - FIRST_RATE) * progress / self.warmup)
+        fall = (progress - self.warmup) / (1 - self.warmup)
+        return self.lr * ((1 + math.cos(math.pi * fall)) / 2 * (1 - self.lrf) + self.lrf)
+
+    def img_size(self, epoch: int) -> int:
+        """Of the images of an epoch: it grows evenly over the first four fifths."""
+        first, last = self.img_sizes
+        grown = min(1.0, self.progress(epoch) / 0.8)
+        return min(last, first + round(grown * (last - first) / GRAIN) * GRAIN)
+
+    def reserve_time(self, seconds: float) -> None:
+        """Note how long all that comes after the last step of an epoch has taken."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What it takes to go on after an interruption."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on where `state_dict` was called."""
+
+
+class TimedSchedule(Schedule):
+    """A schedule that follows the clock: it is complete when the time is up, however fast the machine is by then.
+
+    Li, Yumer, Ramanan 2020: Budgeted Training, https://arxiv.org/abs/1905.04753
+
+    Args:
+        seconds: for all of it.
+        began: when it began, by `time.perf_counter`.
+        options: as `Schedule`'s, without `epochs` and `steps`.
+    """
+
+    def __init__(self, seconds: float, began: float, **options: Any) -> None:
+        super().__init__(epochs=1, steps=1, **options)
+        self.seconds, self.began = seconds, began
+        self.reserve = 0.0
+
+    def progress(self, epoch: int, step: int = 0) -> float:
+        """From 0 to 1, now."""
+        return min(1.0, (time.perf_counter() - self.began) / max(self.seconds - self.reserve, self.seconds / 10))
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether the time is up."""
+        return self.progress(epoch) >= 1
+
+    def reserve_time(self, seconds: float) -> None:
+        """Note how long evaluation, figures and checkpoints have taken; after the last epoch they take longer."""
+        self.reserve = 2 * seconds
+
+    def state_dict(self) -> dict[str, float]:
+        return {"spent": time.perf_counter() - self.began, "reserve": self.reserve}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.began = time.perf_counter() - float(state["spent"])
+        self.reserve = float(state["reserve"])
+
+
+# --- training -----------------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -33,15 +145,18 @@ class Progress:
     def __init__(self, sum: float = 0.0, images: int = 0, steps: int = 0, right: int = 0) -> None:
         self.sum, self.images, self.steps, self.right = sum, images, steps, right
         self.where = ""  # for the message
-        self.on_read: Callable[[int, float], None] | None = (
-            None  # is told the number of each step, from 0, and its loss
-        )
+        self.on_read: Callable[[int, float], None] | None = None  # is told the number of each step, and its loss
         self.unread: list[tuple[Tensor, int]] = []
         self.start = self.last_read = time.perf_counter()
         self.images_before = images
 
     def __str__(self) -> str:
         return f"mean loss {self.loss:.3f}, {self.speed:.1f} images/s"
+
+    @property
+    def taken(self) -> int:
+        """The steps so far, those included whose losses have not been read."""
+        return self.steps + len(self.unread)
 
     @property
     def loss(self) -> float:
@@ -100,7 +215,9 @@ def train_one_epoch(
     *,
     amp_dtype: torch.dtype | None = None,
     scaler: GradScaler | None = None,
+    label_smoothing: float = 0.0,
     progress: Progress | None = None,
+    before_step: Callable[[], bool] | None = None,
     after_step: Callable[[], None] | None = None,
     keep_bar: bool = True,
 ) -> float:
@@ -115,7 +232,9 @@ def train_one_epoch(
         epoch: its number, for the bar and for messages.
         amp_dtype: mixed precision, see `compute_logits`.
         scaler: of the loss, which float16 needs, as its gradients vanish otherwise (https://arxiv.org/abs/1710.03740).
+        label_smoothing: the part of the probability that all classes share (https://arxiv.org/abs/1512.00567).
         progress: counts the steps; one that has counted some already is that of an epoch which goes on.
+        before_step: called before each step, to set its learning rate for example; False ends the epoch there.
         after_step: called after each step; what it raises ends the epoch.
         keep_bar: leave the finished bar on the terminal.
 
@@ -130,17 +249,20 @@ def train_one_epoch(
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
     progress = progress or Progress()
-    progress.where = f"of epoch {epoch}, with learning rate {optimizer.param_groups[0]['lr']:g}"
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
     steps = progress.steps + len(data_loader)
     with tqdm(
         total=steps, initial=progress.steps, leave=keep_bar, disable=None, dynamic_ncols=True, bar_format=layout
     ) as bar:
         for images, labels in data_loader:
+            if before_step is not None and not before_step():
+                break
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            progress.where = f"of epoch {epoch}, with learning rate {rate:g}"
             optimizer.zero_grad()
             logits = compute_logits(model, images, device, amp_dtype)
             labels = labels.to(device, non_blocking=True)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -157,6 +279,37 @@ def train_one_epoch(
             raise EmptyLoaderError("there is nothing to train on: the data loader gives no image")
         bar.set_description_str(f"[epoch {epoch}] {progress}")
     return progress.loss
+
+
+def measure_speed(
+    model: nn.Module,
+    data_loader: DataLoader,
+    device: torch.device | str,
+    seconds: float,
+    *,
+    amp_dtype: torch.dtype | None = None,
+) -> float:
+    """How many images of `data_loader` a second of training takes, reading included; `model` is as it was."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
+
+    def speed_over(seconds: float) -> float:
+        progress, start = Progress(), time.perf_counter()
+
+        def before_step() -> bool:
+            return progress.taken < 2 or time.perf_counter() < start + seconds
+
+        train_one_epoch(
+            *(model, optimizer, data_loader, device, 0),
+            amp_dtype=amp_dtype,
+            progress=progress,
+            before_step=before_step,
+            keep_bar=False,
+        )
+        return progress.images / (time.perf_counter() - start)
+
+    speed_over(0)  # starts the workers, and chooses kernels
+    return speed_over(seconds)
 
 
 def _train_mode(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ python tests/bench.py predict --data-path flower_photos     # predict.py: one im
 python tests/bench.py startup --data-path flower_photos     # train.py until its first step is done
 python tests/bench.py memory --data-path flower_photos      # peak memory of training (Linux)
 python tests/bench.py losses --data-path flower_photos      # the first 20 losses, ours and the tutorial's
-python tests/bench.py accuracy --data-path flower_photos    # mixed precision and scaled decoding, on and off
+python tests/bench.py accuracy --data-path flower_photos    # recipes, in equal time: accuracy over minutes
 
 Two things are compared in rounds, A B, B A, A B, ..., as a machine's speed wanders; of each round the ratio counts.
 The median ratio and its spread are printed, and the rounds added to a CSV file. Without --data-path the drawn sample
@@ -24,6 +24,7 @@ import copy
 import csv
 import datetime
 import functools
+import hashlib
 import io
 import itertools
 import math
@@ -40,6 +41,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -131,6 +133,7 @@ def tutorial_evaluate(model, loader, device) -> float:
 def baseline(args: argparse.Namespace) -> None:
     """The tutorial's training, from start to end, in the current folder."""
     matplotlib.use("Agg")
+    torch.manual_seed(args.seed)
     device = select_device(args.device)
     split, _ = find_split(args.data_path)
     write_class_indices(split.class_names)
@@ -206,12 +209,7 @@ class Comparison:
             "b_seconds": round(seconds_b, 4),
             "b_over_a": round(seconds_b / seconds_a, 4),
         }
-        write_header = not Path(self.args.csv).exists()
-        with open(self.args.csv, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            if write_header:
-                writer.writeheader()
-            writer.writerow(row)
+        append_rows([row], self.args.csv)
 
     def report(self) -> None:
         """The median ratio of each figure, its spread, and the median times."""
@@ -224,6 +222,16 @@ class Comparison:
                 f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds); "
                 f"medians: {self.a} {medians[0]:.3f} s{speeds[0]}, {self.b} {medians[1]:.3f} s{speeds[1]}"
             )
+
+
+def append_rows(rows: list[dict], path: str | os.PathLike) -> None:
+    """Add lines to a CSV file, or begin one."""
+    write_header = not Path(path).exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if write_header:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def compare(comparison: Comparison, measure_a: Callable, measure_b: Callable) -> None:
@@ -584,30 +592,101 @@ def bench_losses(args: argparse.Namespace) -> None:
 
 
 def bench_accuracy(args: argparse.Namespace) -> None:
-    """The last validation accuracy of three seeds, with and without mixed precision and scaled decoding."""
-    without_scaling = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import my_dataset, train; read = my_dataset._read; "
-        "my_dataset._read = lambda path, least_side: read(path, None); sys.exit(train.main(sys.argv[1:]))"
-    )
-    with subset(args.data_path, args.images) as data:
-        command = programs(args, data)[0]
-        kinds = {
-            "default": command,
-            "float32": [*command, "--amp", "off"],
-            "full decoding": [sys.executable, "-c", without_scaling, *command[2:]],
-        }
-        results: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for seed, (kind, program) in itertools.product(range(args.rounds), kinds.items()):
-            with tempfile.TemporaryDirectory() as folder:
-                done = subprocess.run(
-                    [*program, "--seed", str(seed)], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
-                )
-            last = [line for line in done.stdout.splitlines() if line.startswith("[epoch ")][-1]
-            results[kind].append(float(last.split("accuracy ")[1].split()[0]))
-            print(f"seed {seed}  {kind:14} {last}", flush=True)
-    print(f"{hardware(select_device(args.device))}; {args.model}, {args.img_size} px, {args.epochs} epochs")
-    for kind, accuracies in results.items():
-        print(f"{kind:14} {accuracies}, mean {statistics.fmean(accuracies):.3f}")
+    """Recipes side by side, each for --minutes (0: for --epochs): accuracy over time, and the last one of each seed.
+
+    A kind is a recipe of train.py ("scratch"), perhaps with changes ("scratch:lr=0.1,nesterov=False"), or "loop": the
+    baseline, for --epochs. A fifth of the images is set aside by a hash of their names: choices are made without it,
+    and --set-aside validates on it. Runs that are in the CSV file are not run again.
+    """
+    path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
+    settings = {"set": "set aside" if args.set_aside else "for choices"}
+    settings["length"] = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
+    settings |= {"model": args.model, "amp": args.amp, "hardware": hardware(select_device(args.device))}
+    settings |= {"img_size": str(args.img_size or "planned"), "data_path": args.data_path or "sample"}
+    with divided(args.data_path, args.set_aside) as data:
+        for seed, kind in itertools.product(range(args.rounds), args.kinds):
+            run = settings | {"kind": kind, "seed": str(seed)}
+            if not any(run.items() <= row.items() for row in read_rows(path)):
+                append_rows([run | row for row in train_for_minutes(args, data, kind, seed)], path)
+            last = [row for row in read_rows(path) if run.items() <= row.items()][-1]
+            print(f"seed {seed}  {kind:40} {last['accuracy']} after {last['at_minute']} min", flush=True)
+    rows = [row for row in read_rows(path) if settings.items() <= row.items() and row["kind"] in args.kinds]
+    print(f"{settings['hardware']}; {args.model}, {settings['length']}, validated on images {settings['set']}")
+    for kind in args.kinds:
+        ends = {row["seed"]: float(row["accuracy"]) for row in rows if row["kind"] == kind}
+        print(f"{kind:40} mean {statistics.fmean(ends.values()):.4f} of {sorted(ends.values())}")
+    draw_accuracy(rows, args.kinds, picture)
+    print(f"curves: {picture}")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file, if there is one."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@contextlib.contextmanager
+def divided(data_path: str | None, set_aside: bool):
+    """A folder `train` and one `val` of links: four fifths of the images divided again; or these, and the last fifth.
+
+    By a hash of the files' names, so that it is the same everywhere.
+    """
+    split, _ = find_split(data_path or drawn_sample())
+    with tempfile.TemporaryDirectory() as folder:
+        images = zip(split.train_paths + split.val_paths, split.train_labels + split.val_labels, strict=True)
+        for path, label in images:
+            digest = int(hashlib.sha256(Path(path).name.encode()).hexdigest(), 16)
+            is_aside, is_val = digest % 5 == 0, digest // 5 % 4 == 0
+            if is_aside and not set_aside:
+                continue
+            side = "val" if (is_aside if set_aside else is_val) else "train"
+            link = Path(folder, side, split.class_names[label], Path(path).name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(path).resolve())
+        yield Path(folder)
+
+
+def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int) -> list[dict[str, str]]:
+    """A training; of each epoch its end, in minutes from the program's start, and its accuracy."""
+    recipe, _, changes = kind.partition(":")
+    flags = ["--data-path", str(data), "--device", args.device, "--model", args.model]
+    if kind == "loop":
+        flags += ["--epochs", str(args.epochs), "--img-size", str(args.img_size or 224), "--seed", str(seed)]
+        command = [sys.executable, __file__, "baseline", *flags]
+    else:
+        flags += ["--recipe", recipe, "--seed", str(seed), *our_flags(args)]
+        flags += ["--time-budget", str(args.minutes)] if args.minutes else ["--epochs", str(args.epochs)]
+        flags += ["--img-size", str(args.img_size)] if args.img_size else []
+        changed = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.RECIPES[{recipe!r}] |= "
+        changed += f"dict({changes}); sys.exit(train.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", changed, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        start, rows = time.perf_counter(), []
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run:
+            for line in run.stdout:
+                if line.startswith("[epoch ") and "accuracy " in line:
+                    minutes = (time.perf_counter() - start) / 60
+                    accuracy = line.split(" accuracy ")[1].split()[0]
+                    rows.append({"epoch": str(len(rows)), "at_minute": f"{minutes:.2f}", "accuracy": accuracy})
+        if run.returncode:
+            sys.exit(f"{kind} failed")
+        return rows
+
+
+def draw_accuracy(rows: list[dict[str, str]], kinds: list[str], path: Path) -> None:
+    """Accuracy over minutes: a colour a kind, a line a seed."""
+    figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot(xlabel="minutes", ylabel="validation accuracy")
+    for number, kind in enumerate(kinds):
+        for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
+            run = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+            points = [[float(row[key]) for row in run] for key in ("at_minute", "accuracy")]
+            axes.plot(*points, color=f"C{number}", marker=".", label=kind if seed == "0" else None)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -621,14 +700,20 @@ def main() -> None:
     add("--large", action="store_true", help="ceiling: on drawn JPEGs of 4000 x 3000 px")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--epochs", type=int, default=2, help="of each round of training (default: %(default)s)")
+    add("--kinds", nargs="+", default=["tutorial", "scratch"], help="accuracy: recipes (default: tutorial scratch)")
+    add("--minutes", type=float, default=25, help="accuracy: of each training (default: %(default)s); 0: --epochs")
+    add("--set-aside", action="store_true", help="accuracy: validate on the images set aside, for final figures")
     add("--model", default="resnet34", help="default: %(default)s")
-    add("--img-size", type=int, default=224, help="default: %(default)s")
+    add("--img-size", type=int, help="default: 224; accuracy: as planned for the time")
     add("--batch-size", type=int, default=16, help="default: %(default)s")
     add("--device", default="cuda", help="default: CUDA, else the CPU")
+    add("--seed", type=int, default=0, help="baseline: of the weights and the order (default: %(default)s)")
     add("--workers", type=int, help="of ours (default: train.py's)")
     add("--amp", default="auto", help="of ours: auto, on, off")
     add("--csv", default="bench.csv", help="the rounds are added to this file (default: %(default)s)")
     args = parser.parse_args()
+    if args.img_size is None and args.bench != "accuracy":
+        args.img_size = 224
     (benches | {"baseline": baseline})[args.bench](args)
 
 

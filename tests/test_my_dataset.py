@@ -24,6 +24,7 @@ from my_dataset import (
     EvalTransform,
     ImageError,
     MyDataSet,
+    Tolerant,
     TrainTransform,
     prepare_batch,
     read_image,
@@ -340,6 +341,29 @@ def test_the_augmentation_changes_with_the_epoch(tmp_path):
         sampler.set_epoch(epoch)
         crops.update(data_set[item][0].numpy().tobytes() for item in sampler)
     assert len(crops) == 5
+
+
+def test_an_epoch_may_ask_for_another_size(tmp_path):
+    data_set = MyDataSet([str(write_image(tmp_path / "a.png"))], [0], TrainTransform(32))
+    sampler = EpochSampler(1)
+    sampler.set_epoch(3, img_size=48)
+    (item,) = sampler
+    assert data_set[item][0].shape == (3, 48, 48)
+    sampler.set_epoch(3)
+    (other,) = sampler
+    assert other == item[:2]
+    assert data_set[other][0].shape == (3, 32, 32)
+    assert Tolerant(data_set, replace=True)[item][0].shape == (3, 48, 48)
+
+
+def test_crops_have_the_least_area_asked_for(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8)
+    path = tmp_path / "ramp.png"
+    Image.fromarray(np.stack([np.add.outer(ramp // 2, ramp // 2)] * 3, axis=2).astype(np.uint8)).save(path)
+    data_set = MyDataSet([str(path)], [0], TrainTransform(64, least_area=0.9))
+    for seed in range(20):
+        pixels = data_set[0, seed][0]
+        assert int(pixels.max()) - int(pixels.min()) > 200  # nearly all of the ramp
 
 
 def test_no_global_generator_moves(tmp_path):

@@ -1,0 +1,164 @@
+"""How train.py trains: recipes and what overrides them, early stopping, a time budget."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import after_steps, send
+
+import train
+from model import resnet18
+from train_eval_utils import Schedule
+
+pytestmark = pytest.mark.usefixtures("small_network")
+TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--batch-size", "5"]
+RUN = Path("runs/flower_experiment")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def metrics() -> list[dict[str, str]]:
+    with open(RUN / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_values_of_flags_which_flags_override():
+    tutorial = train.parse_args([])
+    assert (tutorial.recipe, tutorial.epochs, tutorial.batch_size, tutorial.lr, tutorial.lrf) == (
+        *("tutorial", 30, 16, 0.001, 0.1),
+    )
+    assert (tutorial.weight_decay, tutorial.label_smoothing, tutorial.warmup) == (0.005, 0, 0)
+    for name, recipe in train.RECIPES.items():
+        args = train.parse_args(["--recipe", name])
+        assert recipe.items() <= vars(args).items()
+        assert recipe.keys() == train.RECIPES["tutorial"].keys()
+        args = train.parse_args(["--lr", "0.5", "--recipe", name, "--label_smoothing", "0.3"])
+        assert (args.lr, args.label_smoothing, args.epochs) == (0.5, 0.3, recipe["epochs"])
+
+
+def test_the_tutorials_optimizer_is_the_tutorials():
+    model = resnet18(num_classes=5)
+    optimizer = train.make_optimizer(model, train.parse_args([]), torch.device("cpu"))
+    (group,) = optimizer.param_groups
+    assert group["params"] == list(model.parameters())
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.005, False)
+
+
+def test_norms_and_biases_do_not_decay_and_the_backbone_learns_at_its_own_rate():
+    model = resnet18(num_classes=5)
+    args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
+    args.backbone_rate = 0.1
+    optimizer = train.make_optimizer(model, args, torch.device("cpu"))
+    train.set_learning_rate(optimizer, 2.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    seen = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
+    assert seen.keys() == set(names.values())
+    for name, group in seen.items():
+        decays = name.endswith("weight") and is_convolution_or_fc(model, name)
+        assert group["weight_decay"] == (0.25 if decays else 0), name
+        assert group["lr"] == pytest.approx(2.0 if name.startswith("fc.") else 0.2), name
+        assert group["nesterov"]
+
+
+def is_convolution_or_fc(model: torch.nn.Module, name: str) -> bool:
+    """Whether the parameter is of one."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), (torch.nn.Conv2d, torch.nn.Linear))
+
+
+def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
+    sizes, smoothing = [], []
+    train_one_epoch = train.train_one_epoch
+
+    def look(model, optimizer, loader, *arguments, **options):
+        sizes.append(next(iter(loader))[0].shape[-1])
+        smoothing.append(options["label_smoothing"])
+        return train_one_epoch(model, optimizer, loader, *arguments, **options)
+
+    monkeypatch.setattr(train, "train_one_epoch", look)
+    flags = ["--recipe", "scratch", "--img-size", "96", "--epochs", "4", "--lr", "0.01"]
+    assert train.main(["--data-path", str(two_classes), *TINY, *flags]) == 0
+    assert sizes == [48, 64, 64, 80]
+    assert smoothing == [0.1] * 4
+    schedule = Schedule(4, 4, lr=0.01, lrf=0.0, warmup=train.RECIPES["scratch"]["warmup"], by_step=True)
+    rates = [float(row["learning_rate"]) for row in metrics()]
+    assert rates == pytest.approx([schedule.learning_rate(epoch, 3) for epoch in range(4)])  # each epoch's last step's
+    assert "recipe       scratch, 4 epochs, batch size 5, lr 0.01," in capsys.readouterr().out
+    flags = json.loads((RUN / "args.json").read_text(encoding="utf-8"))["flags"]
+    assert flags["recipe"] == "scratch"
+    assert train.RECIPES["scratch"].items() - flags.items() == {
+        *(("epochs", 40), ("batch_size", 32), ("lr", train.RECIPES["scratch"]["lr"])),
+    }
+
+
+def test_a_run_by_steps_goes_on_as_if_never_stopped(two_classes):
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "64", "--epochs", "3"]
+    assert train.main([*flags, "--name", "undisturbed"]) == 0
+    with after_steps(6, send(signal.SIGTERM)):
+        assert train.main(flags) == 143
+    assert train.main(["--resume", "flower_experiment"]) == 0
+    states = [
+        torch.load(Path("runs", name, "weights", "last.pth"), weights_only=True)["state_dict"]
+        for name in ("undisturbed", "flower_experiment")
+    ]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+# --- the end of a training --------------------------------------------------------------------------------------
+
+
+def test_patience_ends_a_run_that_no_longer_improves(two_classes):
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--epochs", "9"]
+    assert train.main([*flags, "--patience", "2"]) == 0
+    rows = metrics()
+    best = max(range(len(rows)), key=lambda epoch: float(rows[epoch]["accuracy"]))
+    assert len(rows) == best + 3 < 9
+    assert len(list(RUN.glob("0000*/validation/tensors.tsv"))) == 1  # what a last epoch leaves
+    assert train.main(["--resume"]) == 0
+    assert len(metrics()) == len(rows)
+
+
+def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.1"]
+    assert train.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "planned      " in printed
+    assert "scratch, 0.1 minutes" in printed
+    last = torch.load(RUN / "weights" / "last.pth", weights_only=True)
+    assert last["img_size"] in train.PLANNED_SIZES
+    assert last["resume"]["over"]
+    assert float(metrics()[-1]["learning_rate"]) < 0.1 * train.RECIPES["scratch"]["lr"]
+    assert (RUN / f"{len(metrics()) - 1:05d}" / "validation" / "tensors.tsv").exists()
+    assert train.main(["--resume"]) == 0
+    assert "its time is up" in capsys.readouterr().out
+
+
+def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.1"]
+    with after_steps(9, send(signal.SIGTERM)):
+        assert train.main(flags) == 143
+    before = torch.load(RUN / "weights" / "last.pth", weights_only=True)
+    spent = before["resume"]["schedule"]["spent"]
+    assert 0 < spent < 6
+    capsys.readouterr()
+    assert train.main(["--resume"]) == 0
+    assert "planned" not in capsys.readouterr().out
+    after = torch.load(RUN / "weights" / "last.pth", weights_only=True)
+    assert after["img_size"] == before["img_size"]
+    assert after["resume"]["over"]
+    assert after["resume"]["schedule"]["spent"] > spent
+
+
+def test_a_size_that_is_asked_for_is_not_planned(two_classes):
+    flags = ["--data-path", str(two_classes), *TINY, "--time-budget", "0.02", "--img-size", "40"]
+    assert train.main(flags) == 0
+    assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["img_size"] == 40
