@@ -258,6 +258,27 @@ class _ImageCache:
         self._places[index] = torch.tensor([start, *image.shape[1:]])
 
 
+class Features(Dataset):
+    """What a frozen backbone says of images, each seen several times with another augmentation.
+
+    Args:
+        views: of each time, the features (N, F) float32 and the labels (N,) int64, in the order of the images.
+
+    `[index, seed, ...]` takes the view that the seed tells, as `MyDataSet` draws the augmentation.
+    """
+
+    def __init__(self, views: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views[0][1])
+
+    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        index, seed, *_ = item
+        features, labels = self.views[seed % len(self.views)]
+        return features[index], labels[index]
+
+
 class Numbered(Dataset):
     """`images`, each with its number in place of its label: where some cannot be read, the others can be told apart."""
 

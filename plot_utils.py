@@ -225,6 +225,24 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
     return figure
 
 
+def range_test(
+    rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, suggestion: float, figure: Figure | None = None
+) -> Figure:
+    """The loss (N,) of a step at each learning rate (N,), the same smoothed (N,), and the rate to train with."""
+    figure = figure or Figure(dpi=DPI)
+    figure.set_size_inches(8, 4.5)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss", xscale="log")
+    axes.plot(rates, losses, color=FIRST, alpha=0.3, linewidth=1, label="of a step")
+    axes.plot(rates, smoothed, color=FIRST, linewidth=2, label="smoothed")
+    axes.axvline(suggestion, color=SECOND, linestyle="--", label=f"suggestion: {suggestion:.2g}")
+    start, least = smoothed[0], smoothed.min()
+    axes.set_ylim(least - 0.3 * (start - least) - 0.05, start + 0.7 * (start - least) + 0.05)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    return figure
+
+
 def data_health(
     class_names: Sequence[str],
     train_counts: Sequence[int],

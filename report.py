@@ -22,10 +22,14 @@ from data_utils import choose_figure_images
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
 from run_utils import Aside, Run, peak_memory, printable, whole_file, write_csv
-from train_eval_utils import Evaluation, collect_features, compute_logits
+from train_eval_utils import Evaluation, RangeTest, collect_features, compute_logits
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
 WORST = 8  # mistakes in the figure of the worst
+WITHOUT_EFFECT = (  # on what a network learns: flags that HPARAMS does not show
+    *("allow_changed_data", "download", "find_lr", "histograms", "name"),
+    *("num_classes", "resume", "save_every", "strict", "workers"),
+)
 PROJECTED = 1000  # validation images in the projector, about
 LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 
@@ -71,10 +75,17 @@ class Report:
         }
         self.writer.add_custom_scalars({"training and validation": charts})
         self.writer.add_text("run", card)
-        flags = {flag: value if type(value) in (int, float) else str(value) for flag, value in vars(self.args).items()}
+        flags = {flag: value for flag, value in vars(self.args).items() if flag not in WITHOUT_EFFECT}
+        flags = {flag: value if type(value) in (int, float) else str(value) for flag, value in flags.items()}
         results = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "train_loss", "best_accuracy"), 0)
         for summary in hparams(flags, results)[:2]:  # in this run; add_hparams would make another one of it
             self.writer.file_writer.add_summary(summary)
+
+    def range_test(self, result: RangeTest) -> None:
+        """What --find-lr has found."""
+        paint = functools.partial(plot_utils.range_test, *result)
+        self.drawing.do(self.draw, {"learning rate finder": paint}, {"find_lr.png": paint}, 0)
+        self.flush()
 
     def step(self, step: int, loss: float) -> None:
         """The loss of some of the steps: always the same ones, whether the run has been interrupted or not."""

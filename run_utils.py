@@ -504,7 +504,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "over": self.schedule.is_over(self.epoch),
+            "over": self.is_over(patience=0),
             "events": event_sizes(self.folder),
         }
         save_checkpoint(self.info | self.last | {"state_dict": state, "resume": resume}, self.weights / "last.pth")
@@ -525,6 +525,10 @@ class Run:
     def has_stalled(self, patience: int) -> bool:
         """Whether so many epochs, or more, have not been better than the best before them; 0: never."""
         return patience > 0 and self.last["epoch"] is not None and self.last["epoch"] - self.best["epoch"] >= patience
+
+    def is_over(self, patience: int) -> bool:
+        """Whether there is nothing left to train."""
+        return self.progress.steps == 0 and (self.schedule.is_over(self.epoch) or self.has_stalled(patience))
 
     def finish_epoch(self) -> None:
         """Go to the next epoch: write best.pth if the one under way was judged the best so far, and last.pth.

@@ -10,6 +10,7 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
@@ -20,9 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from torch.nn import Parameter
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import (
@@ -47,6 +49,7 @@ from model import (
 from my_dataset import (
     EpochSampler,
     EvalTransform,
+    Features,
     MyDataSet,
     Numbered,
     Tolerant,
@@ -89,9 +92,12 @@ from train_eval_utils import (
     GRAIN,
     EmptyLoaderError,
     Evaluation,
+    RangeTest,
     Schedule,
     TimedSchedule,
+    collect_features,
     collect_logits,
+    find_learning_rate,
     measure_speed,
     train_one_epoch,
 )
@@ -120,6 +126,7 @@ RECIPES = {
         "first_size": 1.0,  # of the images that are trained on, as parts of --img-size
         "last_size": 1.0,
         "backbone_rate": 1.0,  # of all layers but fc, as a part of the learning rate
+        "feature_views": 0,  # with --freeze-layers: how often each image is seen, once and for all; 0: in every epoch
     },
     "scratch": {
         "epochs": 40,
@@ -138,6 +145,26 @@ RECIPES = {
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
+        "feature_views": 0,
+    },
+    "finetune": {
+        "epochs": 10,
+        "batch_size": 32,
+        "lr": 0.01,
+        "lrf": 0.0,
+        "warmup": 0.1,
+        "weight_decay": 0.0005,
+        "label_smoothing": 0.1,
+        # ---
+        "rate_by_step": True,
+        "nesterov": True,
+        "decay_norms": False,
+        "zero_init": False,
+        "least_area": 0.25,
+        "first_size": 0.85,
+        "last_size": 0.85,
+        "backbone_rate": 0.3,
+        "feature_views": 2,
     },
 }
 
@@ -247,7 +274,7 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
 
     def before_step() -> bool:
         set_learning_rate(optimizer, schedule.learning_rate(run.epoch, run.progress.taken))
-        return run.progress.taken == 0 or not schedule.is_over(run.epoch)
+        return run.progress.taken == 0 or schedule.progress(run.epoch, run.progress.taken) < 1
 
     def after_step() -> None:
         stop.check()
@@ -256,19 +283,28 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
 
     with event_errors(folder), contextlib.closing(writer), report.drawing, StopSignals() as stop:
         try:
+            if args.find_lr:
+                return report.range_test(find_lr(args, train_set, model, optimizer, device, amp_dtype, stop))
             if not resumed:
                 report.start(run_card(command, args, split.count(), f"{describe_device(device)}, {precision}"))
                 save()
-            while not (schedule.is_over(run.epoch) or run.has_stalled(args.patience)):
+            learner, batches, val_batches = model, train_loader, val_loader
+            if args.freeze_layers and args.feature_views:  # then all that follows needs is what fc sees of each image
+                learner, batches, val_batches = (
+                    model.fc,
+                    *head_loaders(model, train_loader, val_loader, args, device, amp_dtype, stop),
+                )
+            is_over = run.is_over(args.patience)
+            while not is_over:
                 stop.check()
                 epoch, start = run.epoch, time.perf_counter()
                 first_image = run.progress.steps * args.batch_size
                 sampler.set_epoch(epoch, start=first_image, img_size=schedule.img_size(epoch))
                 run.progress.on_read = report.step
                 train_loss = train_one_epoch(
-                    model,
+                    learner,
                     optimizer,
-                    train_loader,
+                    batches,
                     device,
                     epoch,
                     amp_dtype=amp_dtype,
@@ -281,7 +317,9 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                 )
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
-                logits, numbers = collect_logits(model, val_loader, device, amp_dtype=amp_dtype, after_step=stop.check)
+                logits, numbers = collect_logits(
+                    learner, val_batches, device, amp_dtype=amp_dtype, after_step=stop.check
+                )
                 if len(numbers) < len(val_set):
                     left_out = len(val_set) - len(numbers)
                     print(f"[epoch {epoch}] {left_out} of {len(val_set)} validation images left out")
@@ -293,8 +331,8 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                     )
 
                 is_best = run.judge(validation.accuracy)
-                is_last = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
-                report.epoch(validation, numbers, learning_rate, time.perf_counter() - start, is_best, is_last)
+                is_over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
+                report.epoch(validation, numbers, learning_rate, time.perf_counter() - start, is_best, is_over)
                 if args.save_every and (epoch + 1) % args.save_every == 0:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()
@@ -332,7 +370,7 @@ def find_data(args: argparse.Namespace) -> str | Path:
 
 
 def make_loader(
-    dataset: MyDataSet, args: argparse.Namespace, device: torch.device, sampler: EpochSampler | None = None
+    dataset: MyDataSet, args: argparse.Namespace, device: torch.device, sampler: Sampler | None = None
 ) -> DataLoader:
     """A loader of training batches, in the sampler's order; without one of evaluation batches, in the folder's."""
     workers = number_of_workers(args)
@@ -354,6 +392,33 @@ def make_loader(
 def number_of_workers(args: argparse.Namespace) -> int:
     """The processes that read images."""
     return min(available_cores(), 8) if args.workers is None else args.workers
+
+
+def head_loaders(
+    model: ResNet,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    args: argparse.Namespace,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    stop: StopSignals,
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here."""
+    options = {"amp_dtype": amp_dtype, "after_step": stop.check}
+    sampler, views = train_loader.sampler, []
+    for view in range(args.feature_views):
+        sampler.set_epoch(view, img_size=training_sizes(args)[1])
+        features, labels, _ = collect_features(model, train_loader, device, **options)
+        places = torch.tensor([index for index, *_ in sampler]).argsort()
+        views.append((features[places], labels[places]))
+    train_features = DataLoader(
+        Features(views),
+        args.batch_size,
+        sampler=sampler,
+        generator=torch.Generator(),
+    )
+    features, numbers, _ = collect_features(model, val_loader, device, **options)
+    return train_features, DataLoader(TensorDataset(features, numbers), batch_size=1024)
 
 
 def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> str:
@@ -404,6 +469,29 @@ def make_schedule(args: argparse.Namespace, steps: int, began: float) -> Schedul
     if args.time_budget:
         return TimedSchedule(60 * args.time_budget, began, **options)
     return Schedule(args.epochs, steps, **options)
+
+
+def find_lr(
+    args: argparse.Namespace,
+    train_set: MyDataSet,
+    model: ResNet,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    stop: StopSignals,
+) -> RangeTest:
+    """Find a learning rate, and say which."""
+    rates = np.geomspace(1e-5, 10, 120)
+    train_set.transform.img_size = training_sizes(args)[1]
+    images = Tolerant(train_set, replace=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
+    loader = make_loader(images, args, device, sampler)
+    options = {"amp_dtype": amp_dtype, "label_smoothing": args.label_smoothing, "after_step": stop.check}
+    set_rate = functools.partial(set_learning_rate, optimizer)
+    result = find_learning_rate(model, optimizer, loader, device, set_rate, rates, **options)
+    print(f"suggestion   --lr {result.suggestion:.2g}")
+    return result
 
 
 def plan(
@@ -476,6 +564,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, help="times the weight is added to its gradient")
     add("--label-smoothing", type=float, help="the part of the probability that all classes share")
     add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
+    add("--find-lr", action="store_true", help="train with rising learning rates for a minute, and suggest one")
     add("--patience", type=int, default=0, help="end after so many epochs without a better accuracy (default: never)")
     add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, else the CPU)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")

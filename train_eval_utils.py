@@ -3,9 +3,10 @@
 import copy
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from my_dataset import prepare_batch, to_pixels
 
 READ_SECONDS = 0.5  # between two looks at the loss
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
+LEAST_LOSSES, RISEN, SMOOTHING = 10, 3, 11  # of the range test: steps at least, times the least loss, steps
+NEARLY = 0.97  # of the time: the learning rate is down by then
 GRAIN = 16  # pixels, by which the images grow
 
 
@@ -117,8 +120,8 @@ class TimedSchedule(Schedule):
         return min(1.0, (time.perf_counter() - self.began) / max(self.seconds - self.reserve, self.seconds / 10))
 
     def is_over(self, epoch: int) -> bool:
-        """Whether the time is up."""
-        return self.progress(epoch) >= 1
+        """Whether the time is up, or so nearly that another epoch would learn nothing."""
+        return self.progress(epoch) >= NEARLY
 
     def reserve_time(self, seconds: float) -> None:
         """Note how long evaluation, figures and checkpoints have taken; after the last epoch they take longer."""
@@ -312,6 +315,64 @@ def measure_speed(
     return speed_over(seconds)
 
 
+class RangeTest(NamedTuple):
+    """Learning rates (N,), the loss of a step with each (N,), the same smoothed (N,), and the rate to train with."""
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    suggestion: float
+
+
+def find_learning_rate(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: DataLoader,
+    device: torch.device | str,
+    set_rate: Callable[[float], None],
+    rates: Sequence[float],
+    **options: Any,
+) -> RangeTest:
+    """The range test of Smith 2017, https://arxiv.org/abs/1506.01186: the rate rises step by step, until the loss does.
+
+    `model` is of no use afterwards.
+
+    Args:
+        data_loader: gives a batch for each of `rates`.
+        set_rate: sets the rate of the next step.
+        rates: rising evenly in their logarithm.
+        options: as `train_one_epoch`'s.
+
+    Raises:
+        FloatingPointError: the loss is not finite with one of the first rates already.
+    """
+    losses: list[float] = []
+    progress = Progress()
+    progress.on_read = lambda step, loss: losses.append(loss)
+
+    def before_step() -> bool:
+        has_risen = len(losses) > LEAST_LOSSES and losses[-1] > RISEN * min(losses)
+        if not has_risen:
+            set_rate(rates[progress.taken])
+        return not has_risen
+
+    try:
+        train_one_epoch(
+            *(model, optimizer, data_loader, device, 0),
+            progress=progress,
+            before_step=before_step,
+            keep_bar=False,
+            **options,
+        )
+    except FloatingPointError:
+        if len(losses) < LEAST_LOSSES:
+            raise
+    smoothed = np.convolve(np.pad(losses, SMOOTHING // 2, mode="edge"), np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
+    tried = np.array(rates[: len(losses)])
+    fastest = int(np.gradient(smoothed)[: int(smoothed.argmin()) + 1].argmin())
+    return RangeTest(tried, np.array(losses), smoothed, float(tried[fastest]))
+
+
 def _train_mode(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
@@ -387,12 +448,17 @@ def collect_features(
     model: ResNet,
     data_loader: DataLoader,
     device: torch.device | str,
-    limit: int,
+    limit: int | None = None,
     *,
     amp_dtype: torch.dtype | None = None,
+    after_step: Callable[[], None] | None = None,
     thumbnail_size: int = 32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fc` sees of the first images of a loader, at least `limit` of them where there are so many.
+    """What `fc` sees of the images of a loader, or of the first ones: at least `limit` of them where there are so many.
+
+    Args:
+        amp_dtype: mixed precision, see `compute_logits`.
+        after_step: called after each batch; what it raises ends the pass.
 
     Returns:
         Features (N, 512 * expansion) float32, labels (N,) int64, and the images in small, (N, 3, thumbnail_size,
@@ -402,13 +468,16 @@ def collect_features(
     with evaluation_mode(model):
         backbone = fold_batch_norm(model)
         backbone.fc = nn.Identity()
-        for images, batch_labels in data_loader:
+        bar = tqdm(data_loader, desc="computing features", leave=False, disable=None, dynamic_ncols=True)
+        for images, batch_labels in bar:
             if len(images):
                 features.append(compute_logits(backbone, images, device, amp_dtype).cpu())
                 labels.append(batch_labels)
                 pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2) / 255
                 thumbnails.append(F.interpolate(pixels, (thumbnail_size, thumbnail_size), mode="area"))
-            if sum(map(len, labels)) >= limit:
+            if after_step is not None:
+                after_step()
+            if limit is not None and sum(map(len, labels)) >= limit:
                 break
     return torch.cat(features), torch.cat(labels), torch.cat(thumbnails)
 

@@ -1,17 +1,24 @@
 """How train.py trains: recipes and what overrides them, early stopping, a time budget."""
 
 import csv
+import itertools
 import json
+import math
+import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import after_steps, send
 
 import train
-from model import resnet18
-from train_eval_utils import Schedule
+from data_utils import find_split
+from model import MODELS, ResNet
+from my_dataset import EpochSampler, MyDataSet, Numbered, Tolerant, TrainTransform, prepare_batch
+from train_eval_utils import Schedule, find_learning_rate
 
 pytestmark = pytest.mark.usefixtures("small_network")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--batch-size", "5"]
@@ -47,7 +54,7 @@ def test_a_recipe_is_values_of_flags_which_flags_override():
 
 
 def test_the_tutorials_optimizer_is_the_tutorials():
-    model = resnet18(num_classes=5)
+    model = MODELS["resnet18"](num_classes=5)
     optimizer = train.make_optimizer(model, train.parse_args([]), torch.device("cpu"))
     (group,) = optimizer.param_groups
     assert group["params"] == list(model.parameters())
@@ -55,7 +62,7 @@ def test_the_tutorials_optimizer_is_the_tutorials():
 
 
 def test_norms_and_biases_do_not_decay_and_the_backbone_learns_at_its_own_rate():
-    model = resnet18(num_classes=5)
+    model = MODELS["resnet18"](num_classes=5)
     args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
     args.backbone_rate = 0.1
     optimizer = train.make_optimizer(model, args, torch.device("cpu"))
@@ -155,10 +162,91 @@ def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
     after = torch.load(RUN / "weights" / "last.pth", weights_only=True)
     assert after["img_size"] == before["img_size"]
     assert after["resume"]["over"]
-    assert after["resume"]["schedule"]["spent"] > spent
+    assert after["resume"]["schedule"]["spent"] >= spent
+    assert len(metrics()) == after["resume"]["epoch"] > before["resume"]["epoch"]  # what was begun has been evaluated
 
 
 def test_a_size_that_is_asked_for_is_not_planned(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--time-budget", "0.02", "--img-size", "40"]
     assert train.main(flags) == 0
     assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["img_size"] == 40
+
+
+# --- finding a learning rate ------------------------------------------------------------------------------------
+
+
+def test_the_rate_that_is_suggested_is_where_the_loss_falls_fastest(sample, capsys):
+    flags = ["--data-path", str(sample), *TINY[:-2], "--img-size", "32", "--find-lr"]
+    assert train.main(flags) == 0
+    suggestion = float(re.search(r"suggestion +--lr (\S+)", capsys.readouterr().out)[1])
+    assert 1e-4 < suggestion < 1
+    assert (RUN / "find_lr.png").stat().st_size > 10_000
+    events = EventAccumulator(str(RUN), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["learning rate finder"]
+    assert list((RUN / "weights").iterdir()) == []
+
+
+def test_a_range_test_of_a_valley():
+    """On the loss |log(rate) - log(0.1)|, however it gets there, the suggestion lies on the way down."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+
+    class Valley(torch.nn.Module):
+        def forward(self, images):
+            loss = 2 + abs(math.log(optimizer.param_groups[0]["lr"]) - math.log(0.1))
+            return torch.stack([torch.zeros(len(images)), torch.full((len(images),), loss)], dim=1) + 0 * weight
+
+    def set_rate(rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+
+    rates = np.geomspace(1e-4, 100, 60)
+    batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))] * 60
+    found = find_learning_rate(Valley(), optimizer, batches, "cpu", set_rate, rates)
+    assert found.losses.argmin() == pytest.approx(30, abs=1)
+    assert rates[found.smoothed.argmin()] == pytest.approx(0.1, rel=0.3)
+    assert 1e-4 < found.suggestion < 0.1
+
+
+# --- a frozen backbone ------------------------------------------------------------------------------------------
+
+
+def test_features_of_a_frozen_backbone_are_computed_once(two_classes, tmp_path, monkeypatch):
+    weights = MODELS["resnet18"](num_classes=2)
+    torch.save(weights.state_dict(), tmp_path / "w.pth")
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--weights", str(tmp_path / "w.pth")]
+    passes = []
+    feature_map = ResNet.feature_map
+    monkeypatch.setattr(ResNet, "feature_map", lambda model, x: passes.append(x.shape[0]) or feature_map(model, x))
+    assert train.main([*flags, "--recipe", "finetune", "--freeze-layers", "--epochs", "8"]) == 0
+    state = torch.load(RUN / "weights" / "last.pth", weights_only=True)["state_dict"]
+    for name, value in state.items():
+        assert torch.equal(value, weights.state_dict()[name]) == (not name.startswith("fc.")), name
+    rows = metrics()
+    assert len(rows) == 8
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    views = train.RECIPES["finetune"]["feature_views"]
+    figures = 8 * 2 + 4 * 8  # two images after each epoch, up to eight mistakes after four
+    projector = 5
+    assert sum(passes) <= views * 20 + 5 + figures + projector + 1  # and one for the graph
+
+
+def test_features_are_in_the_order_of_the_images(two_classes):
+    args = train.parse_args(["--recipe", "finetune", "--freeze-layers", *TINY, "--img-size", "64"])
+    split, _ = find_split(two_classes)
+    images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(64))
+    loader = train.make_loader(images, args, torch.device("cpu"), EpochSampler(len(images)))
+    val_loader = train.make_loader(Tolerant(Numbered(images), replace=False), args, torch.device("cpu"))
+    model = MODELS["resnet18"](num_classes=2)
+    with train.StopSignals() as stop:
+        head, _ = train.head_loaders(model, loader, val_loader, args, torch.device("cpu"), None, stop)
+    sampler = EpochSampler(len(images))
+    for view in range(args.feature_views):
+        sampler.set_epoch(view, img_size=train.training_sizes(args)[1])
+        for index, seed, size in itertools.islice(sampler, 3):
+            pixels, label = images[index, seed, size]
+            with torch.no_grad():
+                expected = model.eval().feature_map(prepare_batch(pixels[None], "cpu")).mean(dim=(2, 3))[0]
+            features, its_label = head.dataset[index, view]
+            assert int(its_label) == label
+            assert torch.allclose(features, expected, atol=1e-4)
