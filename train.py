@@ -282,18 +282,16 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
             save()
 
     with event_errors(folder), contextlib.closing(writer), report.drawing, StopSignals() as stop:
+        if args.find_lr:
+            return report.range_test(find_lr(args, train_set, model, optimizer, scaler, device, amp_dtype, stop))
         try:
-            if args.find_lr:
-                return report.range_test(find_lr(args, train_set, model, optimizer, device, amp_dtype, stop))
             if not resumed:
                 report.start(run_card(command, args, split.count(), f"{describe_device(device)}, {precision}"))
                 save()
             learner, batches, val_batches = model, train_loader, val_loader
-            if args.freeze_layers and args.feature_views:  # then all that follows needs is what fc sees of each image
-                learner, batches, val_batches = (
-                    model.fc,
-                    *head_loaders(model, train_loader, val_loader, args, device, amp_dtype, stop),
-                )
+            if args.freeze_layers and args.feature_views:  # then all that training needs is what fc sees of each image
+                learner = model.fc
+                batches, val_batches = head_loaders(model, train_loader, val_loader, args, device, amp_dtype, stop)
             is_over = run.is_over(args.patience)
             while not is_over:
                 stop.check()
@@ -476,6 +474,7 @@ def find_lr(
     train_set: MyDataSet,
     model: ResNet,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     device: torch.device,
     amp_dtype: torch.dtype | None,
     stop: StopSignals,
@@ -487,9 +486,18 @@ def find_lr(
     generator = torch.Generator().manual_seed(args.seed)
     sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
     loader = make_loader(images, args, device, sampler)
-    options = {"amp_dtype": amp_dtype, "label_smoothing": args.label_smoothing, "after_step": stop.check}
-    set_rate = functools.partial(set_learning_rate, optimizer)
-    result = find_learning_rate(model, optimizer, loader, device, set_rate, rates, **options)
+    result = find_learning_rate(
+        model,
+        optimizer,
+        loader,
+        device,
+        set_rate=functools.partial(set_learning_rate, optimizer),
+        rates=rates,
+        amp_dtype=amp_dtype,
+        scaler=scaler,
+        label_smoothing=args.label_smoothing,
+        after_step=stop.check,
+    )
     print(f"suggestion   --lr {result.suggestion:.2g}")
     return result
 

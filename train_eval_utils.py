@@ -86,7 +86,7 @@ class Schedule:
         """Of the images of an epoch: it grows evenly over the first four fifths."""
         first, last = self.img_sizes
         grown = min(1.0, self.progress(epoch) / 0.8)
-        return min(last, first + round(grown * (last - first) / GRAIN) * GRAIN)
+        return last if grown == 1 else first + round(grown * (last - first) / GRAIN) * GRAIN
 
     def reserve_time(self, seconds: float) -> None:
         """Note how long all that comes after the last step of an epoch has taken."""
@@ -302,13 +302,8 @@ def measure_speed(
         def before_step() -> bool:
             return progress.taken < 2 or time.perf_counter() < start + seconds
 
-        train_one_epoch(
-            *(model, optimizer, data_loader, device, 0),
-            amp_dtype=amp_dtype,
-            progress=progress,
-            before_step=before_step,
-            keep_bar=False,
-        )
+        options = {"amp_dtype": amp_dtype, "progress": progress, "before_step": before_step, "keep_bar": False}
+        train_one_epoch(model, optimizer, data_loader, device, 0, **options)
         return progress.images / (time.perf_counter() - start)
 
     speed_over(0)  # starts the workers, and chooses kernels
@@ -357,13 +352,8 @@ def find_learning_rate(
         return not has_risen
 
     try:
-        train_one_epoch(
-            *(model, optimizer, data_loader, device, 0),
-            progress=progress,
-            before_step=before_step,
-            keep_bar=False,
-            **options,
-        )
+        options |= {"progress": progress, "before_step": before_step, "keep_bar": False}
+        train_one_epoch(model, optimizer, data_loader, device, 0, **options)
     except FloatingPointError:
         if len(losses) < LEAST_LOSSES:
             raise
