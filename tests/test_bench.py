@@ -33,3 +33,33 @@ def test_training_is_compared_with_the_tutorials(sample, tmp_path):
     for row in rows:
         assert float(row["b_over_a"]) > 0
         assert f"{row['figure']} tutorial/ours" in printed
+
+
+def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path):
+    flags = ["accuracy", "--data-path", sample, "--minutes", "0", "--epochs", "1", "--img-size", "32", "--rounds", "1"]
+    flags += ["--kinds", "scratch:lr=0.01,zero_init=False"]
+    printed = bench(tmp_path, *flags)
+    with open(tmp_path / "accuracy.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["seed"], row["epoch"]) for row in rows] == [("scratch:lr=0.01,zero_init=False", "0", "0")]
+    assert f"mean {float(rows[0]['accuracy']):.4f}" in printed
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    before = (tmp_path / "accuracy.csv").read_bytes()
+    assert bench(tmp_path, *flags).splitlines() == printed.splitlines()
+    assert (tmp_path / "accuracy.csv").read_bytes() == before
+
+
+def test_a_fifth_of_the_images_is_set_aside(sample):
+    sys.path.insert(0, str(BENCH.parent))
+    from bench import divided
+
+    def names(set_aside: bool) -> dict[str, set[str]]:
+        with divided(str(sample), set_aside) as data:
+            return {side: {path.name for path in (data / side).rglob("*.jpg")} for side in ("train", "val")}
+
+    choices, final = names(set_aside=False), names(set_aside=True)
+    assert len(final["train"] | final["val"]) == 100
+    assert 10 <= len(final["val"]) <= 30
+    assert choices["train"] | choices["val"] == final["train"]
+    assert not choices["train"] & choices["val"]
+    assert not final["train"] & final["val"]
