@@ -144,7 +144,7 @@ class Report:
         if (epoch + 1).bit_count() == 1 or is_last:  # a power of two
             files["curves.png"] = functools.partial(plot_utils.curves, list(self.run.history))
             figures["confusion matrix"] = confusion
-            figures["worst mistakes"] = self.mistakes(validation, numbers)
+            figures |= self.mistakes(validation, numbers)
             figures["training batch"] = self.training_batch()
             for index, name in enumerate(self.class_names):
                 is_class, probability = validation.labels == index, validation.probabilities[:, index]
@@ -178,11 +178,13 @@ class Report:
         pixels = to_pixels(self.example_images)
         return functools.partial(plot_utils.predictions, pixels, names, probabilities.tolist(), self.example_names)
 
-    def mistakes(self, validation: Evaluation, numbers: Tensor) -> Painter:
+    def mistakes(self, validation: Evaluation, numbers: Tensor) -> dict[str, Painter]:
         """The mistakes with the highest loss, and what the network looked at when it made them."""
         places = validation.worst(WORST)
         items = [self.val_loader.dataset[number] for number in numbers[places].tolist()]
         places = [place for place, item in zip(places, items, strict=True) if item is not None]
+        if not places:  # their files are gone
+            return {}
         images = stack_images([image for image, _ in filter(None, items)])
         predicted = validation.predicted[places]
         heats = grad_cam(self.run.model, prepare_batch(images, self.device), predicted.to(self.device)).cpu().numpy()
@@ -190,10 +192,14 @@ class Report:
         names, labels = (
             [self.class_names[index] for index in column.tolist()] for column in (predicted, validation.labels[places])
         )
-        return functools.partial(plot_utils.mistakes, to_pixels(images), heats, names, probabilities, labels)
+        paint = functools.partial(plot_utils.mistakes, to_pixels(images), heats, names, probabilities, labels)
+        return {"worst mistakes": paint}
 
     def training_batch(self) -> Painter:
-        """The first batch of the epoch (of a large one, a part) as the network has seen it, augmentation included."""
+        """The first batch of the epoch (of a large one, a part) with its augmentation: as the network has seen it.
+
+        But for a frozen backbone whose features were computed once: it has seen others.
+        """
         train_set, sampler = self.train_loader.dataset, self.train_loader.sampler
         sampler.set_epoch(self.run.epoch, img_size=sampler.img_size)
         items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]

@@ -450,7 +450,8 @@ class Run:
         info: what a weights file tells of its model: {"model": ..., "class_names": ..., "img_size": ...}.
         command: the words of its command line.
 
-    `epoch` is the one under way, `progress` that of its steps so far, `history` the metrics of those before it.
+    `epoch` is the one under way, `progress` that of its steps so far, `history` the metrics of those before it; `over`
+    says that there is none after them, which is decided at the end of each.
     """
 
     def __init__(
@@ -469,6 +470,7 @@ class Run:
         self.info, self.command = info, command
         self.epoch = 0
         self.progress = Progress()
+        self.over = False
         self.history: list[dict[str, float]] = []
         self.last: dict[str, Any] = {"epoch": None, "accuracy": None}
         self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0}
@@ -504,7 +506,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "over": self.is_over(patience=0),
+            "over": self.over,
             "events": event_sizes(self.folder),
         }
         save_checkpoint(self.info | self.last | {"state_dict": state, "resume": resume}, self.weights / "last.pth")
@@ -525,10 +527,6 @@ class Run:
     def has_stalled(self, patience: int) -> bool:
         """Whether so many epochs, or more, have not been better than the best before them; 0: never."""
         return patience > 0 and self.last["epoch"] is not None and self.last["epoch"] - self.best["epoch"] >= patience
-
-    def is_over(self, patience: int) -> bool:
-        """Whether there is nothing left to train."""
-        return self.progress.steps == 0 and (self.schedule.is_over(self.epoch) or self.has_stalled(patience))
 
     def finish_epoch(self) -> None:
         """Go to the next epoch: write best.pth if the one under way was judged the best so far, and last.pth.
@@ -558,6 +556,7 @@ class Run:
             if resume["scaler"]:  # not where the run computed in another number format before
                 self.scaler.load_state_dict(resume["scaler"])
             self.schedule.load_state_dict(resume.get("schedule", {}))
+            self.over = bool(resume.get("over"))
             counted = resume["progress"]
             self.epoch = resume["epoch"]
             self.progress = Progress(

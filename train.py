@@ -10,6 +10,7 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -29,7 +30,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import (
     DataError,
-    Split,
     check_images,
     describe_files,
     download_flower_photos,
@@ -173,7 +173,7 @@ ENOUGH_EPOCHS = 16
 PROBE_SIZE = 128  # at which speed is measured, to plan by
 
 MAY_CHANGE = {  # when a run goes on
-    *("epochs", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
+    *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("resume", "allow_changed_data", "strict"),
 }
 
@@ -193,7 +193,7 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     device = select_device(args.device)
     amp_dtype, precision = select_precision(args.amp, device)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape: try the kernels once, take the fastest
+        torch.backends.cudnn.benchmark = True  # batches have few shapes: try the kernels once, take the fastest
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(args.seed)
 
@@ -210,23 +210,25 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     if problems and args.strict:
         raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
 
+    cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
+    train_set = MyDataSet(split.train_paths, split.train_labels, cache_bytes=cache_bytes)
+    val_set = MyDataSet(split.val_paths, split.val_labels, cache_bytes=cache_bytes)
+    if not (len(train_set) and len(val_set)):
+        raise DataError("no usable image is left for training or for validation")
+
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
     weights_line = prepare_weights(model, args, resumed)
     to_device(model, device)
-    optimizer = make_optimizer(model, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    optimizer = make_optimizer(model, args, device, scaled=scaler.is_enabled())
 
-    # The images, in the sizes that the time allows, and the schedule.
+    # The schedule, and the images in the sizes that it asks for.
     evaluation_seconds = 0.0
     if args.time_budget and not resumed:
-        args.img_size, evaluation_seconds = plan(args, model, split, device, amp_dtype)
-    cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
-    transform = TrainTransform(args.img_size, args.least_area)
-    train_set = MyDataSet(split.train_paths, split.train_labels, transform, cache_bytes=cache_bytes)
-    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(args.img_size), cache_bytes=cache_bytes)
-    if not (len(train_set) and len(val_set)):
-        raise DataError("no usable image is left for training or for validation")
+        args.img_size, evaluation_seconds = plan(args, model, train_set, len(val_set), device, amp_dtype)
+    train_set.transform = TrainTransform(args.img_size, args.least_area)
+    val_set.transform = EvalTransform(args.img_size)
     sampler = EpochSampler(len(train_set), args.seed)
     train_loader = make_loader(Tolerant(train_set, replace=True), args, device, sampler)
     val_loader = make_loader(Tolerant(Numbered(val_set), replace=False), args, device)
@@ -242,6 +244,8 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
         checkpoint = read_checkpoint(run.weights / "last.pth")  # from here on no other process can change it
         check_same_data(folder, files, class_names, checkpoint, args.allow_changed_data)
         run.load(checkpoint)
+        if not args.time_budget:  # the flags may allow more by now
+            run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
     else:
         write_args(args, folder / "args.json")
         write_class_indices(class_names, folder / "class_indices.json")
@@ -289,11 +293,10 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                 report.start(run_card(command, args, split.count(), f"{describe_device(device)}, {precision}"))
                 save()
             learner, batches, val_batches = model, train_loader, val_loader
-            if args.freeze_layers and args.feature_views:  # then all that training needs is what fc sees of each image
+            if computes_features(args):  # then all that training needs is what fc sees of each image
                 learner = model.fc
                 batches, val_batches = head_loaders(model, train_loader, val_loader, args, device, amp_dtype, stop)
-            is_over = run.is_over(args.patience)
-            while not is_over:
+            while not run.over:
                 stop.check()
                 epoch, start = run.epoch, time.perf_counter()
                 first_image = run.progress.steps * args.batch_size
@@ -329,12 +332,12 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                     )
 
                 is_best = run.judge(validation.accuracy)
-                is_over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
-                report.epoch(validation, numbers, learning_rate, time.perf_counter() - start, is_best, is_over)
+                schedule.reserve_time(time.perf_counter() - trained)
+                run.over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
+                report.epoch(validation, numbers, learning_rate, time.perf_counter() - start, is_best, run.over)
                 if args.save_every and (epoch + 1) % args.save_every == 0:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()
-                schedule.reserve_time(time.perf_counter() - trained)
                 print(
                     f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {validation.loss:.3f}  "
                     f"accuracy {validation.accuracy:.3f}  learning_rate {learning_rate:.5f}  "
@@ -377,7 +380,12 @@ def make_loader(
         batch_size=args.batch_size,
         sampler=sampler,
         # A last batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
-        drop_last=sampler is not None and has_single_pixels(args) and len(dataset) % args.batch_size == 1,
+        drop_last=(
+            sampler is not None
+            and len(dataset) % args.batch_size == 1
+            and has_single_pixels(args)
+            and not args.freeze_layers
+        ),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -401,8 +409,11 @@ def head_loaders(
     amp_dtype: torch.dtype | None,
     stop: StopSignals,
 ) -> tuple[DataLoader, DataLoader]:
-    """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here."""
-    options = {"amp_dtype": amp_dtype, "after_step": stop.check}
+    """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here.
+
+    That for training has the sampler of `train_loader`; `val_loader` numbers its images.
+    """
+    options = {"amp_dtype": amp_dtype, "after_step": stop.check, "thumbnail_size": None}
     sampler, views = train_loader.sampler, []
     for view in range(args.feature_views):
         sampler.set_epoch(view, img_size=training_sizes(args)[1])
@@ -436,15 +447,22 @@ def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> s
     return words
 
 
-def make_optimizer(model: ResNet, args: argparse.Namespace, device: torch.device) -> torch.optim.SGD:
-    """For the parameters that learn, in groups of one weight decay and one part of the learning rate each."""
+def make_optimizer(
+    model: ResNet, args: argparse.Namespace, device: torch.device, scaled: bool = False
+) -> torch.optim.SGD:
+    """For the parameters that learn, in groups of one weight decay and one part of the learning rate each.
+
+    Args:
+        scaled: a GradScaler will skip steps.
+    """
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             weight_decay = args.weight_decay if args.decay_norms or parameter.ndim > 1 else 0.0
             part = 1.0 if name.startswith("fc.") else args.backbone_rate
             groups.setdefault((weight_decay, part), []).append(parameter)
-    fused = device.type in ("cpu", "cuda") or None  # one kernel for all of them, where there is one
+    # One kernel for all of them, where there is one; it would take the momentum from a step that was to be skipped.
+    fused = (device.type in ("cpu", "cuda") and not scaled) or None
     return torch.optim.SGD(
         [{"params": same, "weight_decay": decay, "part": part} for (decay, part), same in groups.items()],
         lr=args.lr,
@@ -498,12 +516,18 @@ def find_lr(
         label_smoothing=args.label_smoothing,
         after_step=stop.check,
     )
-    print(f"suggestion   --lr {result.suggestion:.2g}")
+    found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: the loss falls with no rate"
+    print(f"suggestion   {found}")
     return result
 
 
 def plan(
-    args: argparse.Namespace, model: ResNet, split: Split, device: torch.device, amp_dtype: torch.dtype | None
+    args: argparse.Namespace,
+    model: ResNet,
+    train_set: MyDataSet,
+    val_images: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
 ) -> tuple[int, float]:
     """Plan for a time budget, by the speed of a few steps.
 
@@ -511,7 +535,8 @@ def plan(
         The largest size of images, unless the flags say which, at which there is time for `ENOUGH_EPOCHS`; and the
         seconds that an evaluation will take.
     """
-    images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(PROBE_SIZE))
+    images = copy.copy(train_set)  # which keeps no images: these are small ones
+    images.transform = TrainTransform(PROBE_SIZE)
     loader = make_loader(Tolerant(images, replace=True), args, device, EpochSampler(len(images), args.seed))
     seconds = 60 * args.time_budget
     speed = measure_speed(model, loader, device, min(5.0, seconds / 50), amp_dtype=amp_dtype)
@@ -523,7 +548,7 @@ def plan(
         if epochs >= ENOUGH_EPOCHS:
             break
     print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speed:.1f} images/s at {PROBE_SIZE} px)")
-    return img_size, len(split.val_paths) * img_size**2 / (3 * pixels_per_second)  # without a backward pass
+    return img_size, val_images * img_size**2 / (3 * pixels_per_second)  # without a backward pass
 
 
 def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tuple[int, int]:
@@ -532,6 +557,11 @@ def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tup
     parts = (args.first_size, args.last_size)
     first, last = (img_size if part == 1 else max(32, round(part * img_size / GRAIN) * GRAIN) for part in parts)
     return first, last
+
+
+def computes_features(args: argparse.Namespace) -> bool:
+    """Whether a frozen backbone looks at the images before the first epoch, once and for all."""
+    return args.freeze_layers and args.feature_views > 0
 
 
 def has_single_pixels(args: argparse.Namespace) -> bool:
@@ -598,7 +628,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.download:
         args.data_path = args.data_path or str(FLOWER_PHOTOS)
 
+    recipe = RECIPES[args.recipe]
     for flag, fits, need in [
+        ("epochs", not args.time_budget or args.epochs == recipe["epochs"], "left out: --time-budget takes its place"),
+        (
+            "time_budget",
+            not (args.time_budget and computes_features(args)),
+            "left out: the epochs of a frozen backbone take seconds",
+        ),
         ("val_rate", 0 < args.val_rate < 1, "above 0 and below 1"),
         ("num_classes", args.num_classes is None or args.num_classes >= 2, "at least 2"),
         ("img_size", args.img_size is None or args.img_size >= 32, "at least 32"),
@@ -622,8 +659,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, list[str], bool]:
-    """The flags and the command line of the run that a command line, parsed and not, wants to go on; is it complete?
+def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, list[str], str]:
+    """The flags and the command line of the run that a command line, parsed and not, wants to go on; why it cannot.
+
+    The last is empty where there is something left to train.
 
     Raises:
         UsageError: there is no such run, or a flag contradicts how it was started.
@@ -652,8 +691,17 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
         args.img_size = checkpoint.get("img_size")
         if not isinstance(args.img_size, int) or args.img_size < 32:
             raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its img_size is {args.img_size!r}")
-    changed = [flag for flag in ("epochs", "data_path", "val_path") if getattr(args, flag) != getattr(before, flag)]
-    complete = progress.get("over") if args.time_budget else progress["epoch"] >= args.epochs
+    changed = ("epochs", "patience", "data_path", "val_path")
+    changed = [flag for flag in changed if getattr(args, flag) != getattr(before, flag)]
+    over = bool(progress.get("over"))
+    if over and args.time_budget:
+        complete = "its time is up"
+    elif over and args.patience and args.patience == before.patience and args.epochs > progress["epoch"]:
+        complete = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
+    elif progress["epoch"] >= args.epochs:
+        complete = f"{args.epochs} epochs; --epochs with a larger number goes on"
+    else:
+        complete = ""
     return args, command + as_words(args, changed), complete
 
 
@@ -676,9 +724,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.resume is not None:
             args, command, complete = resume(args, argv)
             if complete:
-                again = f"{args.epochs} epochs; --epochs with a larger number goes on"
-                what = "its time is up" if args.time_budget else again
-                print(f"{printable(args.resume)} is complete: {what}")
+                print(f"{printable(args.resume)} is complete: {complete}")
                 return 0
         train(args, command)
     except BrokenPipeError:  # `train.py | head`
@@ -690,8 +736,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            sizes = f"--batch-size {args.batch_size} and --img-size {args.img_size}"
-            reason = f"out of memory with {sizes}: lower one of them"
+            reason = f"out of memory with --batch-size {args.batch_size} and --img-size {args.img_size or PROBE_SIZE}"
+            reason += ": lower one of them"
         elif is_dead_worker(error):
             reason = "a process that reads images died: too little memory or /dev/shm (try --workers 0), or a bad image"
         else:

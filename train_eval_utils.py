@@ -21,7 +21,7 @@ from my_dataset import prepare_batch, to_pixels
 
 READ_SECONDS = 0.5  # between two looks at the loss
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
-LEAST_LOSSES, RISEN, SMOOTHING = 10, 3, 11  # of the range test: steps at least, times the least loss, steps
+SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
 NEARLY = 0.97  # of the time: the learning rate is down by then
 GRAIN = 16  # pixels, by which the images grow
 
@@ -47,7 +47,7 @@ class Schedule:
         lr: the highest learning rate.
         lrf: the last one, as a part of it.
         warmup: the part of the training in which it rises.
-        by_step: it changes with each step; otherwise with each epoch.
+        by_step: it changes with each step; otherwise with each epoch (a timed one's always with the clock).
         img_sizes: pixels, at the start and at the end.
     """
 
@@ -62,7 +62,7 @@ class Schedule:
         by_step: bool = False,
         img_sizes: tuple[int, int] = (224, 224),
     ) -> None:
-        self.epochs, self.steps = epochs, steps
+        self.epochs, self.steps = epochs, max(1, steps)
         self.lr, self.lrf, self.warmup, self.by_step = lr, lrf, warmup, by_step
         self.img_sizes = img_sizes
 
@@ -296,18 +296,20 @@ def measure_speed(
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
 
-    def speed_over(seconds: float) -> float:
-        progress, start = Progress(), time.perf_counter()
+    progress = Progress()
+    counted = (0, time.perf_counter())  # images, and when that was
 
-        def before_step() -> bool:
-            return progress.taken < 2 or time.perf_counter() < start + seconds
+    def before_step() -> bool:
+        nonlocal counted
+        if progress.taken == 2:  # by now workers have started, and kernels are chosen
+            progress.read()
+            counted = (progress.images, time.perf_counter())
+        return progress.taken < 3 or time.perf_counter() < counted[1] + seconds
 
-        options = {"amp_dtype": amp_dtype, "progress": progress, "before_step": before_step, "keep_bar": False}
-        train_one_epoch(model, optimizer, data_loader, device, 0, **options)
-        return progress.images / (time.perf_counter() - start)
-
-    speed_over(0)  # starts the workers, and chooses kernels
-    return speed_over(seconds)
+    options = {"amp_dtype": amp_dtype, "progress": progress, "before_step": before_step, "keep_bar": False}
+    train_one_epoch(model, optimizer, data_loader, device, 0, **options)
+    images, start = counted if progress.images > counted[0] else (0, progress.start)
+    return (progress.images - images) / (time.perf_counter() - start)
 
 
 class RangeTest(NamedTuple):
@@ -340,27 +342,37 @@ def find_learning_rate(
 
     Raises:
         FloatingPointError: the loss is not finite with one of the first rates already.
+
+    The suggestion is the rate at which the loss falls fastest; not a number where it never falls.
     """
     losses: list[float] = []
     progress = Progress()
     progress.on_read = lambda step, loss: losses.append(loss)
 
     def before_step() -> bool:
-        has_risen = len(losses) > LEAST_LOSSES and losses[-1] > RISEN * min(losses)
-        if not has_risen:
-            set_rate(rates[progress.taken])
-        return not has_risen
+        if _rise(losses) < len(losses):
+            return False
+        set_rate(rates[progress.taken])
+        return True
 
     try:
         options |= {"progress": progress, "before_step": before_step, "keep_bar": False}
         train_one_epoch(model, optimizer, data_loader, device, 0, **options)
     except FloatingPointError:
-        if len(losses) < LEAST_LOSSES:
+        if len(losses) < SMOOTHING:
             raise
+    losses = losses[: _rise(losses)]
     smoothed = np.convolve(np.pad(losses, SMOOTHING // 2, mode="edge"), np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
-    tried = np.array(rates[: len(losses)])
-    fastest = int(np.gradient(smoothed)[: int(smoothed.argmin()) + 1].argmin())
-    return RangeTest(tried, np.array(losses), smoothed, float(tried[fastest]))
+    tried, slopes = np.array(rates[: len(losses)]), np.gradient(smoothed)
+    fastest = int(slopes[: int(smoothed.argmin()) + 1].argmin())
+    return RangeTest(tried, np.array(losses), smoothed, float(tried[fastest]) if slopes[fastest] < 0 else math.nan)
+
+
+def _rise(losses: Sequence[float]) -> int:
+    """The place in `losses` where their mean over some steps is far above what it has been; else their number."""
+    means = np.convolve(losses, np.full(SMOOTHING, 1 / SMOOTHING), mode="valid") if len(losses) >= SMOOTHING else []
+    risen = np.flatnonzero(means > RISEN * np.minimum.accumulate(means)) if len(means) else []
+    return int(risen[0]) + SMOOTHING if len(risen) else len(losses)
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -442,7 +454,7 @@ def collect_features(
     *,
     amp_dtype: torch.dtype | None = None,
     after_step: Callable[[], None] | None = None,
-    thumbnail_size: int = 32,
+    thumbnail_size: int | None = 32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `fc` sees of the images of a loader, or of the first ones: at least `limit` of them where there are so many.
 
@@ -452,7 +464,10 @@ def collect_features(
 
     Returns:
         Features (N, 512 * expansion) float32, labels (N,) int64, and the images in small, (N, 3, thumbnail_size,
-        thumbnail_size) float32 in 0..1; on the CPU.
+        thumbnail_size) float32 in 0..1, (0,) where that is None; on the CPU.
+
+    Raises:
+        EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
     features, labels, thumbnails = [], [], []
     with evaluation_mode(model):
@@ -463,13 +478,16 @@ def collect_features(
             if len(images):
                 features.append(compute_logits(backbone, images, device, amp_dtype).cpu())
                 labels.append(batch_labels)
-                pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2) / 255
-                thumbnails.append(F.interpolate(pixels, (thumbnail_size, thumbnail_size), mode="area"))
+                if thumbnail_size is not None:
+                    pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2) / 255
+                    thumbnails.append(F.interpolate(pixels, (thumbnail_size, thumbnail_size), mode="area"))
             if after_step is not None:
                 after_step()
             if limit is not None and sum(map(len, labels)) >= limit:
                 break
-    return torch.cat(features), torch.cat(labels), torch.cat(thumbnails)
+    if not features:
+        raise EmptyLoaderError("there is nothing to compute features of: the data loader gives no image")
+    return torch.cat(features), torch.cat(labels), torch.cat(thumbnails) if thumbnails else torch.empty(0)
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------

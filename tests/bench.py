@@ -605,18 +605,27 @@ def bench_accuracy(args: argparse.Namespace) -> None:
     settings |= {"img_size": str(args.img_size or "planned"), "data_path": args.data_path or "sample"}
     with divided(args.data_path, args.set_aside) as data:
         for seed, kind in itertools.product(range(args.rounds), args.kinds):
-            run = settings | {"kind": kind, "seed": str(seed)}
+            run = settings | {"kind": kind, "values": values_of(kind, args), "seed": str(seed)}
             if not any(run.items() <= row.items() for row in read_rows(path)):
                 append_rows([run | row for row in train_for_minutes(args, data, kind, seed)], path)
             last = [row for row in read_rows(path) if run.items() <= row.items()][-1]
             print(f"seed {seed}  {kind:40} {last['accuracy']} after {last['at_minute']} min", flush=True)
-    rows = [row for row in read_rows(path) if settings.items() <= row.items() and row["kind"] in args.kinds]
+    wanted = [settings | {"kind": kind, "values": values_of(kind, args)} for kind in args.kinds]
+    rows = [row for row in read_rows(path) if any(kind.items() <= row.items() for kind in wanted)]
     print(f"{settings['hardware']}; {args.model}, {settings['length']}, validated on images {settings['set']}")
     for kind in args.kinds:
         ends = {row["seed"]: float(row["accuracy"]) for row in rows if row["kind"] == kind}
         print(f"{kind:40} mean {statistics.fmean(ends.values()):.4f} of {sorted(ends.values())}")
     draw_accuracy(rows, args.kinds, picture)
     print(f"curves: {picture}")
+
+
+def values_of(kind: str, args: argparse.Namespace) -> str:
+    """What a kind is, now: a recipe may become another one under the same name."""
+    if kind == "loop":
+        return f"{args.epochs} epochs"
+    recipe, _, changes = kind.partition(":")
+    return ", ".join(f"{name} {value}" for name, value in train.RECIPES[recipe].items()) + f"; {changes}"
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -636,13 +645,13 @@ def divided(data_path: str | None, set_aside: bool):
     split, _ = find_split(data_path or drawn_sample())
     with tempfile.TemporaryDirectory() as folder:
         images = zip(split.train_paths + split.val_paths, split.train_labels + split.val_labels, strict=True)
-        for path, label in images:
+        for number, (path, label) in enumerate(images):
             digest = int(hashlib.sha256(Path(path).name.encode()).hexdigest(), 16)
             is_aside, is_val = digest % 5 == 0, digest // 5 % 4 == 0
             if is_aside and not set_aside:
                 continue
             side = "val" if (is_aside if set_aside else is_val) else "train"
-            link = Path(folder, side, split.class_names[label], Path(path).name)
+            link = Path(folder, side, split.class_names[label], f"{number}_{Path(path).name}")
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(Path(path).resolve())
         yield Path(folder)
@@ -670,7 +679,7 @@ def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int
                     minutes = (time.perf_counter() - start) / 60
                     accuracy = line.split(" accuracy ")[1].split()[0]
                     rows.append({"epoch": str(len(rows)), "at_minute": f"{minutes:.2f}", "accuracy": accuracy})
-        if run.returncode:
+        if run.returncode or not rows:
             sys.exit(f"{kind} failed")
         return rows
 
