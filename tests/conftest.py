@@ -10,12 +10,16 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model import MODELS, BasicBlock, ResNet
 from sample_flowers import draw_sample
 
 matplotlib.use("Agg")
+# Tests run side by side, and so do the programs that they start: a thread each, or they wait for one another's.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
+
 BENCH = Path(__file__).with_name("bench.py")
 SMALL = ["--model", "resnet18", "--device", "cpu"]
 
 
-def bench(folder: Path, *flags) -> str:
+def printed_by_bench(folder: Path, *flags) -> str:
     """What it prints."""
     command = [sys.executable, BENCH, *flags, *SMALL]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -19,14 +21,14 @@ def bench(folder: Path, *flags) -> str:
 
 
 def test_without_mixed_precision_the_losses_are_the_tutorials(sample, tmp_path):
-    printed = bench(tmp_path, "losses", "--data-path", sample, "--img-size", "32", "--batch-size", "8")
+    printed = printed_by_bench(tmp_path, "losses", "--data-path", sample, "--img-size", "32", "--batch-size", "8")
     assert float(re.search(r"same weights: (\S+)", printed)[1]) < 1e-4
     assert len(re.findall(r"^ +\d+  ", printed, re.M)) == 10  # steps: 80 images, 8 a step
 
 
 def test_training_is_compared_with_the_tutorials(sample, tmp_path):
     flags = ["--data-path", sample, "--images", "24", "--rounds", "1", "--img-size", "32"]
-    printed = bench(tmp_path, "train", *flags)
+    printed = printed_by_bench(tmp_path, "train", *flags)
     with open(tmp_path / "bench.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["figure"] for row in rows] == ["epoch", "start to end"]
@@ -35,26 +37,29 @@ def test_training_is_compared_with_the_tutorials(sample, tmp_path):
         assert f"{row['figure']} tutorial/ours" in printed
 
 
-def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path):
+def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, monkeypatch, capsys):
+    def compared() -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags), *SMALL])
+        bench.main()
+        return capsys.readouterr().out
+
     flags = ["accuracy", "--data-path", sample, "--minutes", "0", "--epochs", "1", "--img-size", "32", "--rounds", "1"]
     flags += ["--kinds", "scratch:lr=0.01,zero_init=False"]
-    printed = bench(tmp_path, *flags)
+    printed = compared()
     with open(tmp_path / "accuracy.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["kind"], row["seed"], row["epoch"]) for row in rows] == [("scratch:lr=0.01,zero_init=False", "0", "0")]
     assert f"mean {float(rows[0]['accuracy']):.4f}" in printed
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     before = (tmp_path / "accuracy.csv").read_bytes()
-    assert bench(tmp_path, *flags).splitlines() == printed.splitlines()
+    assert compared() == printed
     assert (tmp_path / "accuracy.csv").read_bytes() == before
 
 
 def test_a_fifth_of_the_images_is_set_aside(sample):
-    sys.path.insert(0, str(BENCH.parent))
-    from bench import divided
-
     def names(set_aside: bool) -> dict[str, set[str]]:
-        with divided(str(sample), set_aside) as data:
+        with bench.divided(str(sample), set_aside) as data:
             return {side: {path.name for path in (data / side).rglob("*.jpg")} for side in ("train", "val")}
 
     choices, final = names(set_aside=False), names(set_aside=True)
