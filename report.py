@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from data_utils import choose_figure_images
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
 from run_utils import Aside, Run, peak_memory, printable, whole_file, write_csv
-from train_eval_utils import Evaluation, RangeTest, collect_features, compute_logits
+from train_eval_utils import Evaluation, RangeTest, compute_logits
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
 WORST = 8  # mistakes in the figure of the worst
@@ -30,7 +31,7 @@ WITHOUT_EFFECT = (  # on what a network learns: flags that HPARAMS does not show
     *("allow_changed_data", "download", "find_lr", "histograms", "name"),
     *("num_classes", "resume", "save_every", "strict", "workers"),
 )
-PROJECTED = 1000  # validation images in the projector, about
+PROJECTED, THUMBNAIL = 1000, 32  # validation images in the projector, about; pixels of each
 LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 
 Painter = Callable[[], Figure]  # so that it can be drawn later, beside the training
@@ -60,6 +61,7 @@ class Report:
         self.class_names = run.info["class_names"]
         self.val_set = val_loader.dataset.images.images
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
+        self.features: list[Tensor] = []
         self.drawing = Aside(at_once=device.type == "cpu")  # whose cores training needs itself
 
     def start(self, card: str) -> None:
@@ -91,6 +93,11 @@ class Report:
         """The loss of some of the steps: always the same ones, whether the run has been interrupted or not."""
         if step % math.ceil(self.steps / LOSSES_AN_EPOCH) == 0:
             self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps + step)
+
+    def see(self, features: Tensor) -> None:
+        """Keep what `fc` sees of the first validation images, (N, features), until the end of the epoch."""
+        if sum(map(len, self.features)) < PROJECTED:
+            self.features.append(features.cpu())
 
     def epoch(
         self,
@@ -152,6 +159,7 @@ class Report:
         if is_last:
             self.projector(validation, numbers)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
+        self.features.clear()
         self.drawing.do(self.draw, figures, files, epoch)
         self.writer.flush()
 
@@ -226,18 +234,27 @@ class Report:
 
     def projector(self, validation: Evaluation, numbers: Tensor) -> None:
         """What `fc` sees of the validation images, with the images in small, for the projector."""
-        features, shown, thumbnails = collect_features(
-            self.run.model, self.val_loader, self.device, PROJECTED, amp_dtype=self.amp_dtype
-        )
         names = list(map(printable, self.class_names))
-        predicted = dict(zip(numbers.tolist(), validation.predicted.tolist(), strict=True))
-        rows = []
-        for number in shown.tolist():
-            label, guess = self.val_set.images_class[number], predicted.get(number)
-            right = "right" if guess == label else "wrong"
-            rows.append([names[label], "" if guess is None else names[guess], right])
+        features, rows, thumbnails = [], [], []
+        for place, feature in enumerate(torch.cat(self.features)):
+            item = self.val_loader.dataset[int(numbers[place])]
+            if item is not None:  # its file is still there
+                label, guess = int(validation.labels[place]), int(validation.predicted[place])
+                features.append(feature)
+                rows.append([names[label], names[guess], "right" if guess == label else "wrong"])
+                pixels = torch.from_numpy(to_pixels(item[0][None])).permute(0, 3, 1, 2) / 255
+                thumbnails.append(F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="area"))
+        if not rows:
+            return
         before = self.run.folder / f"{self.run.epoch:05d}"
         if before.exists():  # of an epoch that is done again
             shutil.rmtree(before)
         header = ["class", "predicted", "right or wrong"]
-        self.writer.add_embedding(features, rows, thumbnails, self.run.epoch, "validation", metadata_header=header)
+        self.writer.add_embedding(
+            torch.stack(features),
+            rows,
+            torch.cat(thumbnails),
+            self.run.epoch,
+            "validation",
+            metadata_header=header,
+        )

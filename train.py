@@ -319,7 +319,12 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
                 logits, numbers = collect_logits(
-                    learner, val_batches, device, amp_dtype=amp_dtype, after_step=stop.check
+                    learner,
+                    val_batches,
+                    device,
+                    amp_dtype=amp_dtype,
+                    on_features=report.see,
+                    after_step=stop.check,
                 )
                 if len(numbers) < len(val_set):
                     left_out = len(val_set) - len(numbers)
@@ -413,11 +418,11 @@ def head_loaders(
 
     That for training has the sampler of `train_loader`; `val_loader` numbers its images.
     """
-    options = {"amp_dtype": amp_dtype, "after_step": stop.check, "thumbnail_size": None}
+    options = {"amp_dtype": amp_dtype, "after_step": stop.check}
     sampler, views = train_loader.sampler, []
     for view in range(args.feature_views):
         sampler.set_epoch(view, img_size=training_sizes(args)[1])
-        features, labels, _ = collect_features(model, train_loader, device, **options)
+        features, labels = collect_features(model, train_loader, device, **options)
         places = torch.tensor([index for index, *_ in sampler]).argsort()
         views.append((features[places], labels[places]))
     train_features = DataLoader(
@@ -426,7 +431,7 @@ def head_loaders(
         sampler=sampler,
         generator=torch.Generator(),
     )
-    features, numbers, _ = collect_features(model, val_loader, device, **options)
+    features, numbers = collect_features(model, val_loader, device, **options)
     return train_features, DataLoader(TensorDataset(features, numbers), batch_size=1024)
 
 

@@ -1,5 +1,6 @@
 """The schedule of a training, one epoch of it, one pass of evaluation, and the metrics that are computed from that."""
 
+import contextlib
 import copy
 import math
 import time
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import ResNet, evaluation_mode, fold_batch_norm
-from my_dataset import prepare_batch, to_pixels
+from my_dataset import prepare_batch
 
 READ_SECONDS = 0.5  # between two looks at the loss
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
@@ -418,12 +419,15 @@ def collect_logits(
     device: torch.device | str,
     *,
     amp_dtype: torch.dtype | None = None,
+    on_features: Callable[[Tensor], None] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One evaluation pass: whatever is wanted of it is computed from what it returns.
 
     Args:
         amp_dtype: mixed precision, see `compute_logits`.
+        on_features: is told what the last layer sees of each batch: (N, features) float32. For a ResNet, or the `fc` of
+            one.
         after_step: called after each batch; what it raises ends the pass.
 
     Returns:
@@ -433,8 +437,12 @@ def collect_logits(
         EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
     all_logits, all_labels = [], []
-    with evaluation_mode(model):
+    with evaluation_mode(model), contextlib.ExitStack() as stack:
         model = fold_batch_norm(model) if isinstance(model, ResNet) else model
+        if on_features is not None:
+            last = model.fc if isinstance(model, ResNet) else model
+            hook = last.register_forward_pre_hook(lambda _, inputs: on_features(inputs[0].float()))
+            stack.callback(hook.remove)
         for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=None, dynamic_ncols=True):
             if len(images):  # not if none of them could be read
                 all_logits.append(compute_logits(model, images, device, amp_dtype))
@@ -447,47 +455,21 @@ def collect_logits(
 
 
 def collect_features(
-    model: ResNet,
-    data_loader: DataLoader,
-    device: torch.device | str,
-    limit: int | None = None,
-    *,
-    amp_dtype: torch.dtype | None = None,
-    after_step: Callable[[], None] | None = None,
-    thumbnail_size: int | None = 32,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fc` sees of the images of a loader, or of the first ones: at least `limit` of them where there are so many.
-
-    Args:
-        amp_dtype: mixed precision, see `compute_logits`.
-        after_step: called after each batch; what it raises ends the pass.
+    model: ResNet, data_loader: DataLoader, device: torch.device | str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What `fc` sees of the images of a loader: a pass of evaluation, with the `options` of `collect_logits`.
 
     Returns:
-        Features (N, 512 * expansion) float32, labels (N,) int64, and the images in small, (N, 3, thumbnail_size,
-        thumbnail_size) float32 in 0..1, (0,) where that is None; on the CPU.
+        Features (N, 512 * expansion) float32 and labels (N,) int64, in the loader's order, on the CPU.
 
     Raises:
         EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
-    features, labels, thumbnails = [], [], []
-    with evaluation_mode(model):
-        backbone = fold_batch_norm(model)
-        backbone.fc = nn.Identity()
-        bar = tqdm(data_loader, desc="computing features", leave=False, disable=None, dynamic_ncols=True)
-        for images, batch_labels in bar:
-            if len(images):
-                features.append(compute_logits(backbone, images, device, amp_dtype).cpu())
-                labels.append(batch_labels)
-                if thumbnail_size is not None:
-                    pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2) / 255
-                    thumbnails.append(F.interpolate(pixels, (thumbnail_size, thumbnail_size), mode="area"))
-            if after_step is not None:
-                after_step()
-            if limit is not None and sum(map(len, labels)) >= limit:
-                break
-    if not features:
-        raise EmptyLoaderError("there is nothing to compute features of: the data loader gives no image")
-    return torch.cat(features), torch.cat(labels), torch.cat(thumbnails) if thumbnails else torch.empty(0)
+    features: list[Tensor] = []
+    _, labels = collect_logits(
+        model, data_loader, device, on_features=lambda batch: features.append(batch.cpu()), **options
+    )
+    return torch.cat(features), labels
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
