@@ -170,8 +170,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_dead_worker(error: Exception) -> bool:
-    """Whether a DataLoader's worker has died, by a signal for example."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    """Whether a DataLoader's worker has died, by a signal for example, perhaps while it was handing over a batch."""
+    died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    return died or isinstance(error, (ConnectionError, EOFError))
 
 
 def available_cores() -> int:
@@ -620,7 +621,7 @@ def event_errors(run: Path) -> Iterator[None]:
     before, threading.excepthook = threading.excepthook, report
     try:
         yield
-    except BrokenPipeError:  # of the output
+    except ConnectionError:  # the output is closed, or a worker is gone
         raise
     except OSError as error:
         if error.strerror is None:  # one that says already what it is about

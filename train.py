@@ -736,10 +736,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
         return 1
-    except (DataError, EmptyLoaderError, WeightsError, UsageError, FloatingPointError, OSError) as error:
-        print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if is_out_of_memory(error):
             reason = f"out of memory with --batch-size {args.batch_size} and --img-size {args.img_size or PROBE_SIZE}"
             reason += ": lower one of them"
@@ -748,6 +745,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             raise
         print(f"train.py: error: {reason}", file=sys.stderr)
+        return 1
+    except (DataError, EmptyLoaderError, WeightsError, UsageError, FloatingPointError, OSError) as error:
+        print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except StopRequest as stop:
         return 128 + stop.number
