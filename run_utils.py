@@ -171,8 +171,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def is_dead_worker(error: Exception) -> bool:
     """Whether a DataLoader's worker has died, by a signal for example, perhaps while it was handing over a batch."""
-    died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-    return died or isinstance(error, (ConnectionError, EOFError))
+    said = ("DataLoader worker (pid", "received 0 items of ancdata", "got end of file during message")
+    return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(said)
 
 
 def available_cores() -> int:
