@@ -1,6 +1,5 @@
 """The figures: what they show, and that nothing is cut off, warned about or kept."""
 
-import gc
 import io
 import itertools
 import warnings
@@ -119,19 +118,3 @@ def test_characters_are_drawn_in_a_font_that_has_them(monkeypatch):
 def forget_fonts() -> None:
     for remembered in (plot_utils._can_be_drawn, plot_utils._more_families, plot_utils._other_font):
         remembered.cache_clear()
-
-
-def test_epochs_of_figures_leave_nothing_in_memory():
-    def objects_after(epochs: int) -> int:
-        for number in range(epochs):
-            for figure in (
-                confusion_matrix(np.full((2, 2), number), ["cat", "dog"], Figure(dpi=20)),
-                mistakes(PICTURES[:1], HEATS[:1], ["cat"], [0.5], ["dog"], Figure(dpi=20)),
-            ):
-                figure.savefig(io.BytesIO())
-        gc.collect()
-        return len(gc.get_objects())
-
-    objects_after(5)
-    before = objects_after(5)
-    assert objects_after(30) - before < 300  # a figure alone has more than that

@@ -1,0 +1,77 @@
+"""What a run tells of itself, over more epochs than anyone makes."""
+
+import argparse
+import contextlib
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_classes
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from model import MODELS
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, Numbered, Tolerant, TrainTransform
+from report import Report
+from run_utils import Run
+from train_eval_utils import Evaluation, Progress, Schedule
+
+CLASSES, SIZE = ["cat", "dog"], 32
+STATM = Path("/proc/self/statm")
+
+
+def resident_mib() -> float:
+    return int(STATM.read_text().split()[1]) * 4096 / 2**20 if STATM.exists() else 0.0
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, small_network):
+    """Of a run with two images that has not begun."""
+    monkeypatch.setattr("report.PLOT_IMG", tmp_path)  # no images of flowers
+    paths = sorted(write_classes(tmp_path / "pets", {"cat": 1, "dog": 1}).rglob("*.png"))
+    labels = [CLASSES.index(path.parent.name) for path in paths]
+    train_set = Tolerant(MyDataSet(paths, labels, TrainTransform(SIZE)), replace=True)
+    val_set = Tolerant(Numbered(MyDataSet(paths, labels, EvalTransform(SIZE))), replace=False)
+    sampler = EpochSampler(len(paths), seed=0)
+    model = MODELS["resnet18"](num_classes=len(CLASSES))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(
+        folder,
+        model,
+        torch.optim.SGD(model.parameters()),
+        torch.amp.GradScaler("cpu", enabled=False),
+        Schedule(1000, 1, lr=0.1, lrf=0.1),
+        {"model": "resnet18", "class_names": CLASSES, "img_size": SIZE},
+        [],
+    )
+    run.progress = Progress(sum=1.0, images=2, steps=1, right=1)
+    with contextlib.closing(SummaryWriter(str(folder))) as writer:
+        yield Report(
+            writer,
+            run,
+            argparse.Namespace(batch_size=2, histograms="standard"),
+            DataLoader(train_set, batch_size=2, sampler=sampler),
+            DataLoader(val_set, batch_size=2),
+            torch.device("cpu"),
+            None,
+        )
+
+
+def test_a_thousand_epochs_of_figures_leave_nothing_in_memory(report):
+    """The figures with many images and the curves are drawn ten times on the way, the predictions each time."""
+    numbers, labels = torch.arange(2), torch.tensor([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    seen = {}
+    for epoch in range(1000):
+        report.run.epoch = epoch
+        validation = Evaluation(torch.randn(2, len(CLASSES), generator=generator), labels)
+        report.epoch(validation, numbers, 0.1, 1.0, is_best=False, is_last=False)
+        if epoch in (100, 999):
+            gc.collect()
+            seen[epoch] = len(gc.get_objects()), resident_mib()
+    objects, mib = (after - before for before, after in zip(seen[100], seen[999], strict=True))
+    assert objects < 5000  # a figure alone has more than 300
+    assert mib < 100  # the pixels of 900 figures would take more
+    assert len(report.run.history) == 1000
