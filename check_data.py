@@ -475,10 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `check_data.py folder | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-    except (DataError, UsageError, OSError) as error:
-        complain(error)
-        return 2
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if is_out_of_memory(error):
             complain(UsageError("out of memory: free some, or try --workers 0"))
         elif is_dead_worker(error):
@@ -487,6 +484,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             raise
+        return 2
+    except (DataError, UsageError, OSError) as error:
+        complain(error)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -264,10 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `predict.py folder | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (DataError, WeightsError, UsageError, OSError) as error:
-        complain(error)
-        return 1
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if is_out_of_memory(error):
             complain(UsageError("out of memory: free some, or try --device cpu"))
         elif is_dead_worker(error):
@@ -276,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             raise
+        return 1
+    except (DataError, WeightsError, UsageError, OSError) as error:
+        complain(error)
         return 1
     except KeyboardInterrupt:
         return 130

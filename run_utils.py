@@ -450,6 +450,7 @@ class Run:
         folder: the run's.
         info: what a weights file tells of its model: {"model": ..., "class_names": ..., "img_size": ...}.
         command: the words of its command line.
+        recipe: the values of its recipe, which may have others in another version of the program.
 
     `epoch` is the one under way, `progress` that of its steps so far, `history` the metrics of those before it; `over`
     says that there is none after them, which is decided at the end of each.
@@ -464,11 +465,12 @@ class Run:
         schedule: Schedule,
         info: dict[str, Any],
         command: list[str],
+        recipe: Mapping[str, float],
     ) -> None:
         self.folder = folder
         self._lock = lock_run(folder)
         self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
-        self.info, self.command = info, command
+        self.info, self.command, self.recipe = info, command, recipe
         self.epoch = 0
         self.progress = Progress()
         self.over = False
@@ -500,6 +502,7 @@ class Run:
             )
         resume = {
             "command": self.command,
+            "recipe": dict(self.recipe),
             "epoch": self.epoch,
             "progress": self.progress.state,
             "history": self.history,

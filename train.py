@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -239,7 +240,8 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     folder = Path(args.resume) if resumed else create_run_folder(args.name)
     files = describe_files(found, checked)
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
-    run = Run(folder, model, optimizer, scaler, schedule, info, command)
+    recipe = {name: getattr(args, name) for name in RECIPES[args.recipe]}
+    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe)
     if resumed:
         checkpoint = read_checkpoint(run.weights / "last.pth")  # from here on no other process can change it
         check_same_data(folder, files, class_names, checkpoint, args.allow_changed_data)
@@ -584,8 +586,12 @@ def describe_recipe(args: argparse.Namespace) -> str:
     return f"{args.recipe}, {long}, {values}, {sizes}"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with one line where a value is out of range."""
+def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = None) -> argparse.Namespace:
+    """The command line; exits with one line where a value is out of range.
+
+    Args:
+        recipe: the values of the one that it names, instead of those of `RECIPES`.
+    """
     parser = FlagParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data-path", help="a folder with one sub-folder a class (default: the built-in sample)")
@@ -626,14 +632,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--histograms", choices=("first", "all"), default="first", help="of two convolutions, or of all and gradients")
     add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
     parser.set_defaults(**RECIPES["tutorial"])
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    recipe = recipe or RECIPES[parser.parse_args(argv).recipe]
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.img_size is None and not args.time_budget:
         args.img_size = 224
     if args.download:
         args.data_path = args.data_path or str(FLOWER_PHOTOS)
 
-    recipe = RECIPES[args.recipe]
     for flag, fits, need in [
         ("epochs", not args.time_budget or args.epochs == recipe["epochs"], "left out: --time-budget takes its place"),
         (
@@ -677,12 +683,16 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     checkpoint = read_checkpoint(folder / "weights" / "last.pth")
     progress = checkpoint["resume"]
     command = progress["command"]
+    recipe, known = progress.get("recipe", {}), RECIPES["tutorial"]
+    if not (isinstance(recipe, dict) and all(is_like(value, known.get(name)) for name, value in recipe.items())):
+        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
+    recipe = known | recipe if recipe else None  # as it was then, without the ingredients that are newer
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            before = parse_args(command)
+            before = parse_args(command, recipe)
     except SystemExit as error:
         raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its command line is not train.py's") from error
-    args = parse_args(command + argv)
+    args = parse_args(command + argv, recipe)
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
             raise UsageError(
@@ -708,6 +718,11 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     else:
         complete = ""
     return args, command + as_words(args, changed), complete
+
+
+def is_like(value: Any, other: Any) -> bool:
+    """Whether they are finite numbers, or flags, of the same type."""
+    return type(value) is type(other) and math.isfinite(value)
 
 
 def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:

@@ -285,6 +285,7 @@ def test_predicting_needs_no_matplotlib(weights, sample):
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images died"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a process that reads images died"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(capsys, weights, sample, monkeypatch, error, said):

@@ -194,6 +194,18 @@ def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
     assert len(metrics()) == after["resume"]["epoch"] > before["resume"]["epoch"]  # what was begun has been evaluated
 
 
+def test_a_run_keeps_its_recipe_when_the_program_has_another_one_by_now(two_classes, monkeypatch, capsys):
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch", "--epochs", "2"]
+    with after_steps(1, send(signal.SIGTERM)):
+        assert train.main(flags) == 143
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe"))
+    newer = train.RECIPES["scratch"] | {"lr": 7.0, "last_size": 2.0, "weight_decay": 0.3}
+    monkeypatch.setitem(train.RECIPES, "scratch", newer)
+    assert train.main(["--resume"]) == 0
+    assert header in capsys.readouterr().out
+    assert max(float(row["learning_rate"]) for row in metrics()) < 1
+
+
 def test_a_size_that_is_asked_for_is_not_planned(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--time-budget", "0.02", "--img-size", "40"]
     assert train.main(flags) == 0

@@ -44,7 +44,8 @@ def report(tmp_path, monkeypatch, small_network):
         torch.amp.GradScaler("cpu", enabled=False),
         Schedule(1000, 1, lr=0.1, lrf=0.1),
         {"model": "resnet18", "class_names": CLASSES, "img_size": SIZE},
-        [],
+        command=[],
+        recipe={},
     )
     run.progress = Progress(sum=1.0, images=2, steps=1, right=1)
     with contextlib.closing(SummaryWriter(str(folder))) as writer:
