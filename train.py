@@ -170,8 +170,8 @@ RECIPES = {
 }
 
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
-ENOUGH_EPOCHS = 16
-PROBE_SIZE = 128  # at which speed is measured, to plan by
+ENOUGH_EPOCHS = 24
+PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
@@ -543,19 +543,27 @@ def plan(
         seconds that an evaluation will take.
     """
     images = copy.copy(train_set)  # which keeps no images: these are small ones
-    images.transform = TrainTransform(PROBE_SIZE)
-    loader = make_loader(Tolerant(images, replace=True), args, device, EpochSampler(len(images), args.seed))
-    seconds = 60 * args.time_budget
-    speed = measure_speed(model, loader, device, min(5.0, seconds / 50), amp_dtype=amp_dtype)
-    pixels_per_second = speed * PROBE_SIZE**2
+    images.transform = TrainTransform(PROBE_SIZES[0])
+    sampler = EpochSampler(len(images), args.seed)
+    loader = make_loader(Tolerant(images, replace=True), args, device, sampler)
+    seconds, took = 60 * args.time_budget, []
+    for size in PROBE_SIZES:
+        sampler.set_epoch(0, img_size=size)
+        took.append(1 / measure_speed(model, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
+    small, large = (size**2 for size in PROBE_SIZES)
+    per_image = min(max(0.0, (took[0] * large - took[1] * small) / (large - small)), took[1])  # whatever its size is
+    per_pixel = (took[1] - per_image) / large
+
     for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
         first, last = training_sizes(args, img_size)
         pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # of an image, in the mean
-        epochs = 0.9 * seconds * pixels_per_second / pixels / len(images)
+        evaluation = val_images * (per_image + per_pixel * img_size**2) / 3  # without a backward pass
+        epochs = 0.95 * seconds / (len(images) * (per_image + per_pixel * pixels) + evaluation)
         if epochs >= ENOUGH_EPOCHS:
             break
-    print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speed:.1f} images/s at {PROBE_SIZE} px)")
-    return img_size, val_images * img_size**2 / (3 * pixels_per_second)  # without a backward pass
+    speeds = " and ".join(f"{1 / t:.1f} images/s at {size} px" for t, size in zip(took, PROBE_SIZES, strict=True))
+    print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speeds})")
+    return img_size, evaluation
 
 
 def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tuple[int, int]:
@@ -753,8 +761,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if is_out_of_memory(error):
-            reason = f"out of memory with --batch-size {args.batch_size} and --img-size {args.img_size or PROBE_SIZE}"
-            reason += ": lower one of them"
+            img_size = args.img_size or PROBE_SIZES[-1]
+            reason = f"out of memory with --batch-size {args.batch_size} and --img-size {img_size}: lower one of them"
         elif is_dead_worker(error):
             reason = "a process that reads images died: too little memory or /dev/shm (try --workers 0), or a bad image"
         else:
