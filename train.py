@@ -151,7 +151,7 @@ RECIPES = {
     "finetune": {
         "epochs": 10,
         "batch_size": 32,
-        "lr": 0.01,
+        "lr": 0.03,
         "lrf": 0.0,
         "warmup": 0.1,
         "weight_decay": 0.0005,
@@ -164,7 +164,7 @@ RECIPES = {
         "least_area": 0.25,
         "first_size": 0.85,
         "last_size": 0.85,
-        "backbone_rate": 0.3,
+        "backbone_rate": 0.5,
         "feature_views": 2,
     },
 }
