@@ -344,7 +344,8 @@ def find_learning_rate(
     Raises:
         FloatingPointError: the loss is not finite with one of the first rates already.
 
-    The suggestion is the rate at which the loss falls fastest; not a number where it never falls.
+    The suggestion is the rate at which the smoothed loss is least, the highest that still helps: for a schedule that
+    rises to it and falls again. Not a number where the loss never falls.
     """
     losses: list[float] = []
     progress = Progress()
@@ -364,9 +365,8 @@ def find_learning_rate(
             raise
     losses = losses[: _rise(losses)]
     smoothed = np.convolve(np.pad(losses, SMOOTHING // 2, mode="edge"), np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
-    tried, slopes = np.array(rates[: len(losses)]), np.gradient(smoothed)
-    fastest = int(slopes[: int(smoothed.argmin()) + 1].argmin())
-    return RangeTest(tried, np.array(losses), smoothed, float(tried[fastest]) if slopes[fastest] < 0 else math.nan)
+    tried, least = np.array(rates[: len(losses)]), int(smoothed.argmin())
+    return RangeTest(tried, np.array(losses), smoothed, float(tried[least]) if least > 0 else math.nan)
 
 
 def _rise(losses: Sequence[float]) -> int:
