@@ -28,11 +28,10 @@ from run_utils import (
     FlagParser,
     UsageError,
     available_cores,
-    is_dead_worker,
-    is_out_of_memory,
     leave_with_the_run,
     printable,
     tolerate_any_name,
+    what_is_lacking,
     whole_file,
     write_csv,
 )
@@ -476,14 +475,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        if is_out_of_memory(error):
-            complain(UsageError("out of memory: free some, or try --workers 0"))
-        elif is_dead_worker(error):
-            complain(
-                UsageError("a process that reads images died: too little memory (or /dev/shm), or a damaged image")
-            )
-        else:
+        reason = what_is_lacking(error, "free some, or try --workers 0", "try --workers 0")
+        if reason is None:
             raise
+        complain(UsageError(reason))
         return 2
     except (DataError, UsageError, OSError) as error:
         complain(error)

@@ -27,14 +27,13 @@ from run_utils import (
     FlagParser,
     UsageError,
     available_cores,
-    is_dead_worker,
-    is_out_of_memory,
     leave_with_the_run,
     newest_weights,
     printable,
     select_device,
     select_precision,
     tolerate_any_name,
+    what_is_lacking,
     whole_file,
     write_csv,
 )
@@ -265,14 +264,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        if is_out_of_memory(error):
-            complain(UsageError("out of memory: free some, or try --device cpu"))
-        elif is_dead_worker(error):
-            complain(
-                UsageError("a process that reads images died: too little memory (or /dev/shm), or a damaged image")
-            )
-        else:
+        reason = what_is_lacking(error, "free some, or try --device cpu", f"try at most {MANY_IMAGES} images at a time")
+        if reason is None:
             raise
+        complain(UsageError(reason))
         return 1
     except (DataError, WeightsError, UsageError, OSError) as error:
         complain(error)

@@ -175,6 +175,16 @@ def is_dead_worker(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(said)
 
 
+def what_is_lacking(error: Exception, with_little_memory: str, without_workers: str) -> str | None:
+    """For people: what the machine lacks, where that is the reason of an error, and what to do about it."""
+    if is_out_of_memory(error):
+        return f"out of memory: {with_little_memory}"
+    if is_dead_worker(error):
+        why = f"too little memory or /dev/shm ({without_workers}), or a damaged image"
+        return f"a process that reads images died: {why}"
+    return None
+
+
 def available_cores() -> int:
     """The CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux; less than the machine has in a container or under taskset

@@ -72,8 +72,6 @@ from run_utils import (
     describe_device,
     event_errors,
     find_run,
-    is_dead_worker,
-    is_out_of_memory,
     leave_with_the_run,
     printable,
     read_checkpoint,
@@ -85,6 +83,7 @@ from run_utils import (
     shorten,
     tolerate_any_name,
     true_or_false,
+    what_is_lacking,
     write_args,
     write_json,
 )
@@ -543,7 +542,7 @@ def plan(
         seconds that an evaluation will take.
     """
     images = copy.copy(train_set)  # which keeps no images: these are small ones
-    images.transform = TrainTransform(PROBE_SIZES[0])
+    images.transform = TrainTransform(PROBE_SIZES[-1])
     sampler = EpochSampler(len(images), args.seed)
     loader = make_loader(Tolerant(images, replace=True), args, device, sampler)
     seconds, took = 60 * args.time_budget, []
@@ -730,7 +729,7 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
 
 def is_like(value: Any, other: Any) -> bool:
     """Whether they are finite numbers, or flags, of the same type."""
-    return type(value) is type(other) and math.isfinite(value)
+    return type(value) is type(other) and isinstance(value, (int, float)) and -math.inf < value < math.inf
 
 
 def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
@@ -760,12 +759,9 @@ def main(argv: list[str] | None = None) -> int:
         print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        if is_out_of_memory(error):
-            img_size = args.img_size or PROBE_SIZES[-1]
-            reason = f"out of memory with --batch-size {args.batch_size} and --img-size {img_size}: lower one of them"
-        elif is_dead_worker(error):
-            reason = "a process that reads images died: too little memory or /dev/shm (try --workers 0), or a bad image"
-        else:
+        sizes = f"--batch-size, now {args.batch_size}, or --img-size, now {args.img_size or PROBE_SIZES[-1]}"
+        reason = what_is_lacking(error, f"lower {sizes}", "try --workers 0")
+        if reason is None:
             raise
         print(f"train.py: error: {reason}", file=sys.stderr)
         return 1

@@ -52,7 +52,7 @@ def report(tmp_path, monkeypatch, small_network):
         yield Report(
             writer,
             run,
-            argparse.Namespace(batch_size=2, histograms="standard"),
+            argparse.Namespace(batch_size=2, histograms="first"),
             DataLoader(train_set, batch_size=2, sampler=sampler),
             DataLoader(val_set, batch_size=2),
             torch.device("cpu"),

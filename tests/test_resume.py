@@ -260,6 +260,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content["resume"].update(command=["\x1b]0;title\x07\nanother line"]),
         lambda content: content["resume"].update(recipe={"lr": "high"}),
         lambda content: content["resume"].update(recipe={"first_size": math.inf}),
+        lambda content: content["resume"].update(recipe={"no such": None}),
         lambda content: content["resume"].update(recipe=["lr", 0.1]),
         lambda content: content["resume"].update(progress={"os": "system"}),
         lambda content: content["resume"].update(events=[1, 2]),
@@ -304,7 +305,7 @@ def test_too_little_memory_is_one_line(pets, monkeypatch, capsys, error):
     monkeypatch.setattr(train, "train_one_epoch", run_out)
     assert train.main(flags(pets)) == 1
     said = capsys.readouterr().err
-    assert "out of memory with --batch-size 4 and --img-size 32" in said
+    assert "out of memory: lower --batch-size, now 4, or --img-size, now 32" in said
     assert len(said.splitlines()) == 1
 
 
