@@ -176,10 +176,15 @@ def is_dead_worker(error: Exception) -> bool:
 
 
 def what_is_lacking(error: Exception, with_little_memory: str, without_workers: str) -> str | None:
-    """For people: what the machine lacks, where that is the reason of an error, and what to do about it."""
+    """For people: what the machine lacks, where that is the reason of an error, and what to do about it.
+
+    For programs that end with it: torch would report a dead worker again, anywhere, as each of the others ends.
+    """
     if is_out_of_memory(error):
         return f"out of memory: {with_little_memory}"
     if is_dead_worker(error):
+        if hasattr(signal, "SIGCHLD"):  # not on Windows, where torch has no such handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         why = f"too little memory or /dev/shm ({without_workers}), or a damaged image"
         return f"a process that reads images died: {why}"
     return None

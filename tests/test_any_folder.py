@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -199,12 +200,21 @@ def test_a_folder_that_vanishes_is_one_line(two_classes, capsys, monkeypatch):
 
 
 def test_a_worker_that_dies_is_one_line(two_classes, capsys, monkeypatch):
-    monkeypatch.setattr(
-        Run, "save_is_due", lambda run: [worker.kill() for worker in multiprocessing.active_children()] and False
-    )
+    late = iter(DataLoader(range(9), num_workers=1))  # dies when the program has said why it ends
+    (late_worker,) = multiprocessing.active_children()
+
+    def kill_a_worker(run: Run) -> bool:
+        next(worker for worker in multiprocessing.active_children() if worker != late_worker).kill()
+        time.sleep(10)  # ended by the report of its death
+        return False
+
+    monkeypatch.setattr(Run, "save_is_due", kill_a_worker)
     flags = [*SMALL[:-1], "1", "--epochs", "2"]
     assert train.main(["--data-path", str(two_classes), *flags]) == 1
     said = capsys.readouterr().err
     assert "a process that reads images died" in said
     assert len(said.splitlines()) == 1
+    late_worker.kill()
+    time.sleep(1)  # not interrupted by a second report
+    del late
     assert torch.load("runs/flower_experiment/weights/last.pth", weights_only=True)["resume"]["epoch"] == 0
