@@ -344,8 +344,8 @@ def find_learning_rate(
     Raises:
         FloatingPointError: the loss is not finite with one of the first rates already.
 
-    The suggestion is the rate at which the smoothed loss is least, the highest that still helps: for a schedule that
-    rises to it and falls again. Not a number where the loss never falls.
+    The suggestion is the highest rate before the loss has lost half of what it had gained, a little above that of the
+    least loss: for a schedule that rises to it and falls again. Not a number where the loss never falls.
     """
     losses: list[float] = []
     progress = Progress()
@@ -366,7 +366,10 @@ def find_learning_rate(
     losses = losses[: _rise(losses)]
     smoothed = np.convolve(np.pad(losses, SMOOTHING // 2, mode="edge"), np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
     tried, least = np.array(rates[: len(losses)]), int(smoothed.argmin())
-    return RangeTest(tried, np.array(losses), smoothed, float(tried[least]) if least > 0 else math.nan)
+    half = (np.mean(losses[:SMOOTHING]) + smoothed[least]) / 2
+    lost = np.append(smoothed[least:] > half, True)
+    suggestion = float(tried[least + lost.argmax() - 1]) if least > 0 else math.nan
+    return RangeTest(tried, np.array(losses), smoothed, suggestion)
 
 
 def _rise(losses: Sequence[float]) -> int:
