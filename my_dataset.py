@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -184,7 +185,7 @@ class MyDataSet(Dataset):
         self.images_path = [path for path, use in zip(images_path, usable, strict=True) if use]
         self.images_class = [label for label, use in zip(images_class, usable, strict=True) if use]
         self.transform = transform
-        self._cache = _ImageCache(len(self.images_path), cache_bytes) if cache_bytes > 0 else None
+        self.keep_images(cache_bytes)
         left_out = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
         if left_out:
             names = ", ".join(map(repr, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
@@ -192,6 +193,23 @@ class MyDataSet(Dataset):
                 f"{len(left_out)} of {len(images_path)} images left out, more than {MAX_ASPECT_RATIO} times as long as "
                 f"wide or as wide as long: {names}"
             )
+
+    def keep_images(
+        self,
+        cache_bytes: int,
+        map_memory: Callable[[int], mmap.mmap] | None = None,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        """Start with empty memory of that size: see `cache_bytes`.
+
+        Args:
+            map_memory: gives so many bytes; several processes the same ones, of which each fills its part, and all
+                find what is there.
+            part: which one this process fills, from 0, of how many.
+        """
+        images = len(self.images_path)
+        self._cache = _ImageCache(images, cache_bytes, map_memory, part, parts) if cache_bytes > 0 else None
 
     def __len__(self) -> int:
         return len(self.images_path)
@@ -234,11 +252,16 @@ class MyDataSet(Dataset):
 class _ImageCache:
     """Decoded images (3, H, W) uint8, in memory that this process shares with those forked from it."""
 
-    def __init__(self, images: int, size: int) -> None:
-        # An anonymous mapping takes memory when it is written to; torch's shared tensors take all of it at once.
-        self._pixels = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        self._places = torch.zeros(images, 3, dtype=torch.int64).share_memory_()  # start, height, width
-        self._used = torch.multiprocessing.get_context().Value("q", 0)
+    def __init__(
+        self, images: int, size: int, map_memory: Callable[[int], mmap.mmap] | None, part: int, parts: int
+    ) -> None:
+        # A mapping takes memory when it is written to; torch's shared tensors take all of it at once.
+        memory = (map_memory or functools.partial(mmap.mmap, -1))(24 * images + size)
+        places = torch.frombuffer(memory, dtype=torch.int64, count=3 * images)
+        self._places = places.view(images, 3)  # start, height, width
+        self._pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=24 * images)
+        self._used = torch.multiprocessing.get_context().Value("q", size * part // parts)
+        self._end = size * (part + 1) // parts
 
     def get(self, index: int) -> Tensor | None:
         start, height, width = self._places[index].tolist()
@@ -251,7 +274,7 @@ class _ImageCache:
         pixels = image.permute(1, 2, 0).flatten()
         with self._used.get_lock():
             start = self._used.value
-            if start + len(pixels) > len(self._pixels):
+            if start + len(pixels) > self._end:
                 return
             self._used.value += len(pixels)
         self._pixels[start : start + len(pixels)] = pixels
@@ -383,6 +406,75 @@ class EpochSampler(Sampler):
         img_size = () if self.img_size is None else (self.img_size,)
         for index in order[self.start :].tolist():
             yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]), *img_size
+
+
+class ShareSampler(Sampler):
+    """The batches of one of several processes: of each step's images an even share, cut into batches.
+
+    A step takes `world_size * accumulate * batch_size` images of the order, the last one what is left, so that all
+    processes together see the same images in it, however many they are. It is for a DataLoader's `batch_sampler`.
+
+    Args:
+        order: of all images.
+        batch_size: images of one process that go through the network at a time.
+        rank, world_size: which process, of how many.
+        accumulate: the batches of a whole step.
+        drop_single: leave a last step out in which the batch of a process would be one image.
+        drop_last: leave a last step out that is smaller than the others.
+    """
+
+    def __init__(
+        self,
+        order: EpochSampler,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        drop_single: bool = False,
+        drop_last: bool = False,
+    ) -> None:
+        self.order, self.batch_size = order, batch_size
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.drop_single, self.drop_last = drop_single, drop_last
+
+    @property
+    def step_size(self) -> int:
+        """The images of a step, of all processes."""
+        return self.batch_size * self.world_size * self.accumulate
+
+    def steps(self) -> list[list[float]]:
+        """Of each step that is left: how much the mean loss of each of its batches counts.
+
+        So much that the mean over the processes, of their sums over a step, is the mean over all of its images. A
+        process that has no image left gets one that does not count.
+        """
+        weights = []
+        for images in self._sizes():
+            batches = self._batches(images, self.rank)
+            weights.append([batch * self.world_size / images for batch in batches] or [0.0])
+        return weights
+
+    def __len__(self) -> int:
+        return sum(map(len, self.steps()))
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        items = iter(self.order)
+        for images in self._sizes():
+            of_step = list(itertools.islice(items, images))
+            share = of_step[self.rank :: self.world_size] or of_step[:1]
+            for start in range(0, len(share), self.batch_size):
+                yield share[start : start + self.batch_size]
+
+    def _sizes(self) -> list[int]:
+        whole, left = divmod(len(self.order), self.step_size)
+        single = any(1 in self._batches(left, rank) for rank in range(min(self.world_size, left)))
+        drops = left == 0 or self.drop_last or (single and self.drop_single)
+        return [self.step_size] * whole + ([] if drops else [left])
+
+    def _batches(self, images: int, rank: int) -> list[int]:
+        share = len(range(rank, images, self.world_size))
+        return [min(self.batch_size, share - start) for start in range(0, share, self.batch_size)]
 
 
 # --- transforms and normalisation ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run tells of itself: the tabs of TensorBoard, and files in its folder for those who open no browser."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -22,14 +23,15 @@ import plot_utils
 from data_utils import choose_figure_images
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
-from run_utils import Aside, Run, peak_memory, printable, whole_file, write_csv
-from train_eval_utils import Evaluation, RangeTest, compute_logits
+from ranks import Ranks
+from run_utils import Aside, Run, event_errors, peak_memory, printable, whole_file, write_csv
+from train_eval_utils import Evaluation, Progress, RangeTest, compute_logits
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
 WORST = 8  # mistakes in the figure of the worst
 WITHOUT_EFFECT = (  # on what a network learns: flags that HPARAMS does not show
     *("allow_changed_data", "download", "find_lr", "histograms", "name"),
-    *("num_classes", "resume", "save_every", "strict", "workers"),
+    *("num_classes", "resume", "save_every", "strict", "timeout", "workers"),
 )
 PROJECTED, THUMBNAIL = 1000, 32  # validation images in the projector, about; pixels of each
 LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
@@ -37,7 +39,44 @@ LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 Painter = Callable[[], Figure]  # so that it can be drawn later, beside the training
 
 
-class Report:
+class Silence:
+    """The report of a process that is not the first: it keeps what it sees of the images, and says nothing."""
+
+    def __init__(self) -> None:
+        self.features: list[Tensor] = []
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to close."""
+
+    def see(self, features: Tensor) -> None:
+        """Keep what `fc` sees of the first validation images, (N, features), until the end of the epoch."""
+        if sum(map(len, self.features)) < PROJECTED:
+            self.features.append(features.cpu())
+
+    def gather(self, ranks: Ranks) -> None:
+        """Keep what all processes have seen, as if it was one's."""
+        shares, self.features = ranks.gather(self.features), []
+        for features in itertools.chain(*shares):
+            self.see(features)
+
+    def start(self, card: str) -> None:
+        """Said by the first."""
+
+    def step(self, step: int, loss: float) -> None:
+        """Said by the first."""
+
+    def epoch(self, *epoch: object) -> None:
+        """Said by the first."""
+        self.features.clear()
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+class Report(Silence):
     """What a run tells of itself: in TensorBoard, and in files of its folder for those who open no browser.
 
     All of it is computed from what training and evaluation have found anyway. What takes long (figures with many
@@ -46,7 +85,6 @@ class Report:
 
     def __init__(
         self,
-        writer: SummaryWriter,
         run: Run,
         args: Namespace,
         train_loader: DataLoader,
@@ -54,15 +92,28 @@ class Report:
         device: torch.device,
         amp_dtype: torch.dtype | None,
     ) -> None:
-        self.writer, self.run, self.args = writer, run, args
+        super().__init__()
+        with event_errors(run.folder):
+            self.writer = SummaryWriter(log_dir=str(run.folder))
+        self.run, self.args = run, args
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.steps = len(train_loader)  # of a whole epoch, now
+        self.steps = len(train_loader.batch_sampler.steps())  # of a whole epoch, now
         self.device, self.amp_dtype = device, amp_dtype
         self.class_names = run.info["class_names"]
         self.val_set = val_loader.dataset.images.images
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
-        self.features: list[Tensor] = []
         self.drawing = Aside(at_once=device.type == "cpu")  # whose cores training needs itself
+
+    def __enter__(self) -> "Report":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(event_errors(self.run.folder))
+            stack.enter_context(contextlib.closing(self.writer))
+            stack.enter_context(self.drawing)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.__exit__(*error)
 
     def start(self, card: str) -> None:
         """What is known before the first step: the graph, the layout of the curves, the flags and the run's card."""
@@ -90,17 +141,13 @@ class Report:
         self.flush()
 
     def step(self, step: int, loss: float) -> None:
-        """The loss of some of the steps: always the same ones, whether the run has been interrupted or not."""
+        """The loss of some of the steps, of the first process's images: always the same ones, interrupted or not."""
         if step % math.ceil(self.steps / LOSSES_AN_EPOCH) == 0:
             self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps + step)
 
-    def see(self, features: Tensor) -> None:
-        """Keep what `fc` sees of the first validation images, (N, features), until the end of the epoch."""
-        if sum(map(len, self.features)) < PROJECTED:
-            self.features.append(features.cpu())
-
     def epoch(
         self,
+        progress: Progress,
         validation: Evaluation,
         numbers: Tensor,
         learning_rate: float,
@@ -111,12 +158,13 @@ class Report:
         """An epoch, before it is saved.
 
         Args:
+            progress: of all its steps.
             numbers: (N,) int64, which images of the validation set `validation` is of.
             seconds: that training and evaluation took.
             is_best: its accuracy is the best so far.
             is_last: there is no other one after it.
         """
-        epoch, model, progress = self.run.epoch, self.run.model, self.run.progress
+        epoch, model = self.run.epoch, self.run.model
         scalars = {
             "train_loss": progress.loss,
             "val_loss": validation.loss,
@@ -208,7 +256,7 @@ class Report:
 
         But for a frozen backbone whose features were computed once: it has seen others.
         """
-        train_set, sampler = self.train_loader.dataset, self.train_loader.sampler
+        train_set, sampler = self.train_loader.dataset, self.train_loader.batch_sampler.order
         sampler.set_epoch(self.run.epoch, img_size=sampler.img_size)
         items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]
         images, labels = train_set.collate_fn(items)

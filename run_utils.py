@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from model import WeightsError, read_torch_file
+from ranks import Ranks
 from train_eval_utils import Progress, Schedule
 
 try:
@@ -37,7 +39,9 @@ except ImportError:  # Windows
 
 
 KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what earlier runs have found out about image files
+LAUNCH = ".launch"  # in the folder of a run: by which torchrun it was begun
 SECONDS_BETWEEN_SAVES = 60  # at least, within an epoch
+SECONDS_TO_STOP = 10  # of several processes, after a signal; torchrun kills them after 30
 
 
 Files = dict[str, list[list[str]]]  # of a data set: see `describe_files` in data_utils
@@ -57,7 +61,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line; argparse's own prints the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {printable(message)} (--help explains the flags)\n")
+        said = f"{self.prog}: error: {printable(message)} (--help explains the flags)\n"
+        self.exit(2, said if Ranks().is_first else None)
 
 
 def _hyphens(flag: re.Match) -> str:
@@ -84,6 +89,16 @@ def tolerate_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextlib.contextmanager
+def only_first_speaks(ranks: Ranks) -> Iterator[None]:
+    """What the other processes print goes nowhere, but for their errors."""
+    with contextlib.ExitStack() as stack:
+        if not ranks.is_first:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
 def command_line(words: list[str]) -> str:
     """For people to copy, quoted as their shell wants it."""
     return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
@@ -97,8 +112,11 @@ def shorten(text: str, width: int = 100) -> str:
 # --- device -------------------------------------------------------------------------------------------------------
 
 
-def select_device(name: str) -> torch.device:
+def select_device(name: str, ranks: Ranks | None = None) -> torch.device:
     """`cuda`, `cuda:1`, `1`, `mps` or `cpu` -> the device; the CPU, with a line that says so, where there is none.
+
+    Args:
+        ranks: of several processes on a machine, each has the GPU of its number there.
 
     Raises:
         UsageError: no such kind of device, or fewer of them than that.
@@ -107,16 +125,22 @@ def select_device(name: str) -> torch.device:
     if match is None:
         raise UsageError(f"--device {name}: choose cuda, cuda:1 (or just 1), mps or cpu")
     index = int(match[2] or 0)
+    if ranks is not None and ranks.local_world_size > 1 and name != "cpu":
+        if name != "cuda":
+            raise UsageError(f"--device {name}: with several processes on a machine choose cuda or cpu")
+        index = ranks.local_rank
     if name == "cpu":
         return torch.device("cpu")
     available = torch.backends.mps.is_available() if name == "mps" else torch.cuda.is_available()
     if not available:
-        print(f"no {'MPS' if name == 'mps' else 'CUDA'} device is available: using the CPU", file=sys.stderr)
+        if ranks is None or ranks.is_first:
+            print(f"no {'MPS' if name == 'mps' else 'CUDA'} device is available: using the CPU", file=sys.stderr)
         return torch.device("cpu")
     if name == "mps":
         return torch.device("mps")
     if index >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        where = f"--device {name}" if match[2] else f"{ranks.local_world_size} processes on this machine"
+        raise UsageError(f"{where}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device("cuda", index)
 
 
@@ -125,6 +149,11 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def describe_ranks(ranks: Ranks) -> str:
+    """For people: how many processes there are, if this one is not alone; an end of a line."""
+    return f", {ranks.world_size} processes" if ranks.world_size > 1 else ""
 
 
 def select_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
@@ -244,6 +273,14 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
     if not found:
         raise UsageError(f"no run in {root} has a {file_name}: train first, or say which")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def run_of(launch: str, root: str | os.PathLike = "runs") -> str | None:
+    """The folder of the run that the same torchrun began (see `Ranks.launch`), if it has a last.pth to go on from."""
+    for mark in Path(root).glob(f"*/{LAUNCH}") if launch else ():
+        if mark.read_text(encoding="utf-8") == launch and (mark.parent / "weights" / "last.pth").exists():
+            return str(mark.parent)
+    return None
 
 
 def lock_run(run: Path) -> TextIO | None:
@@ -466,8 +503,11 @@ class Run:
         info: what a weights file tells of its model: {"model": ..., "class_names": ..., "img_size": ...}.
         command: the words of its command line.
         recipe: the values of its recipe, which may have others in another version of the program.
+        global_batch: the images of a step.
+        ranks: the processes that train it, of which the first writes, and all call `save`, `finish_epoch` and `load`.
 
-    `epoch` is the one under way, `progress` that of its steps so far, `history` the metrics of those before it; `over`
+    `epoch` is the one under way, `progress` that of its steps so far, `images_before` how many of its images had been
+    taken before an interruption, `history` the metrics of those before it; `over`
     says that there is none after them, which is decided at the end of each.
     """
 
@@ -481,13 +521,16 @@ class Run:
         info: dict[str, Any],
         command: list[str],
         recipe: Mapping[str, float],
+        global_batch: int,
+        ranks: Ranks,
     ) -> None:
-        self.folder = folder
-        self._lock = lock_run(folder)
+        self.folder, self.global_batch, self.ranks = folder, global_batch, ranks
+        self._lock = lock_run(folder) if ranks.is_first else None
         self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
         self.info, self.command, self.recipe = info, command, recipe
         self.epoch = 0
         self.progress = Progress()
+        self.images_before = 0
         self.over = False
         self.history: list[dict[str, float]] = []
         self.last: dict[str, Any] = {"epoch": None, "accuracy": None}
@@ -510,6 +553,9 @@ class Run:
         """
         start = time.perf_counter()
         self.progress.read()
+        progress = self.progress.of_all(self.ranks)
+        if not self.ranks.is_first:
+            return
         state = self.state_dict()
         if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
             raise FloatingPointError(
@@ -518,8 +564,9 @@ class Run:
         resume = {
             "command": self.command,
             "recipe": dict(self.recipe),
+            "global_batch": self.global_batch,
             "epoch": self.epoch,
-            "progress": self.progress.state,
+            "progress": progress.state,
             "history": self.history,
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
@@ -533,8 +580,9 @@ class Run:
         self._saving_takes = self._saved_at - start
 
     def save_is_due(self) -> bool:
-        """Whether a minute has passed since last.pth was written, and 100 times as long as that took."""
-        return time.perf_counter() - self._saved_at > max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
+        """Whether, for the first process, a minute has passed since it wrote last.pth, and 100 times what that took."""
+        waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
+        return self.ranks.is_first and time.perf_counter() - self._saved_at > waiting
 
     def judge(self, accuracy: float) -> bool:
         """Note the validation `accuracy` of the epoch under way; returns whether it is the best so far."""
@@ -552,10 +600,11 @@ class Run:
 
         Raises as `save`.
         """
-        if self.best is self.last:
+        if self.best is self.last and self.ranks.is_first:
             save_checkpoint(self.info | self.last | {"state_dict": self.state_dict()}, self.weights / "best.pth")
         self.epoch += 1
         self.progress = Progress()
+        self.images_before = 0
         self.save()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -578,13 +627,15 @@ class Run:
             self.over = bool(resume.get("over"))
             counted = resume["progress"]
             self.epoch = resume["epoch"]
-            self.progress = Progress(
-                float(counted["sum"]), *(int(counted[key]) for key in ("images", "steps", "right"))
-            )
+            total, *counts = float(counted["sum"]), *(int(counted[key]) for key in ("images", "steps", "right"))
+            self.images_before = counts[0]
+            # What has been counted is the first's: later the processes' are added up.
+            self.progress = Progress(total, *counts) if self.ranks.is_first else Progress(steps=counts[1])
             self.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
             self.best = {"epoch": resume["best"]["epoch"], "accuracy": float(resume["best"]["accuracy"])}
             self.last = {key: checkpoint[key] for key in self.last}
-            cut_events(self.folder, dict(resume["events"]))
+            if self.ranks.is_first:
+                cut_events(self.folder, dict(resume["events"]))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
 
@@ -691,33 +742,67 @@ class StopRequest(Exception):  # noqa: N818 - a request, not an error
 
 
 class StopSignals:
-    """While it is entered, SIGINT and SIGTERM are noted, to be looked at between steps; a second one exits at once."""
+    """While it is entered, SIGINT and SIGTERM are noted, to be looked at between steps; a second one exits at once.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: several processes agree on it, see `agree`; one that has not ended after 10 seconds exits.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
         self.received: int | None = None
+        self.ranks = ranks or Ranks()
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.ranks.world_size > 1:
+            noted, self._wakeup = socket.socketpair()
+            self._wakeup.setblocking(False)
+            # The signal itself is not seen by Python while it waits for another process.
+            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._exit_in_time, args=[noted], daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.ranks.world_size > 1:
+            signal.set_wakeup_fd(-1)
+            self._wakeup.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises `StopRequest` when a signal has come."""
-        if self.received is not None:
-            raise StopRequest(self.received)
+        """Raises `StopRequest` when a signal has come; several processes wait for `agree`."""
+        if self.ranks.world_size == 1:
+            self._raise(self.received or 0)
+
+    def agree(self, *wishes: float) -> list[float]:
+        """The largest of each wish of all processes; raises `StopRequest` in all of them when one has got a signal."""
+        number, *wishes = self.ranks.agree(self.received or 0, *wishes)
+        self._raise(int(number))
+        return wishes
+
+    def _raise(self, number: int) -> None:
+        if number:
+            raise StopRequest(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.ranks.world_size > 1:  # each gets it from torchrun, and perhaps from others too
+            self.received = self.received or number
+            return
         if self.received is not None:
             os._exit(128 + number)  # workers notice; see `leave_with_the_run`
         self.received = number
         os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not for signal handlers
 
+    def _exit_in_time(self, noted: socket.socket) -> None:
+        for number in iter(lambda: noted.recv(1), b""):
+            if number[0] in self._before:
+                time.sleep(SECONDS_TO_STOP)
+                os._exit(128 + number[0])
+
 
 def leave_with_the_run(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: a worker leaves signals to the run, and ends with it or at its word."""
+    signal.set_wakeup_fd(-1)  # it would wake the run
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A batch that finds no shared memory would be dropped, and waited for without end.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))

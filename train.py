@@ -5,6 +5,7 @@ python train.py --data-path my_photos            # my_photos/cat/*.jpg, my_photo
 python train.py --data-path flower_photos --download
 python train.py --data-path my_photos --recipe scratch --time-budget 25
 python train.py --data-path my_photos --recipe finetune --weights imagenet
+torchrun --nproc_per_node=8 train.py --data-path my_photos                # eight GPUs; the README has many machines
 tensorboard --logdir=runs                        # beside it; then open http://localhost:6006/
 """
 
@@ -18,16 +19,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from data_utils import (
     DataError,
@@ -53,12 +54,16 @@ from my_dataset import (
     Features,
     MyDataSet,
     Numbered,
+    ShareSampler,
     Tolerant,
     TrainTransform,
 )
-from report import Report
+from ranks import OtherRankFailed, Ranks, is_lost
+from report import Report, Silence
 from run_utils import (
     KNOWN_IMAGES,
+    LAUNCH,
+    Files,
     FlagParser,
     Run,
     StopRequest,
@@ -70,13 +75,15 @@ from run_utils import (
     command_line,
     create_run_folder,
     describe_device,
-    event_errors,
+    describe_ranks,
     find_run,
     leave_with_the_run,
+    only_first_speaks,
     printable,
     read_checkpoint,
     read_json,
     run_card,
+    run_of,
     save_checkpoint,
     select_device,
     select_precision,
@@ -99,8 +106,11 @@ from train_eval_utils import (
     collect_logits,
     find_learning_rate,
     measure_speed,
+    of_all_shares,
     train_one_epoch,
 )
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
@@ -174,47 +184,39 @@ PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
-    *("resume", "allow_changed_data", "strict"),
+    *("resume", "allow_changed_data", "strict", "timeout"),
 }
 
 
-def train(args: argparse.Namespace, command: list[str]) -> None:
+def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     """Train as the flags say.
 
     Args:
         args: `resume` is the folder of the run to go on with, or None.
         command: the words of the command line, for `--resume`.
+        ranks: the processes that do it together, or this one alone. All take the same way through this function.
 
     Raises:
         StopRequest: a signal came; the run has been saved.
     """
-    began = time.perf_counter()
     matplotlib.use("Agg")  # figures go to files, also where there is a screen
-    device = select_device(args.device)
+    device = select_device(args.device, ranks)
     amp_dtype, precision = select_precision(args.amp, device)
+    check_ranks(args, device, amp_dtype, ranks)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # batches have few shapes: try the kernels once, take the fastest
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(args.seed)
 
     # The data: what to train on, and what to validate on.
-    found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
-    class_names = found.class_names
-    if args.num_classes not in (None, len(class_names)):
-        raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(class_names)} classes")
     resumed = args.resume is not None
     runs = Path(args.resume).parent if resumed else Path("runs")
-    known = read_json(runs / KNOWN_IMAGES)
-    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
-    split, problems = leave_out(found, checked)
-    if problems and args.strict:
-        raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
-
-    cache_bytes = available_memory() // 8  # for each set to keep its large images in, decoded
-    train_set = MyDataSet(split.train_paths, split.train_labels, cache_bytes=cache_bytes)
-    val_set = MyDataSet(split.val_paths, split.val_labels, cache_bytes=cache_bytes)
-    if not (len(train_set) and len(val_set)):
-        raise DataError("no usable image is left for training or for validation")
+    data = ranks.from_first(lambda: read_data(args, runs / KNOWN_IMAGES), takes_long=True)
+    train_set, val_set, class_names = data.train_set, data.val_set, data.class_names
+    (cache_bytes,) = ranks.smallest(available_memory() // 8)  # for each set to keep its large images in, decoded
+    for images in (train_set, val_set):
+        images.keep_images(int(cache_bytes), ranks.map_memory, ranks.local_rank, ranks.local_world_size)
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
@@ -226,48 +228,43 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
     # The schedule, and the images in the sizes that it asks for.
     evaluation_seconds = 0.0
     if args.time_budget and not resumed:
-        args.img_size, evaluation_seconds = plan(args, model, train_set, len(val_set), device, amp_dtype)
+        args.img_size, evaluation_seconds = plan(args, model, train_set, len(val_set), device, amp_dtype, ranks)
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay
     train_set.transform = TrainTransform(args.img_size, args.least_area)
     val_set.transform = EvalTransform(args.img_size)
-    sampler = EpochSampler(len(train_set), args.seed)
-    train_loader = make_loader(Tolerant(train_set, replace=True), args, device, sampler)
-    val_loader = make_loader(Tolerant(Numbered(val_set), replace=False), args, device)
-    schedule = make_schedule(args, len(train_loader), began)
+    train_loader = make_train_loader(train_set, args, device, ranks)
+    val_loader = make_val_loader(val_set, args, device, ranks)
+    batches = train_loader.batch_sampler
+    schedule = make_schedule(args, len(batches.steps()), ranks)
     schedule.reserve_time(evaluation_seconds)
 
     # The run. Nothing has been written up to here, in case a flag or the data was wrong.
-    folder = Path(args.resume) if resumed else create_run_folder(args.name)
-    files = describe_files(found, checked)
+    folder = ranks.from_first(lambda: Path(args.resume) if resumed else create_run_folder(args.name))
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     recipe = {name: getattr(args, name) for name in RECIPES[args.recipe]}
-    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe)
-    if resumed:
-        checkpoint = read_checkpoint(run.weights / "last.pth")  # from here on no other process can change it
-        check_same_data(folder, files, class_names, checkpoint, args.allow_changed_data)
-        run.load(checkpoint)
+    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.step_size, ranks)
+    ranks.agree()  # on the time that has been spent
+    if resumed:  # from here on no other process can change its last.pth
+        run.load(ranks.from_first(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
         if not args.time_budget:  # the flags may allow more by now
             run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
-    else:
-        write_args(args, folder / "args.json")
-        write_class_indices(class_names, folder / "class_indices.json")
-    write_json(files, folder / "files.json")
-    write_json(known | checked, runs / KNOWN_IMAGES)
-    if problems:
-        (folder / "unusable_images.txt").write_text("\n".join([*problems, ""]), encoding="utf-8")
-    with event_errors(folder):
-        writer = SummaryWriter(log_dir=str(folder))
-    report = Report(writer, run, args, train_loader, val_loader, device, amp_dtype)
+    if ranks.is_first:
+        write_run(run, data, args, runs / KNOWN_IMAGES)
+    report = Report(run, args, train_loader, val_loader, device, amp_dtype) if ranks.is_first else Silence()
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"device       {describe_device(device)}")
+    print(f"device       {describe_device(device)}{describe_ranks(ranks)}")
     print(f"precision    {precision}")
     print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
     print(f"recipe       {describe_recipe(args)}")
+    if batches.step_size > args.batch_size:
+        print(f"global batch {batches.step_size} images a step")
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
-    print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(val_source)})")
-    if problems:
+    print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(data.val_source)})")
+    if data.problems:
         where = printable(str(folder / "unusable_images.txt"))
-        print(f"left out     {len(problems)} images that cannot be used: {where} says why")
+        print(f"left out     {len(data.problems)} images that cannot be used: {where} says why")
     where = f", on from epoch {run.epoch}, step {run.progress.steps}" if resumed else ""
     print(f"run          {printable(str(folder))}{where}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
@@ -282,33 +279,38 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
         return run.progress.taken == 0 or schedule.progress(run.epoch, run.progress.taken) < 1
 
     def after_step() -> None:
-        stop.check()
-        if run.save_is_due():
-            save()
+        if ranks.is_time_to_agree():
+            (save_is_due,) = stop.agree(run.save_is_due())
+            if save_is_due:
+                save()
 
-    with event_errors(folder), contextlib.closing(writer), report.drawing, StopSignals() as stop:
+    with report, StopSignals(ranks) as stop:
         if args.find_lr:
             return report.range_test(find_lr(args, train_set, model, optimizer, scaler, device, amp_dtype, stop))
         try:
             if not resumed:
-                report.start(run_card(command, args, split.count(), f"{describe_device(device)}, {precision}"))
+                hardware = f"{describe_device(device)}{describe_ranks(ranks)}, {precision}"
+                report.start(run_card(command, args, data.counts, hardware))
                 save()
-            learner, batches, val_batches = model, train_loader, val_loader
+            learner, val_learner = model, model
             if computes_features(args):  # then all that training needs is what fc sees of each image
-                learner = model.fc
-                batches, val_batches = head_loaders(model, train_loader, val_loader, args, device, amp_dtype, stop)
+                learner = val_learner = model.fc
+                train_loader, val_loader = head_loaders(
+                    model, train_set, batches, val_loader, args, device, amp_dtype, stop, ranks
+                )
+            learner = ranks.parallel(learner, device)
             while not run.over:
-                stop.check()
+                stop.agree()
                 epoch, start = run.epoch, time.perf_counter()
-                first_image = run.progress.steps * args.batch_size
-                sampler.set_epoch(epoch, start=first_image, img_size=schedule.img_size(epoch))
+                batches.order.set_epoch(epoch, start=run.images_before, img_size=schedule.img_size(epoch))
                 run.progress.on_read = report.step
-                train_loss = train_one_epoch(
+                train_one_epoch(
                     learner,
                     optimizer,
-                    batches,
+                    train_loader,
                     device,
                     epoch,
+                    steps=batches.steps(),
                     amp_dtype=amp_dtype,
                     scaler=scaler,
                     label_smoothing=args.label_smoothing,
@@ -319,33 +321,37 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
                 )
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
-                logits, numbers = collect_logits(
-                    learner,
-                    val_batches,
-                    device,
-                    amp_dtype=amp_dtype,
-                    on_features=report.see,
-                    after_step=stop.check,
+                ranks.share_buffers(model)
+                options = {"amp_dtype": amp_dtype, "on_features": report.see, "after_step": stop.check}
+                logits, numbers = of_all_shares(
+                    ranks, functools.partial(collect_logits, val_learner, val_loader, device, **options)
                 )
+                stop.agree()
+                progress = run.progress.of_all(ranks)
                 if len(numbers) < len(val_set):
                     left_out = len(val_set) - len(numbers)
                     print(f"[epoch {epoch}] {left_out} of {len(val_set)} validation images left out")
                 validation = Evaluation(logits, torch.tensor(val_set.images_class)[numbers])
                 if not math.isfinite(validation.loss):  # before it is drawn or saved: the checkpoints are from before
-                    raise FloatingPointError(
-                        f"the validation loss is {validation.loss} after epoch {epoch}, with learning rate "
-                        f"{learning_rate:g}: training diverged, a lower rate may help"
+                    ranks.fail(
+                        FloatingPointError(
+                            f"the validation loss is {validation.loss} after epoch {epoch}, with learning rate "
+                            f"{learning_rate:g}: training diverged, a lower rate may help"
+                        )
                     )
 
                 is_best = run.judge(validation.accuracy)
-                schedule.reserve_time(time.perf_counter() - trained)
+                schedule.reserve_time(*ranks.largest(time.perf_counter() - trained))
                 run.over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
-                report.epoch(validation, numbers, learning_rate, time.perf_counter() - start, is_best, run.over)
-                if args.save_every and (epoch + 1) % args.save_every == 0:
+                if run.over:
+                    report.gather(ranks)
+                seconds = time.perf_counter() - start
+                report.epoch(progress, validation, numbers, learning_rate, seconds, is_best, run.over)
+                if args.save_every and (epoch + 1) % args.save_every == 0 and ranks.is_first:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()
                 print(
-                    f"[epoch {epoch}] train_loss {train_loss:.3f}  val_loss {validation.loss:.3f}  "
+                    f"[epoch {epoch}] train_loss {progress.loss:.3f}  val_loss {validation.loss:.3f}  "
                     f"accuracy {validation.accuracy:.3f}  learning_rate {learning_rate:.5f}  "
                     f"{time.perf_counter() - start:.1f} s{'  *best' if is_best else ''}",
                     flush=True,
@@ -354,7 +360,9 @@ def train(args: argparse.Namespace, command: list[str]) -> None:
             save()
             where = f"epoch {run.epoch}, step {run.progress.steps}"
             again = command_line(["python", "train.py", "--resume", str(folder)])
-            print(f"train.py: stopped at {where}; to go on: {again}", file=sys.stderr)
+            if ranks.is_first:
+                under = "under torchrun as before, " if ranks.world_size > 1 else ""
+                print(f"train.py: stopped at {where}; to go on: {under}{again}", file=sys.stderr)
             raise
 
     best = str(run.weights / "best.pth")
@@ -376,22 +384,114 @@ def find_data(args: argparse.Namespace) -> str | Path:
     return SAMPLE
 
 
+def check_ranks(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, ranks: Ranks) -> None:
+    """Raises UsageError where the flags do not go with the processes, or these are not alike."""
+    own = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "timeout", "workers")}
+    if any(other != (own, device.type, amp_dtype) for other in ranks.gather((own, device.type, amp_dtype))):
+        ranks.fail(UsageError("the processes are not alike: they need the same flags, kind of device and precision"))
+    if args.find_lr and ranks.world_size > 1:
+        ranks.fail(UsageError("--find-lr: for one process, without torchrun"))
+    if args.sync_bn and not (device.type == "cuda" and ranks.are_launched):
+        ranks.fail(UsageError("--sync-bn: for several GPUs, under torchrun"))
+
+
+class Data(NamedTuple):
+    """What a run is trained and validated on: with reasons, what cannot be used; and what is known of every file."""
+
+    train_set: MyDataSet
+    val_set: MyDataSet
+    class_names: list[str]
+    counts: dict[str, tuple[int, int]]
+    val_source: str
+    problems: list[str]
+    files: Files
+    known: dict[str, Any]
+
+
+def read_data(args: argparse.Namespace, known_images: Path) -> Data:
+    """Find the images that the flags name, and leave out what cannot be used.
+
+    Args:
+        known_images: the file of what earlier runs have found out about images.
+    """
+    found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
+    if args.num_classes not in (None, len(found.class_names)):
+        raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
+    known = read_json(known_images)
+    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
+    split, problems = leave_out(found, checked)
+    if problems and args.strict:
+        raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
+    train_set = MyDataSet(split.train_paths, split.train_labels)
+    val_set = MyDataSet(split.val_paths, split.val_labels)
+    if not (len(train_set) and len(val_set)):
+        raise DataError("no usable image is left for training or for validation")
+    files = describe_files(found, checked)
+    return Data(train_set, val_set, found.class_names, split.count(), val_source, problems, files, known | checked)
+
+
+def read_checkpoint_of(run: Run, data: Data, may_differ: bool) -> Mapping[str, Any]:
+    """The last.pth of a run, of which the data may differ, or not."""
+    checkpoint = read_checkpoint(run.weights / "last.pth")
+    before = checkpoint["resume"].get("global_batch", run.global_batch)
+    if before != run.global_batch:
+        raise UsageError(
+            f"the run was started with {before} images a step, of all processes, and now there are {run.global_batch}; "
+            f"go on with as many processes as before"
+        )
+    check_same_data(run.folder, data.files, data.class_names, checkpoint, may_differ)
+    return checkpoint
+
+
+def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path) -> None:
+    """The files that a run begins with, or goes on with."""
+    if args.resume is None:
+        write_args(args, run.folder / "args.json")
+        write_class_indices(data.class_names, run.folder / "class_indices.json")
+    if run.ranks.launch:
+        (run.folder / LAUNCH).write_text(run.ranks.launch, encoding="utf-8")
+    write_json(data.files, run.folder / "files.json")
+    write_json(data.known, known_images)
+    if data.problems:
+        (run.folder / "unusable_images.txt").write_text("\n".join([*data.problems, ""]), encoding="utf-8")
+
+
+def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
+    """The batches of this process, in the order of each epoch; an image that cannot be read is replaced."""
+    batches = ShareSampler(
+        EpochSampler(len(train_set), args.seed),
+        args.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulate=args.accumulate,
+        # A batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
+        drop_single=has_single_pixels(args) and not args.freeze_layers,
+        drop_last=args.sync_bn,  # which needs a batch of the same size from every process
+    )
+    return make_loader(Tolerant(train_set, replace=True), batches, args, device, ranks)
+
+
+def make_val_loader(val_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
+    """The evaluation batches of this process, in the folder's order, of images with their numbers."""
+    batches = share_of(range(len(val_set)), args.batch_size, ranks)
+    return make_loader(Tolerant(Numbered(val_set), replace=False), batches, args, device, ranks)
+
+
+def share_of(items: Sequence[T], batch_size: int, ranks: Ranks) -> list[Sequence[T]]:
+    """The part of this process in the batches that one alone would have."""
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    first, after = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    return batches[first:after]
+
+
 def make_loader(
-    dataset: MyDataSet, args: argparse.Namespace, device: torch.device, sampler: Sampler | None = None
+    dataset: Dataset, batches: Iterable[Sequence[Any]], args: argparse.Namespace, device: torch.device, ranks: Ranks
 ) -> DataLoader:
-    """A loader of training batches, in the sampler's order; without one of evaluation batches, in the folder's."""
-    workers = number_of_workers(args)
+    """A loader of batches of images, which other processes read."""
+    workers = number_of_workers(args, ranks.local_world_size)
     return DataLoader(
         dataset,
-        batch_size=args.batch_size,
-        sampler=sampler,
-        # A last batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
-        drop_last=(
-            sampler is not None
-            and len(dataset) % args.batch_size == 1
-            and has_single_pixels(args)
-            and not args.freeze_layers
-        ),
+        batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -401,39 +501,42 @@ def make_loader(
     )
 
 
-def number_of_workers(args: argparse.Namespace) -> int:
-    """The processes that read images."""
-    return min(available_cores(), 8) if args.workers is None else args.workers
+def number_of_workers(args: argparse.Namespace, processes: int = 1) -> int:
+    """The processes that read images, of each of so many processes on this machine."""
+    return min(max(1, available_cores() // processes), 8) if args.workers is None else args.workers
 
 
 def head_loaders(
     model: ResNet,
-    train_loader: DataLoader,
+    train_set: MyDataSet,
+    train_batches: ShareSampler,
     val_loader: DataLoader,
     args: argparse.Namespace,
     device: torch.device,
     amp_dtype: torch.dtype | None,
     stop: StopSignals,
+    ranks: Ranks,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here.
 
-    That for training has the sampler of `train_loader`; `val_loader` numbers its images.
+    That for training has the batches `train_batches`; `val_loader` numbers its images.
     """
-    options = {"amp_dtype": amp_dtype, "after_step": stop.check}
-    sampler, views = train_loader.sampler, []
+
+    def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
+        options = {"amp_dtype": amp_dtype, "after_step": stop.check}
+        return of_all_shares(ranks, functools.partial(collect_features, model, loader, device, **options))
+
+    order, items = train_batches.order, []
     for view in range(args.feature_views):
-        sampler.set_epoch(view, img_size=training_sizes(args)[1])
-        features, labels = collect_features(model, train_loader, device, **options)
-        places = torch.tensor([index for index, *_ in sampler]).argsort()
-        views.append((features[places], labels[places]))
-    train_features = DataLoader(
-        Features(views),
-        args.batch_size,
-        sampler=sampler,
-        generator=torch.Generator(),
-    )
-    features, numbers = collect_features(model, val_loader, device, **options)
-    return train_features, DataLoader(TensorDataset(features, numbers), batch_size=1024)
+        order.set_epoch(view, img_size=training_sizes(args)[1])
+        items += sorted(order)  # by the images' indices
+    images = Tolerant(train_set, replace=True)
+    features, labels = features_of(make_loader(images, share_of(items, args.batch_size, ranks), args, device, ranks))
+    views = list(zip(features.split(len(train_set)), labels.split(len(train_set)), strict=True))
+    train_features = DataLoader(Features(views), batch_sampler=train_batches, generator=torch.Generator())
+    features, numbers = features_of(val_loader)
+    val_batches = share_of(range(len(numbers)), 1024, ranks)
+    return train_features, DataLoader(TensorDataset(features, numbers), batch_sampler=val_batches)
 
 
 def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> str:
@@ -484,12 +587,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["part"]
 
 
-def make_schedule(args: argparse.Namespace, steps: int, began: float) -> Schedule:
+def make_schedule(args: argparse.Namespace, steps: int, ranks: Ranks) -> Schedule:
     """The learning rate and the size of the images: for epochs of so many steps, or for a time that has begun."""
     options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "by_step": args.rate_by_step}
     options |= {"img_sizes": training_sizes(args)}
     if args.time_budget:
-        return TimedSchedule(60 * args.time_budget, began, **options)
+        return TimedSchedule(60 * args.time_budget, ranks.seconds, **options)
     return Schedule(args.epochs, steps, **options)
 
 
@@ -509,7 +612,7 @@ def find_lr(
     images = Tolerant(train_set, replace=True)
     generator = torch.Generator().manual_seed(args.seed)
     sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
-    loader = make_loader(images, args, device, sampler)
+    loader = make_loader(images, BatchSampler(sampler, args.batch_size, drop_last=False), args, device, Ranks())
     result = find_learning_rate(
         model,
         optimizer,
@@ -534,6 +637,7 @@ def plan(
     val_images: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
+    ranks: Ranks,
 ) -> tuple[int, float]:
     """Plan for a time budget, by the speed of a few steps.
 
@@ -543,12 +647,12 @@ def plan(
     """
     images = copy.copy(train_set)  # which keeps no images: these are small ones
     images.transform = TrainTransform(PROBE_SIZES[-1])
-    sampler = EpochSampler(len(images), args.seed)
-    loader = make_loader(Tolerant(images, replace=True), args, device, sampler)
+    loader = make_train_loader(images, args, device, ranks)
     seconds, took = 60 * args.time_budget, []
     for size in PROBE_SIZES:
-        sampler.set_epoch(0, img_size=size)
+        loader.batch_sampler.order.set_epoch(0, img_size=size)
         took.append(1 / measure_speed(model, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
+    took = [slowest / ranks.world_size for slowest in ranks.largest(*took)]
     small, large = (size**2 for size in PROBE_SIZES)
     per_image = min(max(0.0, (took[0] * large - took[1] * small) / (large - small)), took[1])  # whatever its size is
     per_pixel = (took[1] - per_image) / large
@@ -617,12 +721,15 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
     add("--lr", type=float, help="the highest learning rate")
     add("--lrf", type=float, help="the last one, as a part of --lr")
     add("--warmup", type=float, help="the part of the training in which the learning rate rises to --lr")
+    add("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
     add("--weight-decay", type=float, help="times the weight is added to its gradient")
     add("--label-smoothing", type=float, help="the part of the probability that all classes share")
     add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
     add("--find-lr", action="store_true", help="train with rising learning rates for a minute, and suggest one")
     add("--patience", type=int, default=0, help="end after so many epochs without a better accuracy (default: never)")
     add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, else the CPU)")
+    add("--sync-bn", action="store_true", help="BatchNorm over the GPUs' batches together, under torchrun")
+    add("--timeout", type=float, default=300, help="seconds that processes wait for each other (default: %(default)s)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
     add("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
@@ -667,6 +774,8 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
         ("label_smoothing", 0 <= args.label_smoothing < 1, "at least 0 and below 1"),
         ("time_budget", args.time_budget is None or 0 < args.time_budget < math.inf, "above 0"),
         ("patience", args.patience >= 0, "at least 0"),
+        ("accumulate", args.accumulate >= 1, "at least 1"),
+        ("timeout", 0 < args.timeout < math.inf, "above 0"),
         ("workers", args.workers is None or args.workers >= 0, "at least 0"),
         ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
         ("name", args.name == Path(args.name).name and args.name[:1] not in ("", "."), "a plain folder name"),
@@ -746,19 +855,36 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_any_name()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    ranks = Ranks(args.timeout)
     try:
-        command = argv + as_words(args, ("data_path", "val_path"))
-        if args.resume is not None:
-            args, command, complete = resume(args, argv)
-            if complete:
-                print(f"{printable(args.resume)} is complete: {complete}")
-                return 0
-        train(args, command)
+        with ranks, only_first_speaks(ranks):
+            begun = ranks.from_first(lambda: run_of(ranks.launch))  # where torchrun has restarted it
+            if begun is not None:
+                args.resume, args.download = begun, False
+            command = argv + as_words(args, ("data_path", "val_path"))
+            if args.resume is not None:
+                args, command, complete = ranks.from_first(lambda: resume(args, argv))
+                if complete:
+                    print(f"{printable(args.resume)} is complete: {complete}")
+                    return 0
+            try:
+                train(args, command, ranks)
+            except StopRequest as stop:
+                return 128 + stop.number
+    except OtherRankFailed:
+        return 1
     except BrokenPipeError:  # `train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        if ranks.are_launched and is_lost(error):
+            who, why = f"process {ranks.rank} of {ranks.world_size}", printable(str(error).partition("\n")[0])
+            print(
+                f"train.py: error: {who} has lost the others, which have ended or cannot be reached: {why}",
+                file=sys.stderr,
+            )
+            return 1
         sizes = f"--batch-size, now {args.batch_size}, or --img-size, now {args.img_size or PROBE_SIZES[-1]}"
         reason = what_is_lacking(error, f"lower {sizes}", "try --workers 0")
         if reason is None:
@@ -768,10 +894,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, EmptyLoaderError, WeightsError, UsageError, FloatingPointError, OSError) as error:
         print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
-    except StopRequest as stop:
-        return 128 + stop.number
     except KeyboardInterrupt:
-        print("train.py: stopped before the first step", file=sys.stderr)
+        if ranks.is_first:
+            print("train.py: stopped before the first step", file=sys.stderr)
         return 130
     return 0
 

