@@ -369,7 +369,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_hosts, program):
+def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_hosts, program, monkeypatch):
     flags = ["--data-path", str(sample), *SMALL, "--batch-size", "16", "--epochs", "1000", "--timeout", "10"]
     endpoint = f"{two_hosts[0][2]}:29500"
 
@@ -402,6 +402,9 @@ def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_host
                 os.kill(child, signal.SIGKILL)
     for number, process in enumerate(processes):
         assert "has lost the others" in process.stdout.read(), number
+    monkeypatch.chdir(two_hosts[0][2])
+    assert list(Path("runs").rglob("*.tmp*")) == []
+    assert run_ranks(2, lambda: train.main(["--resume", "--patience", "1"])) == [0, 0]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
