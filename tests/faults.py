@@ -344,12 +344,12 @@ def concurrent(campaign: Campaign, rounds: int, generator: random.Random) -> Non
 
 
 CAMPAIGNS = {  # rounds of each, and of its short form
-    kill: (100, 3),
+    kill: (100, 2),
     signals: (30, 3),
     disk: (1000, 1),
     files: (10_000, 300),
     hostile: (1, 1),
-    concurrent: (20, 3),
+    concurrent: (20, 2),
 }
 
 

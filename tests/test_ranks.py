@@ -114,7 +114,7 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch):
             if ranks.is_first:
                 torch.save(model.state_dict(), f"{name}.pth")
 
-    train_epochs(6, 0.01, "start", 16)
+    train_epochs(3, 0.01, "start", 16)
     # Statistics over a process's own batch are not those of the whole.
     monkeypatch.setattr(nn.BatchNorm2d, "train", lambda module, mode=True: nn.Module.train(module, False))
     train_epochs(4, 0.002, "alone", 16)  # 24 steps
@@ -290,7 +290,7 @@ def test_an_error_before_training_is_said_once(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "way", [["--time-budget", "0.1"], ["--recipe", "finetune", "--freeze-layers", "--epochs", "3"]]
+    "way", [["--time-budget", "0.05"], ["--recipe", "finetune", "--freeze-layers", "--epochs", "3"]]
 )
 def test_other_ways_of_training(way, sample):
     flags = ["--data-path", str(sample), *SMALL, *way]
@@ -370,7 +370,7 @@ def two_hosts():
 
 
 def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_hosts, program, monkeypatch):
-    flags = ["--data-path", str(sample), *SMALL, "--batch-size", "16", "--epochs", "1000", "--timeout", "10"]
+    flags = ["--data-path", str(sample), *SMALL, "--batch-size", "16", "--epochs", "1000", "--timeout", "5"]
     endpoint = f"{two_hosts[0][2]}:29500"
 
     def start(host: tuple[str, str, str], option: str) -> subprocess.Popen:
