@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_utils import DataError, Split, file_checksum, find_split
 from my_dataset import MAX_ASPECT_RATIO, ImageError, read_header, read_image
-from run_utils import (
+from program_utils import (
     FlagParser,
     UsageError,
     available_cores,

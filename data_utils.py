@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from model import evaluation_mode
 from my_dataset import ImageError, MyDataSet, prepare_batch, read_image, to_pixels
-from run_utils import Files, leave_with_the_run
+from program_utils import leave_with_the_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +42,8 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one fou
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
+
+Files = dict[str, list[list[str]]]  # of a data set: see `describe_files`
 
 
 class DataError(ValueError):

@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from data_utils import DataError, list_images_below, read_class_indices
 from model import MODELS, ResNet, WeightsError, evaluation_mode, fold_batch_norm, grad_cam, load_model
 from my_dataset import EvalTransform, ImageError, prepare_batch, read_image, stack_images, to_pixels
-from run_utils import (
+from program_utils import (
     FlagParser,
     UsageError,
     available_cores,
     leave_with_the_run,
-    newest_weights,
     printable,
     select_device,
     select_precision,
@@ -37,6 +36,7 @@ from run_utils import (
     whole_file,
     write_csv,
 )
+from run_utils import newest_weights
 from train_eval_utils import compute_logits
 
 # Every batch has this many images, the last one filled up: kernels round differently for batches of another size,

@@ -11,7 +11,6 @@ tensorboard --logdir=runs                        # beside it; then open http://l
 
 import argparse
 import contextlib
-import copy
 import functools
 import io
 import json
@@ -19,102 +18,72 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch import nn
 
-from data_utils import (
-    DataError,
-    check_images,
-    describe_files,
-    download_flower_photos,
-    find_split,
-    leave_out,
-    write_class_indices,
+from data_utils import DataError, write_class_indices
+from loaders import (
+    FLOWER_PHOTOS,
+    Data,
+    computes_features,
+    has_single_pixels,
+    head_loaders,
+    make_train_loader,
+    make_val_loader,
+    read_data,
+    training_sizes,
 )
-from model import (
-    MODELS,
-    ResNet,
-    WeightsError,
-    freeze_backbone,
-    load_pretrained,
-    to_device,
-    zero_init,
+from model import MODELS, WeightsError, to_device
+from my_dataset import EvalTransform, TrainTransform
+from optimization import (
+    PROBE_SIZES,
+    find_lr,
+    make_optimizer,
+    make_schedule,
+    plan,
+    prepare_weights,
+    set_learning_rate,
 )
-from my_dataset import (
-    EpochSampler,
-    EvalTransform,
-    Features,
-    MyDataSet,
-    Numbered,
-    ShareSampler,
-    Tolerant,
-    TrainTransform,
-)
-from ranks import OtherRankFailed, Ranks, is_lost
-from report import Report, Silence
-from run_utils import (
-    KNOWN_IMAGES,
-    LAUNCH,
-    Files,
+from program_utils import (
     FlagParser,
-    Run,
-    StopRequest,
-    StopSignals,
     UsageError,
-    available_cores,
     available_memory,
-    check_same_data,
     command_line,
-    create_run_folder,
     describe_device,
     describe_ranks,
-    find_run,
-    leave_with_the_run,
     only_first_speaks,
     printable,
-    read_checkpoint,
-    read_json,
-    run_card,
-    run_of,
-    save_checkpoint,
     select_device,
     select_precision,
     shorten,
     tolerate_any_name,
     true_or_false,
     what_is_lacking,
-    write_args,
     write_json,
 )
-from sample_flowers import draw_sample
-from train_eval_utils import (
-    GRAIN,
-    EmptyLoaderError,
-    Evaluation,
-    RangeTest,
-    Schedule,
-    TimedSchedule,
-    collect_features,
-    collect_logits,
-    find_learning_rate,
-    measure_speed,
-    of_all_shares,
-    train_one_epoch,
+from ranks import OtherRankFailed, Ranks, is_lost
+from report import Report, Silence
+from run_utils import (
+    KNOWN_IMAGES,
+    LAUNCH,
+    Run,
+    StopRequest,
+    StopSignals,
+    check_same_data,
+    create_run_folder,
+    find_run,
+    read_checkpoint,
+    run_card,
+    run_of,
+    save_checkpoint,
+    write_args,
 )
-
-T = TypeVar("T")
-
-HERE = Path(__file__).resolve().parent
-SAMPLE = HERE / "data" / "sample_flowers"
-FLOWER_PHOTOS = HERE / "data" / "flower_photos"
+from train_eval_utils import EmptyLoaderError, Evaluation, collect_logits, of_all_shares, train_one_epoch
 
 # How to train: values of flags, each of which a flag on the command line overrides, and below the line of what has no
 # flag. The tutorial's is the default.
@@ -178,9 +147,6 @@ RECIPES = {
     },
 }
 
-PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
-ENOUGH_EPOCHS = 24
-PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
@@ -286,7 +252,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
 
     with report, StopSignals(ranks) as stop:
         if args.find_lr:
-            return report.range_test(find_lr(args, train_set, model, optimizer, scaler, device, amp_dtype, stop))
+            return report.range_test(find_lr(args, train_set, model, optimizer, scaler, device, amp_dtype, stop, ranks))
         try:
             if not resumed:
                 hardware = f"{describe_device(device)}{describe_ranks(ranks)}, {precision}"
@@ -370,20 +336,6 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     print(f"next: {command_line(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}")
 
 
-def find_data(args: argparse.Namespace) -> str | Path:
-    """The folder to train on: downloaded or drawn first, where that is asked for."""
-    if args.download:
-        download_flower_photos(args.data_path)
-    if args.data_path:
-        return args.data_path
-    if not SAMPLE.exists():
-        print(f"drawing the built-in sample in {SAMPLE}", flush=True)
-        draw_sample(SAMPLE)
-    print("no --data-path given: training on the built-in sample of drawn flowers")
-    print("for your own images: --data-path FOLDER, with one sub-folder a class")
-    return SAMPLE
-
-
 def check_ranks(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, ranks: Ranks) -> None:
     """Raises UsageError where the flags do not go with the processes, or these are not alike."""
     own = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "timeout", "workers")}
@@ -393,41 +345,6 @@ def check_ranks(args: argparse.Namespace, device: torch.device, amp_dtype: torch
         ranks.fail(UsageError("--find-lr: for one process, without torchrun"))
     if args.sync_bn and not (device.type == "cuda" and ranks.are_launched):
         ranks.fail(UsageError("--sync-bn: for several GPUs, under torchrun"))
-
-
-class Data(NamedTuple):
-    """What a run is trained and validated on: with reasons, what cannot be used; and what is known of every file."""
-
-    train_set: MyDataSet
-    val_set: MyDataSet
-    class_names: list[str]
-    counts: dict[str, tuple[int, int]]
-    val_source: str
-    problems: list[str]
-    files: Files
-    known: dict[str, Any]
-
-
-def read_data(args: argparse.Namespace, known_images: Path) -> Data:
-    """Find the images that the flags name, and leave out what cannot be used.
-
-    Args:
-        known_images: the file of what earlier runs have found out about images.
-    """
-    found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
-    if args.num_classes not in (None, len(found.class_names)):
-        raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
-    known = read_json(known_images)
-    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
-    split, problems = leave_out(found, checked)
-    if problems and args.strict:
-        raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
-    train_set = MyDataSet(split.train_paths, split.train_labels)
-    val_set = MyDataSet(split.val_paths, split.val_labels)
-    if not (len(train_set) and len(val_set)):
-        raise DataError("no usable image is left for training or for validation")
-    files = describe_files(found, checked)
-    return Data(train_set, val_set, found.class_names, split.count(), val_source, problems, files, known | checked)
 
 
 def read_checkpoint_of(run: Run, data: Data, may_differ: bool) -> Mapping[str, Any]:
@@ -454,237 +371,6 @@ def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path
     write_json(data.known, known_images)
     if data.problems:
         (run.folder / "unusable_images.txt").write_text("\n".join([*data.problems, ""]), encoding="utf-8")
-
-
-def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
-    """The batches of this process, in the order of each epoch; an image that cannot be read is replaced."""
-    batches = ShareSampler(
-        EpochSampler(len(train_set), args.seed),
-        args.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        accumulate=args.accumulate,
-        # A batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
-        drop_single=has_single_pixels(args) and not args.freeze_layers,
-        drop_last=args.sync_bn,  # which needs a batch of the same size from every process
-    )
-    return make_loader(Tolerant(train_set, replace=True), batches, args, device, ranks)
-
-
-def make_val_loader(val_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
-    """The evaluation batches of this process, in the folder's order, of images with their numbers."""
-    batches = share_of(range(len(val_set)), args.batch_size, ranks)
-    return make_loader(Tolerant(Numbered(val_set), replace=False), batches, args, device, ranks)
-
-
-def share_of(items: Sequence[T], batch_size: int, ranks: Ranks) -> list[Sequence[T]]:
-    """The part of this process in the batches that one alone would have."""
-    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    first, after = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
-    return batches[first:after]
-
-
-def make_loader(
-    dataset: Dataset, batches: Iterable[Sequence[Any]], args: argparse.Namespace, device: torch.device, ranks: Ranks
-) -> DataLoader:
-    """A loader of batches of images, which other processes read."""
-    workers = number_of_workers(args, ranks.local_world_size)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        collate_fn=dataset.collate_fn,
-        worker_init_fn=leave_with_the_run,
-        generator=torch.Generator(),  # its own: loading data moves no global generator
-    )
-
-
-def number_of_workers(args: argparse.Namespace, processes: int = 1) -> int:
-    """The processes that read images, of each of so many processes on this machine."""
-    return min(max(1, available_cores() // processes), 8) if args.workers is None else args.workers
-
-
-def head_loaders(
-    model: ResNet,
-    train_set: MyDataSet,
-    train_batches: ShareSampler,
-    val_loader: DataLoader,
-    args: argparse.Namespace,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    stop: StopSignals,
-    ranks: Ranks,
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here.
-
-    That for training has the batches `train_batches`; `val_loader` numbers its images.
-    """
-
-    def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
-        options = {"amp_dtype": amp_dtype, "after_step": stop.check}
-        return of_all_shares(ranks, functools.partial(collect_features, model, loader, device, **options))
-
-    order, items = train_batches.order, []
-    for view in range(args.feature_views):
-        order.set_epoch(view, img_size=training_sizes(args)[1])
-        items += sorted(order)  # by the images' indices
-    images = Tolerant(train_set, replace=True)
-    features, labels = features_of(make_loader(images, share_of(items, args.batch_size, ranks), args, device, ranks))
-    views = list(zip(features.split(len(train_set)), labels.split(len(train_set)), strict=True))
-    train_features = DataLoader(Features(views), batch_sampler=train_batches, generator=torch.Generator())
-    features, numbers = features_of(val_loader)
-    val_batches = share_of(range(len(numbers)), 1024, ranks)
-    return train_features, DataLoader(TensorDataset(features, numbers), batch_sampler=val_batches)
-
-
-def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> str:
-    """Load and freeze as the flags say; a few words for the header. A run that goes on loads its own weights later."""
-    words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
-    if args.zero_init and not args.weights:
-        zero_init(model)
-    if args.weights and not resumed:
-        left_out = load_pretrained(model, args.weights, args.model)
-        if left_out:
-            words += f" but for {', '.join(left_out)}, made for another number of classes"
-    if args.freeze_layers:
-        freeze_backbone(model)
-        words += "; only fc learns"
-        if not args.weights:
-            print("warning: --freeze-layers without --weights freezes a random backbone")
-    return words
-
-
-def make_optimizer(
-    model: ResNet, args: argparse.Namespace, device: torch.device, scaled: bool = False
-) -> torch.optim.SGD:
-    """For the parameters that learn, in groups of one weight decay and one part of the learning rate each.
-
-    Args:
-        scaled: a GradScaler will skip steps.
-    """
-    groups: dict[tuple[float, float], list[Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            weight_decay = args.weight_decay if args.decay_norms or parameter.ndim > 1 else 0.0
-            part = 1.0 if name.startswith("fc.") else args.backbone_rate
-            groups.setdefault((weight_decay, part), []).append(parameter)
-    # One kernel for all of them, where there is one; it would take the momentum from a step that was to be skipped.
-    fused = (device.type in ("cpu", "cuda") and not scaled) or None
-    return torch.optim.SGD(
-        [{"params": same, "weight_decay": decay, "part": part} for (decay, part), same in groups.items()],
-        lr=args.lr,
-        momentum=0.9,
-        nesterov=args.nesterov,
-        fused=fused,
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """For the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["part"]
-
-
-def make_schedule(args: argparse.Namespace, steps: int, ranks: Ranks) -> Schedule:
-    """The learning rate and the size of the images: for epochs of so many steps, or for a time that has begun."""
-    options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "by_step": args.rate_by_step}
-    options |= {"img_sizes": training_sizes(args)}
-    if args.time_budget:
-        return TimedSchedule(60 * args.time_budget, ranks.seconds, **options)
-    return Schedule(args.epochs, steps, **options)
-
-
-def find_lr(
-    args: argparse.Namespace,
-    train_set: MyDataSet,
-    model: ResNet,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    stop: StopSignals,
-) -> RangeTest:
-    """Find a learning rate, and say which."""
-    rates = np.geomspace(1e-5, 10, 120)
-    train_set.transform.img_size = training_sizes(args)[1]
-    images = Tolerant(train_set, replace=True)
-    generator = torch.Generator().manual_seed(args.seed)
-    sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
-    loader = make_loader(images, BatchSampler(sampler, args.batch_size, drop_last=False), args, device, Ranks())
-    result = find_learning_rate(
-        model,
-        optimizer,
-        loader,
-        device,
-        set_rate=functools.partial(set_learning_rate, optimizer),
-        rates=rates,
-        amp_dtype=amp_dtype,
-        scaler=scaler,
-        label_smoothing=args.label_smoothing,
-        after_step=stop.check,
-    )
-    found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: the loss falls with no rate"
-    print(f"suggestion   {found}")
-    return result
-
-
-def plan(
-    args: argparse.Namespace,
-    model: ResNet,
-    train_set: MyDataSet,
-    val_images: int,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    ranks: Ranks,
-) -> tuple[int, float]:
-    """Plan for a time budget, by the speed of a few steps.
-
-    Returns:
-        The largest size of images, unless the flags say which, at which there is time for `ENOUGH_EPOCHS`; and the
-        seconds that an evaluation will take.
-    """
-    images = copy.copy(train_set)  # which keeps no images: these are small ones
-    images.transform = TrainTransform(PROBE_SIZES[-1])
-    loader = make_train_loader(images, args, device, ranks)
-    seconds, took = 60 * args.time_budget, []
-    for size in PROBE_SIZES:
-        loader.batch_sampler.order.set_epoch(0, img_size=size)
-        took.append(1 / measure_speed(model, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
-    took = [slowest / ranks.world_size for slowest in ranks.largest(*took)]
-    small, large = (size**2 for size in PROBE_SIZES)
-    per_image = min(max(0.0, (took[0] * large - took[1] * small) / (large - small)), took[1])  # whatever its size is
-    per_pixel = (took[1] - per_image) / large
-
-    for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
-        first, last = training_sizes(args, img_size)
-        pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # of an image, in the mean
-        evaluation = val_images * (per_image + per_pixel * img_size**2) / 3  # without a backward pass
-        epochs = 0.95 * seconds / (len(images) * (per_image + per_pixel * pixels) + evaluation)
-        if epochs >= ENOUGH_EPOCHS:
-            break
-    speeds = " and ".join(f"{1 / t:.1f} images/s at {size} px" for t, size in zip(took, PROBE_SIZES, strict=True))
-    print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speeds})")
-    return img_size, evaluation
-
-
-def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tuple[int, int]:
-    """Pixels of the images that are trained on, at the start and at the end, for an `img_size` (--img-size)."""
-    img_size = img_size or args.img_size
-    parts = (args.first_size, args.last_size)
-    first, last = (img_size if part == 1 else max(32, round(part * img_size / GRAIN) * GRAIN) for part in parts)
-    return first, last
-
-
-def computes_features(args: argparse.Namespace) -> bool:
-    """Whether a frozen backbone looks at the images before the first epoch, once and for all."""
-    return args.freeze_layers and args.feature_views > 0
-
-
-def has_single_pixels(args: argparse.Namespace) -> bool:
-    """Whether images are so small, at the start, that they end as one pixel in the network."""
-    return args.img_size is not None and min(training_sizes(args)) <= 32
 
 
 def describe_recipe(args: argparse.Namespace) -> str:

@@ -58,10 +58,12 @@ import report
 import run_utils
 import train
 from data_utils import find_split, plot_class_preds, write_class_indices
+from loaders import find_data, make_loader, make_val_loader
 from model import MODELS, to_device
 from my_dataset import MEAN, STD, EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
+from optimization import make_optimizer
+from program_utils import available_cores, available_memory, describe_device, select_device, select_precision
 from ranks import Ranks
-from run_utils import available_cores, available_memory, describe_device, select_device, select_precision
 from sample_flowers import CLASS_NAMES, draw_flower
 from train_eval_utils import collect_logits, train_one_epoch
 
@@ -316,7 +318,7 @@ def subset(data_path: str | None, images: int):
 
 def drawn_sample() -> Path:
     """The built-in data set, drawn if it is not there yet."""
-    return Path(train.find_data(argparse.Namespace(download=False, data_path=None)))
+    return Path(find_data(argparse.Namespace(download=False, data_path=None)))
 
 
 class Ours:
@@ -338,12 +340,16 @@ class Ours:
         self.train_loader = self.loader(self.train_set)
         torch.manual_seed(0)
         self.model = to_device(MODELS[args.model](num_classes=len(self.split.class_names)), self.device)
-        self.optimizer = train.make_optimizer(self.model, self.args, self.device)
+        self.optimizer = make_optimizer(self.model, self.args, self.device)
 
     def loader(self, train_set: MyDataSet) -> DataLoader:
         """Of training batches, in the order of the first epoch."""
         batches = ShareSampler(EpochSampler(len(train_set)), self.args.batch_size)
-        return train.make_loader(train_set, batches, self.args, self.device, Ranks())
+        return make_loader(train_set, batches, self.args, self.device, Ranks())
+
+    def val_loader(self, images: MyDataSet) -> DataLoader:
+        """Of evaluation batches."""
+        return make_val_loader(images, self.args, self.device, Ranks())
 
     def train(self, loader) -> float:
         """An epoch of `loader`; the mean loss."""
@@ -373,7 +379,7 @@ def bench_evaluate(args: argparse.Namespace) -> None:
         ours = Ours(args, data)
         paths = ours.split.train_paths + ours.split.val_paths
         labels = ours.split.train_labels + ours.split.val_labels
-        loader = train.make_loader(MyDataSet(paths, labels, EvalTransform(args.img_size)), ours.args, ours.device)
+        loader = ours.val_loader(MyDataSet(paths, labels, EvalTransform(args.img_size)))
         model = copy.deepcopy(ours.model).to(memory_format=torch.contiguous_format)
         tutorial_set = TutorialDataSet(paths, labels, tutorial_transforms(args.img_size)[1])
         their_loader = tutorial_loader(tutorial_set, args.batch_size, shuffle=False)
@@ -490,7 +496,7 @@ def bench_predict(args: argparse.Namespace) -> None:
         )
         command[2] = str(data)
         dataset = MyDataSet(paths, [0] * len(paths), EvalTransform(args.img_size))
-        loader = train.make_loader(dataset, ours.args, ours.device)
+        loader = ours.val_loader(dataset)
         files = [predict.ImageFile(path, None, path) for path in paths]
         predict_files = functools.partial(
             predict.predict_images, ours.model, files, args.img_size, ours.device, ours.amp_dtype
@@ -513,9 +519,9 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 import train
 step = train.train_one_epoch
-def first_step(model, optimizer, loader, *arguments, **keywords):
+def first_step(model, optimizer, loader, *arguments, steps, **keywords):
     print("first batch", time.time(), flush=True)
-    step(model, optimizer, [next(iter(loader))], *arguments, **keywords)
+    step(model, optimizer, [next(iter(loader))], *arguments, steps=steps[:1], **keywords)
     print("first step", time.time(), flush=True)
     os._exit(0)
 train.train_one_epoch = first_step

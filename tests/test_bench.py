@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import bench
+import pytest
 
 BENCH = Path(__file__).with_name("bench.py")
 SMALL = ["--model", "resnet18", "--device", "cpu"]
@@ -35,6 +36,15 @@ def test_training_is_compared_with_the_tutorials(sample, tmp_path):
     for row in rows:
         assert float(row["b_over_a"]) > 0
         assert f"{row['figure']} tutorial/ours" in printed
+
+
+@pytest.mark.parametrize(("figure", "ratio"), [("evaluate", "tutorial/ours"), ("ceiling", "memory/files")])
+def test_passes_over_images_are_compared(figure, ratio, sample, tmp_path, capsys, monkeypatch):
+    flags = ["--data-path", str(sample), "--images", "24", "--rounds", "1", "--img-size", "32", "--workers", "0"]
+    flags += ["--csv", str(tmp_path / "bench.csv")]
+    monkeypatch.setattr(sys, "argv", ["bench.py", figure, *flags, *SMALL])
+    bench.main()
+    assert float(re.search(rf"{ratio}: (\S+)", capsys.readouterr().out)[1]) > 0
 
 
 def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, monkeypatch, capsys):

@@ -16,9 +16,12 @@ from test_resume import after_steps, send
 
 import train
 from data_utils import find_split
+from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet
 from my_dataset import EpochSampler, MyDataSet, TrainTransform, prepare_batch
+from optimization import PLANNED_SIZES, make_optimizer, set_learning_rate
 from ranks import Ranks
+from run_utils import StopSignals
 from train_eval_utils import Schedule, find_learning_rate
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -56,7 +59,7 @@ def test_a_recipe_is_values_of_flags_which_flags_override():
 
 def test_the_tutorials_optimizer_is_the_tutorials():
     model = MODELS["resnet18"](num_classes=5)
-    optimizer = train.make_optimizer(model, train.parse_args([]), torch.device("cpu"))
+    optimizer = make_optimizer(model, train.parse_args([]), torch.device("cpu"))
     (group,) = optimizer.param_groups
     assert group["params"] == list(model.parameters())
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.005, False)
@@ -66,8 +69,8 @@ def test_norms_and_biases_do_not_decay_and_the_backbone_learns_at_its_own_rate()
     model = MODELS["resnet18"](num_classes=5)
     args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
     args.backbone_rate = 0.1
-    optimizer = train.make_optimizer(model, args, torch.device("cpu"))
-    train.set_learning_rate(optimizer, 2.0)
+    optimizer = make_optimizer(model, args, torch.device("cpu"))
+    set_learning_rate(optimizer, 2.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     assert seen.keys() == set(names.values())
@@ -145,7 +148,7 @@ def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):
     assert "planned      " in printed
     assert "scratch, 0.1 minutes" in printed
     last = torch.load(RUN / "weights" / "last.pth", weights_only=True)
-    assert last["img_size"] in train.PLANNED_SIZES
+    assert last["img_size"] in PLANNED_SIZES
     assert last["resume"]["over"]
     assert float(metrics()[-1]["learning_rate"]) < train.RECIPES["scratch"]["lr"] / 2
     assert (RUN / f"{len(metrics()) - 1:05d}" / "validation" / "tensors.tsv").exists()
@@ -278,14 +281,14 @@ def test_features_are_in_the_order_of_the_images(two_classes):
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(64))
     device, ranks = torch.device("cpu"), Ranks()
-    batches = train.make_train_loader(images, args, device, ranks).batch_sampler
-    val_loader = train.make_val_loader(images, args, device, ranks)
+    batches = make_train_loader(images, args, device, ranks).batch_sampler
+    val_loader = make_val_loader(images, args, device, ranks)
     model = MODELS["resnet18"](num_classes=2)
-    with train.StopSignals(ranks) as stop:
-        head, _ = train.head_loaders(model, images, batches, val_loader, args, device, None, stop, ranks)
+    with StopSignals(ranks) as stop:
+        head, _ = head_loaders(model, images, batches, val_loader, args, device, None, stop, ranks)
     sampler = EpochSampler(len(images))
     for view in range(args.feature_views):
-        sampler.set_epoch(view, img_size=train.training_sizes(args)[1])
+        sampler.set_epoch(view, img_size=training_sizes(args)[1])
         for index, seed, size in itertools.islice(sampler, 3):
             pixels, label = images[index, seed, size]
             with torch.no_grad():

@@ -20,12 +20,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.models import resnet18 as torchvision_resnet18
 from torchvision.transforms import v2
 
+import loaders
 import report
 import train
 from data_utils import choose_figure_images, find_split
+from loaders import make_train_loader
 from model import BasicBlock, ResNet, load_model, named_convolutions, resnet18
-from my_dataset import EvalTransform, MyDataSet
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform
+from program_utils import select_precision
 from ranks import Ranks
+from sample_flowers import draw_sample
 from train_eval_utils import evaluate
 
 PROGRAM = Path(train.__file__)
@@ -129,7 +133,7 @@ def test_mistakes_are_what_the_best_weights_say_of_each_image(run):
     best = torch.load(folder / "weights" / "best.pth", weights_only=True)
     model = torchvision_resnet18(num_classes=5)  # on its own: no code of ours
     model.load_state_dict(best["state_dict"])
-    amp_dtype, _ = train.select_precision("auto", torch.device("cpu"))
+    amp_dtype, _ = select_precision("auto", torch.device("cpu"))
     scale = v2.Compose(
         [
             *(v2.Resize(37), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True)),
@@ -219,7 +223,7 @@ def test_the_graph_is_the_models(run):
 def test_what_a_run_prints(run):
     folder, printed, complaints = run
     assert "cpu" in printed
-    assert train.select_precision("auto", torch.device("cpu"))[1] in printed
+    assert select_precision("auto", torch.device("cpu"))[1] in printed
     assert "resnet18, 11,179,077 parameters, from scratch" in printed
     assert "5: daisy, dandelion, roses, sunflowers, tulips" in printed
     assert "80 for training, 20 for validation" in printed
@@ -242,10 +246,10 @@ def test_the_weights_tell_what_was_measured(run, sample):
     accuracies = [scalar.value for scalar in read_events(folder).Scalars("accuracy")]
     assert info["accuracy"] == pytest.approx(max(accuracies))
     assert info["epoch"] == accuracies.index(max(accuracies))
-    paths, labels = find_split(sample)[0].val_paths, train.find_split(sample)[0].val_labels
+    paths, labels = find_split(sample)[0].val_paths, find_split(sample)[0].val_labels
     data_set = MyDataSet(paths, labels, EvalTransform(32))
     loader = torch.utils.data.DataLoader(data_set, batch_size=7, collate_fn=data_set.collate_fn)
-    amp_dtype, _ = train.select_precision("auto", torch.device("cpu"))
+    amp_dtype, _ = select_precision("auto", torch.device("cpu"))
     assert evaluate(model, loader, "cpu", amp_dtype=amp_dtype) == pytest.approx(info["accuracy"])
 
 
@@ -282,16 +286,16 @@ def test_events_can_be_read_while_training_goes_on(sample, tmp_path):
 
 def test_learning_for_real(tmp_path):
     """A small network rises well above chance (20 %) on pictures that it has not seen."""
-    split = find_split(train.draw_sample(tmp_path / "sample", images_per_class=40, size=72))[0]
-    train_set = MyDataSet(split.train_paths, split.train_labels, train.TrainTransform(64))
-    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(64))
+    split = find_split(draw_sample(tmp_path / "sample", images_per_class=40, size=72))[0]
+    train_set = MyDataSet(split.train_paths, split.train_labels, TrainTransform(48))
+    val_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(48))
     torch.manual_seed(0)
-    sampler = train.EpochSampler(len(train_set))
+    sampler = EpochSampler(len(train_set))
     train_loader = torch.utils.data.DataLoader(train_set, 16, sampler=sampler, collate_fn=train_set.collate_fn)
     val_loader = torch.utils.data.DataLoader(val_set, 50, collate_fn=val_set.collate_fn)
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
-    for epoch in range(8):
+    for epoch in range(6):
         sampler.set_epoch(epoch)
         train.train_one_epoch(model, optimizer, train_loader, "cpu", epoch)
     assert evaluate(model, val_loader, "cpu") >= 0.4
@@ -314,14 +318,14 @@ def test_weights_are_a_function_of_the_flags(two_classes):
 def test_workers_that_are_spawned_give_the_same(sample):
     args = train.parse_args(["--data-path", str(sample), *TINY[:-1], "1"])
     split, _ = find_split(sample)
-    images = MyDataSet(split.train_paths, split.train_labels, train.TrainTransform(32))
+    images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
     batches = []
     for context in ("fork", "spawn") if os.name == "posix" else ("spawn",):
-        loader = train.make_train_loader(images, args, torch.device("cpu"), Ranks())
+        loader = make_train_loader(images, args, torch.device("cpu"), Ranks())
         loader.multiprocessing_context = context
         batches.append(list(loader))
     args.workers = 0
-    batches.append(list(train.make_train_loader(images, args, torch.device("cpu"), Ranks())))
+    batches.append(list(make_train_loader(images, args, torch.device("cpu"), Ranks())))
     for others in batches[1:]:
         for (pixels, labels), (others_pixels, others_labels) in zip(batches[0], others, strict=True):
             assert torch.equal(pixels, others_pixels)
@@ -346,14 +350,14 @@ def test_a_last_batch_of_one_image_is_left_out(tmp_path):
 
 
 def test_without_data_the_sample_is_drawn_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "SAMPLE", tmp_path / "data" / "sample")
+    monkeypatch.setattr(loaders, "SAMPLE", tmp_path / "data" / "sample")
     drawn = []
 
     def draw(folder):
         drawn.append(folder)
         return write_classes(folder, {"daisy": 5, "roses": 5})
 
-    monkeypatch.setattr(train, "draw_sample", draw)
+    monkeypatch.setattr(loaders, "draw_sample", draw)
     for _ in range(2):
         assert train.main([*TINY, "--epochs", "1"]) == 0
         assert "--data-path FOLDER" in capsys.readouterr().out
@@ -386,7 +390,7 @@ def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_class
 
 
 def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "download_flower_photos", lambda root: two_classes.rename(root))
+    monkeypatch.setattr(loaders, "download_flower_photos", lambda root: two_classes.rename(root))
     assert train.main(["--download", "--data-path", str(tmp_path / "new"), *TINY, "--epochs", "1"]) == 0
     assert (tmp_path / "new" / "cat").is_dir()
 

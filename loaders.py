@@ -1,0 +1,176 @@
+"""What a training reads: its images, found, checked and divided, and the batches of them."""
+
+import argparse
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from data_utils import DataError, Files, check_images, describe_files, download_flower_photos, find_split, leave_out
+from model import ResNet
+from my_dataset import EpochSampler, Features, MyDataSet, Numbered, ShareSampler, Tolerant
+from program_utils import UsageError, available_cores, leave_with_the_run, read_json
+from ranks import Ranks
+from run_utils import StopSignals
+from sample_flowers import draw_sample
+from train_eval_utils import GRAIN, collect_features, of_all_shares
+
+T = TypeVar("T")
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "data" / "sample_flowers"
+FLOWER_PHOTOS = HERE / "data" / "flower_photos"
+
+
+def find_data(args: argparse.Namespace) -> str | Path:
+    """The folder to train on: downloaded or drawn first, where that is asked for."""
+    if args.download:
+        download_flower_photos(args.data_path)
+    if args.data_path:
+        return args.data_path
+    if not SAMPLE.exists():
+        print(f"drawing the built-in sample in {SAMPLE}", flush=True)
+        draw_sample(SAMPLE)
+    print("no --data-path given: training on the built-in sample of drawn flowers")
+    print("for your own images: --data-path FOLDER, with one sub-folder a class")
+    return SAMPLE
+
+
+class Data(NamedTuple):
+    """What a run is trained and validated on: with reasons, what cannot be used; and what is known of every file."""
+
+    train_set: MyDataSet
+    val_set: MyDataSet
+    class_names: list[str]
+    counts: dict[str, tuple[int, int]]
+    val_source: str
+    problems: list[str]
+    files: Files
+    known: dict[str, Any]
+
+
+def read_data(args: argparse.Namespace, known_images: Path) -> Data:
+    """Find the images that the flags name, and leave out what cannot be used.
+
+    Args:
+        known_images: the file of what earlier runs have found out about images.
+    """
+    found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
+    if args.num_classes not in (None, len(found.class_names)):
+        raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
+    known = read_json(known_images)
+    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args))
+    split, problems = leave_out(found, checked)
+    if problems and args.strict:
+        raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
+    train_set = MyDataSet(split.train_paths, split.train_labels)
+    val_set = MyDataSet(split.val_paths, split.val_labels)
+    if not (len(train_set) and len(val_set)):
+        raise DataError("no usable image is left for training or for validation")
+    files = describe_files(found, checked)
+    return Data(train_set, val_set, found.class_names, split.count(), val_source, problems, files, known | checked)
+
+
+def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
+    """The batches of this process, in the order of each epoch; an image that cannot be read is replaced."""
+    batches = ShareSampler(
+        EpochSampler(len(train_set), args.seed),
+        args.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulate=args.accumulate,
+        # A batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
+        drop_single=has_single_pixels(args) and not args.freeze_layers,
+        drop_last=args.sync_bn,  # which needs a batch of the same size from every process
+    )
+    return make_loader(Tolerant(train_set, replace=True), batches, args, device, ranks)
+
+
+def make_val_loader(val_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
+    """The evaluation batches of this process, in the folder's order, of images with their numbers."""
+    batches = share_of(range(len(val_set)), args.batch_size, ranks)
+    return make_loader(Tolerant(Numbered(val_set), replace=False), batches, args, device, ranks)
+
+
+def head_loaders(
+    model: ResNet,
+    train_set: MyDataSet,
+    train_batches: ShareSampler,
+    val_loader: DataLoader,
+    args: argparse.Namespace,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    stop: StopSignals,
+    ranks: Ranks,
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here.
+
+    That for training has the batches `train_batches`; `val_loader` numbers its images.
+    """
+
+    def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
+        options = {"amp_dtype": amp_dtype, "after_step": stop.check}
+        return of_all_shares(ranks, functools.partial(collect_features, model, loader, device, **options))
+
+    order, items = train_batches.order, []
+    for view in range(args.feature_views):
+        order.set_epoch(view, img_size=training_sizes(args)[1])
+        items += sorted(order)  # by the images' indices
+    images = Tolerant(train_set, replace=True)
+    features, labels = features_of(make_loader(images, share_of(items, args.batch_size, ranks), args, device, ranks))
+    views = list(zip(features.split(len(train_set)), labels.split(len(train_set)), strict=True))
+    train_features = DataLoader(Features(views), batch_sampler=train_batches, generator=torch.Generator())
+    features, numbers = features_of(val_loader)
+    val_batches = share_of(range(len(numbers)), 1024, ranks)
+    return train_features, DataLoader(TensorDataset(features, numbers), batch_sampler=val_batches)
+
+
+def make_loader(
+    dataset: Dataset, batches: Iterable[Sequence[Any]], args: argparse.Namespace, device: torch.device, ranks: Ranks
+) -> DataLoader:
+    """A loader of batches of images, which other processes read."""
+    workers = number_of_workers(args, ranks.local_world_size)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        collate_fn=dataset.collate_fn,
+        worker_init_fn=leave_with_the_run,
+        generator=torch.Generator(),  # its own: loading data moves no global generator
+    )
+
+
+def share_of(items: Sequence[T], batch_size: int, ranks: Ranks) -> list[Sequence[T]]:
+    """The part of this process in the batches that one alone would have."""
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    first, after = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    return batches[first:after]
+
+
+def number_of_workers(args: argparse.Namespace, processes: int = 1) -> int:
+    """The processes that read images, of each of so many processes on this machine."""
+    return min(max(1, available_cores() // processes), 8) if args.workers is None else args.workers
+
+
+def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tuple[int, int]:
+    """Pixels of the images that are trained on, at the start and at the end, for an `img_size` (--img-size)."""
+    img_size = img_size or args.img_size
+    parts = (args.first_size, args.last_size)
+    first, last = (img_size if part == 1 else max(32, round(part * img_size / GRAIN) * GRAIN) for part in parts)
+    return first, last
+
+
+def has_single_pixels(args: argparse.Namespace) -> bool:
+    """Whether images are so small, at the start, that they end as one pixel in the network."""
+    return args.img_size is not None and min(training_sizes(args)) <= 32
+
+
+def computes_features(args: argparse.Namespace) -> bool:
+    """Whether a frozen backbone looks at the images before the first epoch, once and for all."""
+    return args.freeze_layers and args.feature_views > 0

@@ -1,0 +1,134 @@
+"""Command lines, devices, and what a machine has."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from program_utils import (
+    FlagParser,
+    UsageError,
+    available_cores,
+    available_memory,
+    printable,
+    select_device,
+    select_precision,
+    true_or_false,
+)
+
+
+def parser() -> FlagParser:
+    flags = FlagParser(prog="p")
+    flags.add_argument("--num-classes", type=int)
+    flags.add_argument("--data-path")
+    flags.add_argument("--freeze-layers", nargs="?", const=True, default=False, type=true_or_false)
+    return flags
+
+
+@pytest.mark.parametrize("argv", [["--num_classes", "3"], ["--num-classes=3"], ["--num_classes=3"]])
+def test_both_spellings(argv):
+    assert parser().parse_args(argv).num_classes == 3
+
+
+def test_values_keep_their_underscores():
+    assert parser().parse_args(["--data_path=a_b/--c_d"]).data_path == "a_b/--c_d"
+    assert parser().parse_args(["--data-path", "a_b"]).data_path == "a_b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        ([], False),
+        (["--freeze-layers"], True),
+        (["--freeze-layers", "True"], True),
+        (["--freeze_layers", "false"], False),
+    ],
+)
+def test_freeze_layers_means_what_it_says(argv, value):
+    assert parser().parse_args(argv).freeze_layers is value
+
+
+@pytest.mark.parametrize("argv", [["--freeze-layers", "maybe"], ["--num-classes", "x"], ["--unknown"]])
+def test_a_wrong_flag_is_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(argv)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("p: error: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_names_are_printed_as_text():
+    assert printable("daisy 向日葵 🌷") == "daisy 向日葵 🌷"
+    assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
+
+
+def test_devices(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert select_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+    for name in ("cuda", "cuda:1", "0", "mps"):
+        assert select_device(name) == torch.device("cpu")
+        assert "using the CPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device("cuda") == select_device("0") == torch.device("cuda:0")
+    assert select_device("cuda:1") == select_device("1") == torch.device("cuda:1")
+    for name in ("cuda:2", "2", "gpu", "0,1", "", "cuda:-1"):
+        with pytest.raises(UsageError, match="--device"):
+            select_device(name)
+
+
+def test_cores_are_those_of_this_process():
+    assert 1 <= available_cores() <= os.cpu_count()
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+def test_available_memory_is_some_of_the_machines():
+    assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "amp", "dtype", "why"),
+    [
+        ({"avx512_bf16": True}, "auto", torch.bfloat16, "this CPU computes in it"),
+        ({"amx_bf16": True}, "auto", torch.bfloat16, "this CPU computes in it"),
+        ({"avx2": True}, "auto", None, "does not compute in bfloat16"),
+        ({"avx2": True}, "on", torch.bfloat16, "emulated"),
+        ({"avx512_bf16": True}, "off", None, "--amp off"),
+    ],
+)
+def test_mixed_precision_where_the_cpu_has_it(monkeypatch, capabilities, amp, dtype, why):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    chosen, words = select_precision(amp, torch.device("cpu"))
+    assert chosen == dtype
+    assert why in words
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_mixed_precision_on_older_versions_of_torch(monkeypatch, has_it):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert select_precision("auto", torch.device("cpu"))[0] == (torch.bfloat16 if has_it else None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amp", "dtype"),
+    [
+        ((9, 0), "auto", torch.bfloat16),
+        ((8, 0), "auto", torch.bfloat16),
+        ((7, 5), "auto", torch.float16),
+        ((6, 1), "auto", None),
+        ((6, 1), "on", torch.float16),
+        ((9, 0), "off", None),
+    ],
+)
+def test_mixed_precision_where_the_gpu_has_it(monkeypatch, capability, amp, dtype):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert select_precision(amp, torch.device("cuda", 0))[0] == dtype
