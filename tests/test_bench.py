@@ -2,34 +2,37 @@
 
 import csv
 import re
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import bench
 import pytest
 
-BENCH = Path(__file__).with_name("bench.py")
 SMALL = ["--model", "resnet18", "--device", "cpu"]
 
 
-def printed_by_bench(folder: Path, *flags) -> str:
-    """What it prints."""
-    command = [sys.executable, BENCH, *flags, *SMALL]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def printed_by_bench(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """What it prints, in an empty folder."""
+
+    def run(*flags: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags), *SMALL])
+        bench.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_without_mixed_precision_the_losses_are_the_tutorials(sample, tmp_path):
-    printed = printed_by_bench(tmp_path, "losses", "--data-path", sample, "--img-size", "32", "--batch-size", "8")
+def test_without_mixed_precision_the_losses_are_the_tutorials(sample, printed_by_bench):
+    printed = printed_by_bench("losses", "--data-path", sample, "--img-size", "32", "--batch-size", "8")
     assert float(re.search(r"same weights: (\S+)", printed)[1]) < 1e-4
     assert len(re.findall(r"^ +\d+  ", printed, re.M)) == 10  # steps: 80 images, 8 a step
 
 
-def test_training_is_compared_with_the_tutorials(sample, tmp_path):
+def test_training_is_compared_with_the_tutorials(sample, tmp_path, printed_by_bench):
     flags = ["--data-path", sample, "--images", "24", "--rounds", "1", "--img-size", "32"]
-    printed = printed_by_bench(tmp_path, "train", *flags)
+    printed = printed_by_bench("train", *flags)
     with open(tmp_path / "bench.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["figure"] for row in rows] == ["epoch", "start to end"]
@@ -39,31 +42,22 @@ def test_training_is_compared_with_the_tutorials(sample, tmp_path):
 
 
 @pytest.mark.parametrize(("figure", "ratio"), [("evaluate", "tutorial/ours"), ("ceiling", "memory/files")])
-def test_passes_over_images_are_compared(figure, ratio, sample, tmp_path, capsys, monkeypatch):
-    flags = ["--data-path", str(sample), "--images", "24", "--rounds", "1", "--img-size", "32", "--workers", "0"]
-    flags += ["--csv", str(tmp_path / "bench.csv")]
-    monkeypatch.setattr(sys, "argv", ["bench.py", figure, *flags, *SMALL])
-    bench.main()
-    assert float(re.search(rf"{ratio}: (\S+)", capsys.readouterr().out)[1]) > 0
+def test_passes_over_images_are_compared(figure, ratio, sample, printed_by_bench):
+    flags = ["--data-path", sample, "--images", "24", "--rounds", "1", "--img-size", "32", "--workers", "0"]
+    assert float(re.search(rf"{ratio}: (\S+)", printed_by_bench(figure, *flags))[1]) > 0
 
 
-def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, monkeypatch, capsys):
-    def compared() -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags), *SMALL])
-        bench.main()
-        return capsys.readouterr().out
-
+def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, printed_by_bench):
     flags = ["accuracy", "--data-path", sample, "--minutes", "0", "--epochs", "1", "--img-size", "32", "--rounds", "1"]
     flags += ["--kinds", "scratch:lr=0.01,zero_init=False"]
-    printed = compared()
+    printed = printed_by_bench(*flags)
     with open(tmp_path / "accuracy.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["kind"], row["seed"], row["epoch"]) for row in rows] == [("scratch:lr=0.01,zero_init=False", "0", "0")]
     assert f"mean {float(rows[0]['accuracy']):.4f}" in printed
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     before = (tmp_path / "accuracy.csv").read_bytes()
-    assert compared() == printed
+    assert printed_by_bench(*flags) == printed
     assert (tmp_path / "accuracy.csv").read_bytes() == before
 
 
