@@ -439,7 +439,7 @@ class ShareSampler(Sampler):
         self.drop_single, self.drop_last = drop_single, drop_last
 
     @property
-    def step_size(self) -> int:
+    def global_batch(self) -> int:
         """The images of a step, of all processes."""
         return self.batch_size * self.world_size * self.accumulate
 
@@ -467,10 +467,10 @@ class ShareSampler(Sampler):
                 yield share[start : start + self.batch_size]
 
     def _sizes(self) -> list[int]:
-        whole, left = divmod(len(self.order), self.step_size)
+        whole, left = divmod(len(self.order), self.global_batch)
         single = any(1 in self._batches(left, rank) for rank in range(min(self.world_size, left)))
         drops = left == 0 or self.drop_last or (single and self.drop_single)
-        return [self.step_size] * whole + ([] if drops else [left])
+        return [self.global_batch] * whole + ([] if drops else [left])
 
     def _batches(self, images: int, rank: int) -> list[int]:
         share = len(range(rank, images, self.world_size))

@@ -147,7 +147,6 @@ RECIPES = {
     },
 }
 
-
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("resume", "allow_changed_data", "strict", "timeout"),
@@ -209,7 +208,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     folder = ranks.from_first(lambda: Path(args.resume) if resumed else create_run_folder(args.name))
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     recipe = {name: getattr(args, name) for name in RECIPES[args.recipe]}
-    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.step_size, ranks)
+    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.global_batch, ranks)
     ranks.agree()  # on the time that has been spent
     if resumed:  # from here on no other process can change its last.pth
         run.load(ranks.from_first(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
@@ -224,8 +223,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     print(f"precision    {precision}")
     print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
     print(f"recipe       {describe_recipe(args)}")
-    if batches.step_size > args.batch_size:
-        print(f"global batch {batches.step_size} images a step")
+    if batches.global_batch > args.batch_size:
+        print(f"global batch {batches.global_batch} images a step")
     print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
     print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(data.val_source)})")
     if data.problems:
