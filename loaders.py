@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from data_utils import DataError, Files, check_images, describe_files, download_flower_photos, find_split, leave_out
+from data_utils import (
+    DataError,
+    Files,
+    Split,
+    check_images,
+    describe_files,
+    download_flower_photos,
+    find_split,
+    leave_out,
+)
 from model import ResNet
-from my_dataset import EpochSampler, Features, MyDataSet, Numbered, ShareSampler, Tolerant
+from my_dataset import MAX_ASPECT_RATIO, EpochSampler, Features, MyDataSet, Numbered, ShareSampler, Tolerant
 from program_utils import UsageError, available_cores, leave_with_the_run, read_json
 from ranks import Ranks
 from run_utils import StopSignals
@@ -69,10 +78,17 @@ def read_data(args: argparse.Namespace, known_images: Path) -> Data:
         raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
     train_set = MyDataSet(split.train_paths, split.train_labels)
     val_set = MyDataSet(split.val_paths, split.val_labels)
-    if not (len(train_set) and len(val_set)):
-        raise DataError("no usable image is left for training or for validation")
+    left = Split(
+        found.class_names, train_set.images_path, train_set.images_class, val_set.images_path, val_set.images_class
+    )
+    empty = set(split.train_labels) - set(left.train_labels)
+    if empty:
+        name, extreme = found.class_names[min(empty)], f"more than {MAX_ASPECT_RATIO} times as long as wide"
+        raise DataError(f"class {name}: none of its images for training can be used; the readable ones are {extreme}")
+    if not len(val_set):
+        raise DataError("no usable image is left for validation")
     files = describe_files(found, checked)
-    return Data(train_set, val_set, found.class_names, split.count(), val_source, problems, files, known | checked)
+    return Data(train_set, val_set, found.class_names, left.count(), val_source, problems, files, known | checked)
 
 
 def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:

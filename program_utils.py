@@ -181,9 +181,17 @@ def available_memory() -> int:
     available = []
     with contextlib.suppress(OSError):
         available.append(1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]))
-        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
-        if limit.strip() != "max":  # a container's
-            available.append(int(limit) - int(used))
+    for limit, used, cached in [  # a container's, by version 2 and 1 of control groups
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ]:
+        group = Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError):
+            limited, taken = (group / limit).read_text().strip(), int((group / used).read_text())
+            statistics = (group / limit).with_name("memory.stat").read_text()
+            given_back = int(re.search(rf"^{cached} (\d+)$", statistics, re.M)[1])  # copies of files, at need
+            if limited != "max":
+                available.append(int(limited) - taken + given_back)
     return max(0, min(available, default=0))
 
 

@@ -101,6 +101,7 @@ class Report(Silence):
         self.steps = len(train_loader.batch_sampler.steps())  # of a whole epoch, now
         self.device, self.amp_dtype = device, amp_dtype
         self.class_names = run.info["class_names"]
+        self.tag_names = [printable(name) for name in self.class_names]  # event files are UTF-8
         self.val_set = val_loader.dataset.images.images
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
         self.drawing = Aside(at_once=device.type == "cpu")  # whose cores training needs itself
@@ -130,7 +131,7 @@ class Report(Silence):
         self.writer.add_custom_scalars({"training and validation": charts})
         self.writer.add_text("run", card)
         flags = {flag: value for flag, value in vars(self.args).items() if flag not in WITHOUT_EFFECT}
-        flags = {flag: value if type(value) in (int, float) else str(value) for flag, value in flags.items()}
+        flags = {flag: value if type(value) in (int, float) else printable(str(value)) for flag, value in flags.items()}
         results = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "train_loss", "best_accuracy"), 0)
         for summary in hparams(flags, results)[:2]:  # in this run; add_hparams would make another one of it
             self.writer.file_writer.add_summary(summary)
@@ -179,7 +180,7 @@ class Report(Silence):
             "memory/peak_GiB": peak_memory(self.device),
         }
         scalars |= {
-            f"recall/{name}": recall for name, recall in zip(self.class_names, validation.recalls.tolist(), strict=True)
+            f"recall/{name}": recall for name, recall in zip(self.tag_names, validation.recalls.tolist(), strict=True)
         }
         scalars = {tag: value for tag, value in scalars.items() if value is not None and not math.isnan(value)}
         for tag, value in scalars.items():
@@ -202,7 +203,7 @@ class Report(Silence):
             figures["confusion matrix"] = confusion
             figures |= self.mistakes(validation, numbers)
             figures["training batch"] = self.training_batch()
-            for index, name in enumerate(self.class_names):
+            for index, name in enumerate(self.tag_names):
                 is_class, probability = validation.labels == index, validation.probabilities[:, index]
                 self.writer.add_pr_curve(f"class/{name}", is_class, probability, epoch)
         if is_last:
@@ -283,7 +284,7 @@ class Report(Silence):
 
     def projector(self, validation: Evaluation, numbers: Tensor) -> None:
         """What `fc` sees of the validation images, with the images in small, for the projector."""
-        names = list(map(printable, self.class_names))
+        names = self.tag_names
         features, rows, thumbnails = [], [], []
         for place, feature in enumerate(torch.cat(self.features)):
             item = self.val_loader.dataset[int(numbers[place])]

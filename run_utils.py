@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -442,7 +443,8 @@ def event_errors(run: Path) -> Iterator[None]:
     except ConnectionError:  # the output is closed, or a worker is gone
         raise
     except OSError as error:
-        if error.strerror is None:  # one that says already what it is about
+        has_said = error.strerror is None  # what it is about
+        if has_said or error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             raise
         raise OSError(f"cannot write in {run}: {error.strerror}") from error
     finally:

@@ -176,7 +176,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
 
     # The data: what to train on, and what to validate on.
     resumed = args.resume is not None
-    runs = Path(args.resume).parent if resumed else Path("runs")
+    runs = Path(args.resume).absolute().parent if resumed else Path("runs")
     data = ranks.from_first(lambda: read_data(args, runs / KNOWN_IMAGES), takes_long=True)
     train_set, val_set, class_names = data.train_set, data.val_set, data.class_names
     (cache_bytes,) = ranks.smallest(available_memory() // 8)  # for each set to keep its large images in, decoded
@@ -212,8 +212,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     ranks.agree()  # on the time that has been spent
     if resumed:  # from here on no other process can change its last.pth
         run.load(ranks.from_first(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
-        if not args.time_budget:  # the flags may allow more by now
-            run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
+        # The flags may allow more by now.
+        run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
     if ranks.is_first:
         write_run(run, data, args, runs / KNOWN_IMAGES)
     report = Report(run, args, train_loader, val_loader, device, amp_dtype) if ranks.is_first else Silence()
@@ -312,6 +312,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                     report.gather(ranks)
                 seconds = time.perf_counter() - start
                 report.epoch(progress, validation, numbers, learning_rate, seconds, is_best, run.over)
+                if run.over:  # what is drawn later than this would be taken back when more epochs follow
+                    report.flush()
                 if args.save_every and (epoch + 1) % args.save_every == 0 and ranks.is_first:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()
@@ -402,13 +404,13 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
     add("--img-size", type=int, help=size_help)
     add("--recipe", choices=RECIPES, default="tutorial", help="what the seven flags below are (default: %(default)s)")
     add("--epochs", type=int, help="passes over the images")
-    add("--batch-size", type=int, help="images a step")
+    add("--batch-size", type=int, help="images of a batch, in each process")
     add("--lr", type=float, help="the highest learning rate")
     add("--lrf", type=float, help="the last one, as a part of --lr")
     add("--warmup", type=float, help="the part of the training in which the learning rate rises to --lr")
-    add("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
     add("--weight-decay", type=float, help="times the weight is added to its gradient")
     add("--label-smoothing", type=float, help="the part of the probability that all classes share")
+    add("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
     add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
     add("--find-lr", action="store_true", help="train with rising learning rates for a minute, and suggest one")
     add("--patience", type=int, default=0, help="end after so many epochs without a better accuracy (default: never)")
@@ -460,6 +462,11 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
         ("time_budget", args.time_budget is None or 0 < args.time_budget < math.inf, "above 0"),
         ("patience", args.patience >= 0, "at least 0"),
         ("accumulate", args.accumulate >= 1, "at least 1"),
+        (
+            "accumulate",
+            args.accumulate == 1 or not args.find_lr,
+            "1 with --find-lr: give all images of a step in --batch-size",
+        ),
         ("timeout", 0 < args.timeout < math.inf, "above 0"),
         ("workers", args.workers is None or args.workers >= 0, "at least 0"),
         ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
@@ -510,11 +517,13 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     changed = ("epochs", "patience", "data_path", "val_path")
     changed = [flag for flag in changed if getattr(args, flag) != getattr(before, flag)]
     over = bool(progress.get("over"))
-    if over and args.time_budget:
-        complete = "its time is up"
-    elif over and args.patience and args.patience == before.patience and args.epochs > progress["epoch"]:
-        complete = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
-    elif progress["epoch"] >= args.epochs:
+    more_patient = before.patience > 0 and not 0 < args.patience <= before.patience
+    stalled = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
+    if over and args.time_budget and not more_patient:
+        complete = "its time is up" + (f", or {stalled}" if args.patience else "")
+    elif over and args.patience and not more_patient and args.epochs > progress["epoch"]:
+        complete = stalled
+    elif progress["epoch"] >= args.epochs and not args.time_budget:
         complete = f"{args.epochs} epochs; --epochs with a larger number goes on"
     else:
         complete = ""

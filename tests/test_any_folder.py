@@ -4,13 +4,15 @@ import contextlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_another_user, write_classes
+from conftest import as_another_user, write_classes, write_image
 from fault_files import draw_zoo
+from fault_harness import accumulated
 from torch.utils.data import DataLoader
 
 import data_utils
@@ -113,10 +115,27 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     assert not Path("runs/flower_experiment-3").exists()
 
 
-def test_a_class_of_which_nothing_can_be_used_is_one_line(tmp_path, capsys):
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 there")
+def test_a_class_name_that_is_no_unicode(tmp_path):
+    folder = write_classes(tmp_path / "pets", {os.fsdecode("狗".encode("gbk")): 5, "cat": 5})
+    assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
+    assert train.main(["--resume", "--epochs", "2"]) == 0
+    assert {"recall/\\udcb9\\udcb7", "recall/cat"} <= accumulated(Path("runs/flower_experiment")).keys()
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(b"hello")
+
+
+def stretch(path: Path) -> None:
+    write_image(path, size=(330, 30))
+
+
+@pytest.mark.parametrize("spoil", [damage, stretch])
+def test_a_class_of_which_nothing_can_be_used_is_one_line(spoil, tmp_path, capsys):
     folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
     for path in (folder / "cat").iterdir():
-        path.write_bytes(b"hello")
+        spoil(path)
     assert train.main(["--data-path", str(folder), *SMALL]) == 1
     said = capsys.readouterr().err
     assert "class cat" in said

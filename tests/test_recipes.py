@@ -137,8 +137,30 @@ def test_patience_ends_a_run_that_no_longer_improves(two_classes, capsys):
     capsys.readouterr()
     assert train.main(["--resume"]) == 0
     assert "is complete: 2 epochs without a better accuracy" in capsys.readouterr().out
+    assert train.main(["--resume", "--patience", "1"]) == 0
+    assert "is complete: 1 epochs without a better accuracy" in capsys.readouterr().out
     assert train.main(["--resume", "--patience", "3"]) == 0
     assert len(metrics()) == len(rows) + 1
+
+
+def test_patience_ends_a_run_before_its_time(two_classes, capsys):
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--time-budget", "60"]
+    assert train.main([*flags, "--patience", "1"]) == 0
+    epochs = len(metrics())
+    assert train.main(["--resume"]) == 0
+    assert "is complete: its time is up, or 1 epochs without" in capsys.readouterr().out
+    assert train.main(["--resume", "--patience", "2"]) == 0
+    assert len(metrics()) == epochs + 1
+
+
+def test_a_time_budget_has_no_number_of_epochs(two_classes, monkeypatch, capsys):
+    monkeypatch.setitem(train.RECIPES, "scratch", train.RECIPES["scratch"] | {"epochs": 1})
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--time-budget", "0.5"]
+    with after_steps(11, send(signal.SIGTERM)):
+        assert train.main(flags) == 143
+    with after_steps(1, send(signal.SIGTERM)):
+        assert train.main(["--resume"]) == 143
+    assert "on from epoch 2, step 3" in capsys.readouterr().out
 
 
 def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from conftest import write_classes, write_image
 from fault_harness import accumulated, differences
 
 import loaders
+import report
 import run_utils
 import train
 from run_utils import Run, lock_run, save_checkpoint
@@ -68,7 +70,21 @@ def fail(run: Run) -> None:
     raise OSError("pulled the plug")
 
 
+def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw figures beside the training, as for a GPU, and slowly."""
+    draw = report.Report.draw
+    monkeypatch.setattr(report, "Aside", lambda at_once: run_utils.Aside(at_once=False))
+    monkeypatch.setattr(report.Report, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
+
+
 # --- it goes on ---------------------------------------------------------------------------------------------------
+
+
+def test_figures_that_are_drawn_beside_the_training_stay(pets, monkeypatch):
+    draw_late(monkeypatch)
+    assert train.main(flags(pets, "--epochs", "1")) == 0
+    assert train.main(["--resume", "--epochs", "2"]) == 0
+    assert accumulated(Path("runs/flower_experiment"))["confusion matrix"] == [0, 1]
 
 
 @pytest.mark.parametrize(
