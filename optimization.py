@@ -22,13 +22,13 @@ ENOUGH_EPOCHS = 24
 PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 
 
-def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool) -> str:
+def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, ranks: Ranks) -> str:
     """Load and freeze as the flags say; a few words for the header. A run that goes on loads its own weights later."""
     words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
     if args.zero_init and not args.weights:
         zero_init(model)
     if args.weights and not resumed:
-        left_out = load_pretrained(model, args.weights, args.model)
+        left_out = ranks.one_a_machine_first(lambda: load_pretrained(model, args.weights, args.model))
         if left_out:
             words += f" but for {', '.join(left_out)}, made for another number of classes"
     if args.freeze_layers:

@@ -121,6 +121,16 @@ class Ranks:
             raise OtherRankFailed
         return result
 
+    def one_a_machine_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives. One process of each machine does it before the others, which find what it downloads."""
+        try:
+            if self.local_rank == 0:
+                return work()
+        finally:
+            if self.are_launched:
+                dist.barrier(group=self._patient)
+        return work()
+
     def fail(self, error: Exception) -> NoReturn:
         """Raise an error that all of them have found: in the first, and `OtherRankFailed` in the others."""
         raise error if self.is_first else OtherRankFailed

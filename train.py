@@ -185,7 +185,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
-    weights_line = prepare_weights(model, args, resumed)
+    weights_line = prepare_weights(model, args, resumed, ranks)
     to_device(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     optimizer = make_optimizer(model, args, device, scaled=scaler.is_enabled())

@@ -296,6 +296,20 @@ def test_an_error_in_one_process_ends_all(sample, monkeypatch, capfd):
     assert not any("Traceback" in line for line in said)
 
 
+def test_one_process_downloads_and_the_others_find_it():
+    def download() -> None:
+        if os.environ["RANK"] == "0":
+            time.sleep(0.5)
+            Path("weights").touch()
+        assert Path("weights").exists()
+
+    def load() -> None:
+        with Ranks() as ranks:
+            ranks.one_a_machine_first(download)
+
+    assert run_ranks(2, load) == [0, 0]
+
+
 def test_an_error_before_training_is_said_once(tmp_path, capfd):
     assert run_ranks(2, lambda: train.main(["--data-path", str(tmp_path / "nowhere"), *SMALL])) == [1, 1]
     assert len(capfd.readouterr().err.splitlines()) == 1
