@@ -144,7 +144,7 @@ def test_patience_ends_a_run_that_no_longer_improves(two_classes, capsys):
 
 
 def test_patience_ends_a_run_before_its_time(two_classes, capsys):
-    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--time-budget", "60"]
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--time-budget", "1"]
     assert train.main([*flags, "--patience", "1"]) == 0
     epochs = len(metrics())
     assert train.main(["--resume"]) == 0
