@@ -347,7 +347,7 @@ CAMPAIGNS = {  # rounds of each, and of its short form
     kill: (100, 2),
     signals: (30, 3),
     disk: (1000, 1),
-    files: (10_000, 300),
+    files: (10_000, 100),
     hostile: (1, 1),
     concurrent: (20, 2),
 }
