@@ -61,7 +61,7 @@ def report(tmp_path, monkeypatch, small_network):
 
 
 def test_hundreds_of_epochs_of_figures_leave_nothing_in_memory(report):
-    """The figures with many images and the curves are drawn ten times on the way, the predictions each time."""
+    """The figures with many images and the curves are drawn eight times on the way, the predictions each time."""
     numbers, labels = torch.arange(1), torch.tensor([0])
     generator = torch.Generator().manual_seed(0)
     seen = []
