@@ -24,11 +24,12 @@ from model import ResNet
 from my_dataset import MAX_ASPECT_RATIO, EpochSampler, Features, MyDataSet, Numbered, ShareSampler, Tolerant
 from program_utils import UsageError, available_cores, leave_with_the_run, read_json
 from ranks import Ranks
-from run_utils import StopSignals
 from sample_flowers import draw_sample
-from train_eval_utils import GRAIN, collect_features, of_all_shares
+from train_eval_utils import collect_features, of_all_shares
 
 T = TypeVar("T")
+
+GRAIN = 16  # pixels, by which the images grow
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
@@ -119,17 +120,18 @@ def head_loaders(
     val_loader: DataLoader,
     args: argparse.Namespace,
     device: torch.device,
-    amp_dtype: torch.dtype | None,
-    stop: StopSignals,
     ranks: Ranks,
+    **options: Any,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here.
 
-    That for training has the batches `train_batches`; `val_loader` numbers its images.
+    Args:
+        train_batches: those of training.
+        val_loader: numbers its images.
+        options: as `collect_logits`'s.
     """
 
     def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
-        options = {"amp_dtype": amp_dtype, "after_step": stop.check}
         return of_all_shares(ranks, functools.partial(collect_features, model, loader, device, **options))
 
     order, items = train_batches.order, []

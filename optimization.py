@@ -4,22 +4,32 @@ import argparse
 import copy
 import functools
 import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import Parameter
-from torch.utils.data import BatchSampler, RandomSampler
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from loaders import make_loader, make_train_loader, training_sizes
+from loaders import GRAIN, make_loader, make_train_loader, training_sizes
 from model import ResNet, freeze_backbone, load_pretrained, zero_init
 from my_dataset import MyDataSet, Tolerant, TrainTransform
 from ranks import Ranks
-from run_utils import StopSignals
-from train_eval_utils import RangeTest, Schedule, TimedSchedule, find_learning_rate, measure_speed
+from train_eval_utils import Progress, train_one_epoch
 
+FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
+NEARLY = 0.97  # of the time: the learning rate is down by then
+SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
 ENOUGH_EPOCHS = 24
 PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
+
+
+# --- weights and optimizer ----------------------------------------------------------------------------------------
 
 
 def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, ranks: Ranks) -> str:
@@ -70,6 +80,117 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["part"]
 
 
+# --- schedule -----------------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """How far a training is, from 0 to 1, and what follows from that: its learning rate and the size of its images.
+
+    The rate rises for a while and falls then by half a cosine (https://arxiv.org/abs/1812.01187), in all but the rise
+    the tutorial's; a rise to a rate that is too high for the first steps and a long fall are the "1cycle policy" of
+    Smith & Topin 2017, https://arxiv.org/abs/1708.07120. The images grow from the first to the last size, as less of
+    them can be computed in the time of large ones (Tan & Le 2021, https://arxiv.org/abs/2104.00298).
+
+    Args:
+        epochs: how many there are.
+        steps: of each.
+        lr: the highest learning rate.
+        lrf: the last one, as a part of it.
+        warmup: the part of the training in which it rises.
+        by_step: it changes with each step; otherwise with each epoch (a timed one's always with the clock).
+        img_sizes: pixels, at the start and at the end.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        *,
+        lr: float,
+        lrf: float,
+        warmup: float = 0.0,
+        by_step: bool = False,
+        img_sizes: tuple[int, int] = (224, 224),
+    ) -> None:
+        self.epochs, self.steps = epochs, max(1, steps)
+        self.lr, self.lrf, self.warmup, self.by_step = lr, lrf, warmup, by_step
+        self.img_sizes = img_sizes
+
+    def progress(self, epoch: int, step: int = 0) -> float:
+        """From 0 to 1, before a step of an epoch (both from 0)."""
+        return min(1.0, (epoch + step / self.steps) / self.epochs)
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether there is no such epoch any more."""
+        return epoch >= self.epochs
+
+    def learning_rate(self, epoch: int, step: int = 0) -> float:
+        """Of a step."""
+        progress = self.progress(epoch, step if self.by_step else 0)
+        if progress < self.warmup:
+            return self.lr * (FIRST_RATE + (1 - FIRST_RATE) * progress / self.warmup)
+        fall = (progress - self.warmup) / (1 - self.warmup)
+        return self.lr * ((1 + math.cos(math.pi * fall)) / 2 * (1 - self.lrf) + self.lrf)
+
+    def img_size(self, epoch: int) -> int:
+        """Of the images of an epoch: it grows evenly over the first four fifths."""
+        first, last = self.img_sizes
+        grown = min(1.0, self.progress(epoch) / 0.8)
+        return last if grown == 1 else first + round(grown * (last - first) / GRAIN) * GRAIN
+
+    def reserve_time(self, seconds: float) -> None:
+        """Note how long all that comes after the last step of an epoch has taken."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What it takes to go on after an interruption."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on where `state_dict` was called."""
+
+
+class TimedSchedule(Schedule):
+    """A schedule that follows the clock: it is complete when the time is up, however fast the machine is by then.
+
+    Li, Yumer, Ramanan 2020: Budgeted Training, https://arxiv.org/abs/1905.04753
+
+    Args:
+        seconds: for all of it.
+        clock: tells the seconds since it began.
+        options: as `Schedule`'s, without `epochs` and `steps`.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float], **options: Any) -> None:
+        super().__init__(epochs=1, steps=1, **options)
+        self.seconds, self.clock = seconds, clock
+        self.before = 0.0  # seconds spent before an interruption
+        self.reserve = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds, until now."""
+        return self.before + self.clock()
+
+    def progress(self, epoch: int, step: int = 0) -> float:
+        """From 0 to 1, now."""
+        return min(1.0, self.spent / max(self.seconds - self.reserve, self.seconds / 10))
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether the time is up, or so nearly that another epoch would learn nothing."""
+        return self.progress(epoch) >= NEARLY
+
+    def reserve_time(self, seconds: float) -> None:
+        """Note how long evaluation, figures and checkpoints have taken; after the last epoch they take longer."""
+        self.reserve = 2 * seconds
+
+    def state_dict(self) -> dict[str, float]:
+        return {"spent": self.spent, "reserve": self.reserve}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.before = float(state["spent"]) - self.clock()
+        self.reserve = float(state["reserve"])
+
+
 def make_schedule(args: argparse.Namespace, steps: int, ranks: Ranks) -> Schedule:
     """The learning rate and the size of the images: for epochs of so many steps, or for a time that has begun."""
     options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "by_step": args.rate_by_step}
@@ -79,18 +200,28 @@ def make_schedule(args: argparse.Namespace, steps: int, ranks: Ranks) -> Schedul
     return Schedule(args.epochs, steps, **options)
 
 
+# --- the range test -----------------------------------------------------------------------------------------------
+
+
+class RangeTest(NamedTuple):
+    """Learning rates (N,), the loss of a step with each (N,), the same smoothed (N,), and the rate to train with."""
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    suggestion: float
+
+
 def find_lr(
     args: argparse.Namespace,
     train_set: MyDataSet,
     model: ResNet,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    optimizer: Optimizer,
     device: torch.device,
-    amp_dtype: torch.dtype | None,
-    stop: StopSignals,
     ranks: Ranks,
+    **options: Any,
 ) -> RangeTest:
-    """Find a learning rate, and say which."""
+    """Find a learning rate, and say which. `options`: as `find_learning_rate`'s."""
     rates = np.geomspace(1e-5, 10, 120)
     train_set.transform.img_size = training_sizes(args)[1]
     images = Tolerant(train_set, replace=True)
@@ -104,14 +235,72 @@ def find_lr(
         device,
         set_rate=functools.partial(set_learning_rate, optimizer),
         rates=rates,
-        amp_dtype=amp_dtype,
-        scaler=scaler,
         label_smoothing=args.label_smoothing,
-        after_step=stop.check,
+        **options,
     )
     found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: the loss falls with no rate"
     print(f"suggestion   {found}")
     return result
+
+
+def find_learning_rate(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: DataLoader,
+    device: torch.device | str,
+    set_rate: Callable[[float], None],
+    rates: Sequence[float],
+    **options: Any,
+) -> RangeTest:
+    """The range test of Smith 2017, https://arxiv.org/abs/1506.01186: the rate rises step by step, until the loss does.
+
+    `model` is of no use afterwards.
+
+    Args:
+        data_loader: gives a batch for each of `rates`.
+        set_rate: sets the rate of the next step.
+        rates: rising evenly in their logarithm.
+        options: as `train_one_epoch`'s.
+
+    Raises:
+        FloatingPointError: the loss is not finite with one of the first rates already.
+
+    The suggestion is the highest rate before the loss has lost half of what it had gained, a little above that of the
+    least loss: for a schedule that rises to it and falls again. Not a number where the loss never falls.
+    """
+    losses: list[float] = []
+    progress = Progress()
+    progress.on_read = lambda step, loss: losses.append(loss)
+
+    def before_step() -> bool:
+        if _rise(losses) < len(losses):
+            return False
+        set_rate(rates[progress.taken])
+        return True
+
+    try:
+        options |= {"progress": progress, "before_step": before_step, "keep_bar": False}
+        train_one_epoch(model, optimizer, data_loader, device, 0, **options)
+    except FloatingPointError:
+        if len(losses) < SMOOTHING:
+            raise
+    losses = losses[: _rise(losses)]
+    smoothed = np.convolve(np.pad(losses, SMOOTHING // 2, mode="edge"), np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
+    tried, least = np.array(rates[: len(losses)]), int(smoothed.argmin())
+    half = (np.mean(losses[:SMOOTHING]) + smoothed[least]) / 2
+    lost = np.append(smoothed[least:] > half, True)
+    suggestion = float(tried[least + lost.argmax() - 1]) if least > 0 else math.nan
+    return RangeTest(tried, np.array(losses), smoothed, suggestion)
+
+
+def _rise(losses: Sequence[float]) -> int:
+    """The place in `losses` where their mean over some steps is far above what it has been; else their number."""
+    means = np.convolve(losses, np.full(SMOOTHING, 1 / SMOOTHING), mode="valid") if len(losses) >= SMOOTHING else []
+    risen = np.flatnonzero(means > RISEN * np.minimum.accumulate(means)) if len(means) else []
+    return int(risen[0]) + SMOOTHING if len(risen) else len(losses)
+
+
+# --- planning -----------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -151,3 +340,31 @@ def plan(
     speeds = " and ".join(f"{1 / t:.1f} images/s at {size} px" for t, size in zip(took, PROBE_SIZES, strict=True))
     print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speeds})")
     return img_size, evaluation
+
+
+def measure_speed(
+    model: nn.Module,
+    data_loader: DataLoader,
+    device: torch.device | str,
+    seconds: float,
+    *,
+    amp_dtype: torch.dtype | None = None,
+) -> float:
+    """How many images of `data_loader` a second of training takes, reading included; `model` is as it was."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
+
+    progress = Progress()
+    counted = (0, time.perf_counter())  # images, and when that was
+
+    def before_step() -> bool:
+        nonlocal counted
+        if progress.taken == 2:  # by now workers have started, and kernels are chosen
+            progress.read()
+            counted = (progress.images, time.perf_counter())
+        return progress.taken < 3 or time.perf_counter() < counted[1] + seconds
+
+    options = {"amp_dtype": amp_dtype, "progress": progress, "before_step": before_step, "keep_bar": False}
+    train_one_epoch(model, optimizer, data_loader, device, 0, **options)
+    images, start = counted if progress.images > counted[0] else (0, progress.start)
+    return (progress.images - images) / (time.perf_counter() - start)

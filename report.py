@@ -23,10 +23,11 @@ import plot_utils
 from data_utils import choose_figure_images
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
+from optimization import RangeTest
 from program_utils import peak_memory, printable, whole_file, write_csv
 from ranks import Ranks
 from run_utils import Aside, Run, event_errors
-from train_eval_utils import Evaluation, Progress, RangeTest, compute_logits
+from train_eval_utils import Evaluation, Progress, compute_logits
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
 WORST = 8  # mistakes in the figure of the worst

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from data_utils import Files
 from model import WeightsError, read_torch_file
+from optimization import Schedule
 from program_utils import UsageError, command_line, printable, read_json
 from ranks import Ranks
-from train_eval_utils import Progress, Schedule
+from train_eval_utils import Progress
 
 try:
     import fcntl

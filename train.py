@@ -250,8 +250,10 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 save()
 
     with report, StopSignals(ranks) as stop:
+        options = {"amp_dtype": amp_dtype, "after_step": stop.check}
         if args.find_lr:
-            return report.range_test(find_lr(args, train_set, model, optimizer, scaler, device, amp_dtype, stop, ranks))
+            found = find_lr(args, train_set, model, optimizer, device, ranks, scaler=scaler, **options)
+            return report.range_test(found)
         try:
             if not resumed:
                 hardware = f"{describe_device(device)}{describe_ranks(ranks)}, {precision}"
@@ -261,7 +263,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
             if computes_features(args):  # then all that training needs is what fc sees of each image
                 learner = val_learner = model.fc
                 train_loader, val_loader = head_loaders(
-                    model, train_set, batches, val_loader, args, device, amp_dtype, stop, ranks
+                    model, train_set, batches, val_loader, args, device, ranks, **options
                 )
             learner = ranks.parallel(learner, device)
             while not run.over:
@@ -287,10 +289,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
                 ranks.share_buffers(model)
-                options = {"amp_dtype": amp_dtype, "on_features": report.see, "after_step": stop.check}
-                logits, numbers = of_all_shares(
-                    ranks, functools.partial(collect_logits, val_learner, val_loader, device, **options)
-                )
+                evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
+                logits, numbers = of_all_shares(ranks, functools.partial(evaluate, on_features=report.see))
                 stop.agree()
                 progress = run.progress.of_all(ranks)
                 if len(numbers) < len(val_set):

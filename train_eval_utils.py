@@ -1,13 +1,12 @@
-"""The schedule of a training, one epoch of it, one pass of evaluation, and the metrics that are computed from that."""
+"""One epoch of training, one pass of evaluation, and the metrics that are computed from that."""
 
 import contextlib
 import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,125 +22,10 @@ from my_dataset import prepare_batch
 from ranks import Ranks
 
 READ_SECONDS = 0.5  # between two looks at the loss
-FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
-SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
-NEARLY = 0.97  # of the time: the learning rate is down by then
-GRAIN = 16  # pixels, by which the images grow
 
 
 class EmptyLoaderError(ValueError):
     """A data loader that gives no image."""
-
-
-# --- schedule -----------------------------------------------------------------------------------------------------
-
-
-class Schedule:
-    """How far a training is, from 0 to 1, and what follows from that: its learning rate and the size of its images.
-
-    The rate rises for a while and falls then by half a cosine (https://arxiv.org/abs/1812.01187), in all but the rise
-    the tutorial's; a rise to a rate that is too high for the first steps and a long fall are the "1cycle policy" of
-    Smith & Topin 2017, https://arxiv.org/abs/1708.07120. The images grow from the first to the last size, as less of
-    them can be computed in the time of large ones (Tan & Le 2021, https://arxiv.org/abs/2104.00298).
-
-    Args:
-        epochs: how many there are.
-        steps: of each.
-        lr: the highest learning rate.
-        lrf: the last one, as a part of it.
-        warmup: the part of the training in which it rises.
-        by_step: it changes with each step; otherwise with each epoch (a timed one's always with the clock).
-        img_sizes: pixels, at the start and at the end.
-    """
-
-    def __init__(
-        self,
-        epochs: int,
-        steps: int,
-        *,
-        lr: float,
-        lrf: float,
-        warmup: float = 0.0,
-        by_step: bool = False,
-        img_sizes: tuple[int, int] = (224, 224),
-    ) -> None:
-        self.epochs, self.steps = epochs, max(1, steps)
-        self.lr, self.lrf, self.warmup, self.by_step = lr, lrf, warmup, by_step
-        self.img_sizes = img_sizes
-
-    def progress(self, epoch: int, step: int = 0) -> float:
-        """From 0 to 1, before a step of an epoch (both from 0)."""
-        return min(1.0, (epoch + step / self.steps) / self.epochs)
-
-    def is_over(self, epoch: int) -> bool:
-        """Whether there is no such epoch any more."""
-        return epoch >= self.epochs
-
-    def learning_rate(self, epoch: int, step: int = 0) -> float:
-        """Of a step."""
-        progress = self.progress(epoch, step if self.by_step else 0)
-        if progress < self.warmup:
-            return self.lr * (FIRST_RATE + (1 - FIRST_RATE) * progress / self.warmup)
-        fall = (progress - self.warmup) / (1 - self.warmup)
-        return self.lr * ((1 + math.cos(math.pi * fall)) / 2 * (1 - self.lrf) + self.lrf)
-
-    def img_size(self, epoch: int) -> int:
-        """Of the images of an epoch: it grows evenly over the first four fifths."""
-        first, last = self.img_sizes
-        grown = min(1.0, self.progress(epoch) / 0.8)
-        return last if grown == 1 else first + round(grown * (last - first) / GRAIN) * GRAIN
-
-    def reserve_time(self, seconds: float) -> None:
-        """Note how long all that comes after the last step of an epoch has taken."""
-
-    def state_dict(self) -> dict[str, float]:
-        """What it takes to go on after an interruption."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on where `state_dict` was called."""
-
-
-class TimedSchedule(Schedule):
-    """A schedule that follows the clock: it is complete when the time is up, however fast the machine is by then.
-
-    Li, Yumer, Ramanan 2020: Budgeted Training, https://arxiv.org/abs/1905.04753
-
-    Args:
-        seconds: for all of it.
-        clock: tells the seconds since it began.
-        options: as `Schedule`'s, without `epochs` and `steps`.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float], **options: Any) -> None:
-        super().__init__(epochs=1, steps=1, **options)
-        self.seconds, self.clock = seconds, clock
-        self.before = 0.0  # seconds spent before an interruption
-        self.reserve = 0.0
-
-    @property
-    def spent(self) -> float:
-        """Seconds, until now."""
-        return self.before + self.clock()
-
-    def progress(self, epoch: int, step: int = 0) -> float:
-        """From 0 to 1, now."""
-        return min(1.0, self.spent / max(self.seconds - self.reserve, self.seconds / 10))
-
-    def is_over(self, epoch: int) -> bool:
-        """Whether the time is up, or so nearly that another epoch would learn nothing."""
-        return self.progress(epoch) >= NEARLY
-
-    def reserve_time(self, seconds: float) -> None:
-        """Note how long evaluation, figures and checkpoints have taken; after the last epoch they take longer."""
-        self.reserve = 2 * seconds
-
-    def state_dict(self) -> dict[str, float]:
-        return {"spent": self.spent, "reserve": self.reserve}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.before = float(state["spent"]) - self.clock()
-        self.reserve = float(state["reserve"])
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -334,100 +218,6 @@ def _together(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Te
 def _no_bar() -> bool | None:
     """For tqdm's `disable`: of several processes only the first draws a bar; None: on a terminal."""
     return True if dist.is_initialized() and dist.get_rank() > 0 else None
-
-
-def measure_speed(
-    model: nn.Module,
-    data_loader: DataLoader,
-    device: torch.device | str,
-    seconds: float,
-    *,
-    amp_dtype: torch.dtype | None = None,
-) -> float:
-    """How many images of `data_loader` a second of training takes, reading included; `model` is as it was."""
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
-
-    progress = Progress()
-    counted = (0, time.perf_counter())  # images, and when that was
-
-    def before_step() -> bool:
-        nonlocal counted
-        if progress.taken == 2:  # by now workers have started, and kernels are chosen
-            progress.read()
-            counted = (progress.images, time.perf_counter())
-        return progress.taken < 3 or time.perf_counter() < counted[1] + seconds
-
-    options = {"amp_dtype": amp_dtype, "progress": progress, "before_step": before_step, "keep_bar": False}
-    train_one_epoch(model, optimizer, data_loader, device, 0, **options)
-    images, start = counted if progress.images > counted[0] else (0, progress.start)
-    return (progress.images - images) / (time.perf_counter() - start)
-
-
-class RangeTest(NamedTuple):
-    """Learning rates (N,), the loss of a step with each (N,), the same smoothed (N,), and the rate to train with."""
-
-    rates: np.ndarray
-    losses: np.ndarray
-    smoothed: np.ndarray
-    suggestion: float
-
-
-def find_learning_rate(
-    model: nn.Module,
-    optimizer: Optimizer,
-    data_loader: DataLoader,
-    device: torch.device | str,
-    set_rate: Callable[[float], None],
-    rates: Sequence[float],
-    **options: Any,
-) -> RangeTest:
-    """The range test of Smith 2017, https://arxiv.org/abs/1506.01186: the rate rises step by step, until the loss does.
-
-    `model` is of no use afterwards.
-
-    Args:
-        data_loader: gives a batch for each of `rates`.
-        set_rate: sets the rate of the next step.
-        rates: rising evenly in their logarithm.
-        options: as `train_one_epoch`'s.
-
-    Raises:
-        FloatingPointError: the loss is not finite with one of the first rates already.
-
-    The suggestion is the highest rate before the loss has lost half of what it had gained, a little above that of the
-    least loss: for a schedule that rises to it and falls again. Not a number where the loss never falls.
-    """
-    losses: list[float] = []
-    progress = Progress()
-    progress.on_read = lambda step, loss: losses.append(loss)
-
-    def before_step() -> bool:
-        if _rise(losses) < len(losses):
-            return False
-        set_rate(rates[progress.taken])
-        return True
-
-    try:
-        options |= {"progress": progress, "before_step": before_step, "keep_bar": False}
-        train_one_epoch(model, optimizer, data_loader, device, 0, **options)
-    except FloatingPointError:
-        if len(losses) < SMOOTHING:
-            raise
-    losses = losses[: _rise(losses)]
-    smoothed = np.convolve(np.pad(losses, SMOOTHING // 2, mode="edge"), np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
-    tried, least = np.array(rates[: len(losses)]), int(smoothed.argmin())
-    half = (np.mean(losses[:SMOOTHING]) + smoothed[least]) / 2
-    lost = np.append(smoothed[least:] > half, True)
-    suggestion = float(tried[least + lost.argmax() - 1]) if least > 0 else math.nan
-    return RangeTest(tried, np.array(losses), smoothed, suggestion)
-
-
-def _rise(losses: Sequence[float]) -> int:
-    """The place in `losses` where their mean over some steps is far above what it has been; else their number."""
-    means = np.convolve(losses, np.full(SMOOTHING, 1 / SMOOTHING), mode="valid") if len(losses) >= SMOOTHING else []
-    risen = np.flatnonzero(means > RISEN * np.minimum.accumulate(means)) if len(means) else []
-    return int(risen[0]) + SMOOTHING if len(risen) else len(losses)
 
 
 def _train_mode(model: nn.Module) -> None:

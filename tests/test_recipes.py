@@ -3,12 +3,10 @@
 import csv
 import itertools
 import json
-import math
 import re
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,10 +17,8 @@ from data_utils import find_split
 from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet
 from my_dataset import EpochSampler, MyDataSet, TrainTransform, prepare_batch
-from optimization import PLANNED_SIZES, make_optimizer, set_learning_rate
+from optimization import PLANNED_SIZES, Schedule, make_optimizer, set_learning_rate
 from ranks import Ranks
-from run_utils import StopSignals
-from train_eval_utils import Schedule, find_learning_rate
 
 pytestmark = pytest.mark.usefixtures("small_network")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--batch-size", "5"]
@@ -253,28 +249,6 @@ def test_a_rate_is_suggested_and_the_curve_is_drawn(sample, capsys):
     assert list((RUN / "weights").iterdir()) == []
 
 
-def test_a_range_test_of_a_valley():
-    """The loss falls with the rate's logarithm up to 0.1, and rises four times as fast from there."""
-    half_lost = 0.1 * math.exp(math.log(0.1 / 1e-4) / 2 / 4)
-    weight = torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-
-    class Valley(torch.nn.Module):
-        def forward(self, images):
-            beyond = math.log(optimizer.param_groups[0]["lr"]) - math.log(0.1)
-            loss = 2 + max(-beyond, 4 * beyond)
-            return torch.stack([torch.zeros(len(images)), torch.full((len(images),), loss)], dim=1) + 0 * weight
-
-    def set_rate(rate: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-
-    rates = np.geomspace(1e-4, 100, 60)
-    batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))] * 60
-    found = find_learning_rate(Valley(), optimizer, batches, "cpu", set_rate, rates)
-    assert found.losses.argmin() == pytest.approx(30, abs=1)
-    assert found.suggestion == pytest.approx(half_lost, rel=0.3)
-
-
 # --- a frozen backbone ------------------------------------------------------------------------------------------
 
 
@@ -306,8 +280,7 @@ def test_features_are_in_the_order_of_the_images(two_classes):
     batches = make_train_loader(images, args, device, ranks).batch_sampler
     val_loader = make_val_loader(images, args, device, ranks)
     model = MODELS["resnet18"](num_classes=2)
-    with StopSignals(ranks) as stop:
-        head, _ = head_loaders(model, images, batches, val_loader, args, device, None, stop, ranks)
+    head, _ = head_loaders(model, images, batches, val_loader, args, device, ranks)
     sampler = EpochSampler(len(images))
     for view in range(args.feature_views):
         sampler.set_epoch(view, img_size=training_sizes(args)[1])

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from model import MODELS
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, Numbered, ShareSampler, Tolerant, TrainTransform
+from optimization import Schedule
 from ranks import Ranks
 from report import Report
 from run_utils import Run
-from train_eval_utils import Evaluation, Progress, Schedule
+from train_eval_utils import Evaluation, Progress
 
 CLASSES, SIZE, EPOCHS = ["cat", "dog"], 32, 200
 STATM = Path("/proc/self/statm")

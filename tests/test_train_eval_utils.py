@@ -15,12 +15,9 @@ from my_dataset import EvalTransform, MyDataSet, prepare_batch
 from train_eval_utils import (
     Evaluation,
     Progress,
-    Schedule,
-    TimedSchedule,
     collect_features,
     collect_logits,
     evaluate,
-    measure_speed,
     train_one_epoch,
 )
 
@@ -38,60 +35,6 @@ def loader(count: int = 10, batch_size: int = 4, seed: int = 0) -> DataLoader:
     labels = torch.randint(0, 2, (count,), generator=generator)
     images = torch.randint(0, 128, (count, 3, 40, 40), generator=generator) + 120 * labels.view(-1, 1, 1, 1)
     return DataLoader(TensorDataset(images.to(torch.uint8), labels), batch_size=batch_size)
-
-
-# --- schedule -----------------------------------------------------------------------------------------------------
-
-
-def test_the_tutorials_rate_changes_by_epoch():
-    schedule = Schedule(30, 100, lr=0.001, lrf=0.1)
-    for epoch in (0, 1, 17, 29):
-        expected = 0.001 * (((1 + math.cos(math.pi * epoch / 30)) / 2) * (1 - 0.1) + 0.1)
-        assert schedule.learning_rate(epoch) == schedule.learning_rate(epoch, 99) == pytest.approx(expected)
-        assert schedule.img_size(epoch) == 224
-    assert [schedule.is_over(epoch) for epoch in (0, 29, 30)] == [False, False, True]
-
-
-def test_a_rate_by_step_rises_and_then_falls_to_its_end():
-    schedule = Schedule(10, 5, lr=0.4, lrf=0.01, warmup=0.2, by_step=True)
-    rates = [schedule.learning_rate(step // 5, step % 5) for step in range(50)]
-    assert rates[0] == pytest.approx(0.4 / 25)
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[5] == pytest.approx((rates[0] + 0.4) / 2)  # half-way up
-    assert rates[10] == max(rates) == pytest.approx(0.4)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert schedule.learning_rate(10) == pytest.approx(0.004)
-
-
-def test_images_grow():
-    schedule = Schedule(20, 5, lr=1.0, lrf=0.0, img_sizes=(64, 136))
-    sizes = [schedule.img_size(epoch) for epoch in range(20)]
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[-4:]) == (64, [136] * 4)
-    assert {size % 16 for size in sizes[:-4]} == {0}
-    assert len(set(sizes)) > 4
-
-
-def test_a_timed_schedule_follows_the_clock():
-    now = [10.0]
-    options = {"lr": 0.4, "lrf": 0.01, "warmup": 0.2, "by_step": True, "img_sizes": (64, 128)}
-    schedule = TimedSchedule(100.0, lambda: now[0], **options)
-    assert schedule.progress(0) == pytest.approx(0.1)
-    assert schedule.learning_rate(3, 7) == pytest.approx(0.4 * (0.04 + 0.96 / 2))
-    schedule.reserve_time(10.0)  # twice that is kept back
-    now[0] = 40.0
-    assert schedule.progress(5) == pytest.approx(0.5)
-    assert 64 < schedule.img_size(5) < 128
-    state = schedule.state_dict()
-    now[0] = 5.0  # interrupted, and gone on later by another process
-    other = TimedSchedule(100.0, lambda: now[0], **options)
-    other.load_state_dict(state)
-    assert other.progress(5) == pytest.approx(0.5)
-    assert not other.is_over(5)
-    now[0] += 40.0
-    assert other.is_over(5)
-    assert other.learning_rate(5) == pytest.approx(0.004)
-    assert other.img_size(5) == 128
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -146,13 +89,6 @@ def test_what_comes_before_a_step_sets_its_rate_or_ends_the_epoch():
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert torch.equal(weights[2], model[1].weight)
-
-
-def test_measuring_the_speed_leaves_the_network_alone():
-    model = tiny_resnet()
-    before = copy.deepcopy(model.state_dict())
-    assert measure_speed(model, loader(), CPU, seconds=0.01) > 0
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_it_learns():
