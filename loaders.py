@@ -93,7 +93,11 @@ def read_data(args: argparse.Namespace, known_images: Path) -> Data:
 
 
 def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
-    """The batches of this process, in the order of each epoch; an image that cannot be read is replaced."""
+    """The batches of this process, in the order of each epoch; an image that cannot be read is replaced.
+
+    Raises:
+        UsageError: there are too few images for a step.
+    """
     batches = ShareSampler(
         EpochSampler(len(train_set), args.seed),
         args.batch_size,
@@ -104,6 +108,9 @@ def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: to
         drop_single=has_single_pixels(args) and not args.freeze_layers,
         drop_last=args.sync_bn,  # which needs a batch of the same size from every process
     )
+    if not batches.steps():
+        few, needed = len(train_set), batches.global_batch
+        ranks.fail(UsageError(f"{few} images for training are too few: a step of all processes takes {needed}"))
     return make_loader(Tolerant(train_set, replace=True), batches, args, device, ranks)
 
 

@@ -113,7 +113,7 @@ RECIPES = {
         "lr": 0.05,
         "lrf": 0.0,
         "warmup": 0.2,
-        "weight_decay": 0.0005,
+        "weight_decay": 0.002,
         "label_smoothing": 0.1,
         # ---
         "rate_by_step": True,

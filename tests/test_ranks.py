@@ -26,6 +26,7 @@ from data_utils import find_split
 from loaders import make_train_loader, make_val_loader
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
 from optimization import make_optimizer
+from program_utils import UsageError
 from ranks import Ranks
 from run_utils import Run
 from train_eval_utils import collect_logits, of_all_shares, train_one_epoch
@@ -138,6 +139,18 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch):
             if value.is_floating_point() and "running" not in key:
                 assert (value - alone[key]).norm() <= 1e-9 * alone[key].norm(), (name, key)
                 assert (alone[key] - before[key]).norm() > 1e-3 * before[key].norm(), key
+
+
+def test_too_few_images_for_a_step(two_classes):
+    """Synchronised BatchNorm takes whole steps only."""
+    split, _ = find_split(two_classes)
+    images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
+    args = train.parse_args([*SMALL, "--batch-size", "16"])
+    args.sync_bn = True
+    assert len(make_train_loader(images, args, torch.device("cpu"), Ranks())) == 1  # of 20 images
+    args.accumulate = 2
+    with pytest.raises(UsageError, match=r"20 images .* too few: .* 32"):
+        make_train_loader(images, args, torch.device("cpu"), Ranks())
 
 
 @pytest.mark.parametrize("images", [587, 2])
