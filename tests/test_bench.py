@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import bench
 import pytest
+from accuracy import divided
 
 SMALL = ["--model", "resnet18", "--device", "cpu"]
 
@@ -63,7 +64,7 @@ def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, printed_b
 
 def test_a_fifth_of_the_images_is_set_aside(sample):
     def names(set_aside: bool) -> dict[str, set[str]]:
-        with bench.divided(str(sample), set_aside) as data:
+        with divided(str(sample), set_aside) as data:
             return {side: {path.name for path in (data / side).rglob("*.jpg")} for side in ("train", "val")}
 
     choices, final = names(set_aside=False), names(set_aside=True)

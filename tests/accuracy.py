@@ -1,0 +1,126 @@
+"""Recipes side by side: what bench.py accuracy does."""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from measuring import (
+    BENCH,
+    ROOT,
+    append_rows,
+    drawn_sample,
+    hardware,
+    our_flags,
+    read_rows,
+)
+
+import train
+from data_utils import find_split
+from program_utils import select_device
+
+
+def compare_recipes(args: argparse.Namespace) -> None:
+    """Recipes side by side, each for --minutes (0: for --epochs): accuracy over time, and the last one of each seed.
+
+    A kind is a recipe of train.py ("scratch"), perhaps with changes ("scratch:lr=0.1,nesterov=False"), or "loop": the
+    baseline, for --epochs. A fifth of the images is set aside by a hash of their names: choices are made without it,
+    and --set-aside validates on it. Runs that are in the CSV file are not run again.
+    """
+    path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
+    settings = {"set": "set aside" if args.set_aside else "for choices"}
+    settings["length"] = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
+    settings |= {"model": args.model, "amp": args.amp, "hardware": hardware(select_device(args.device))}
+    settings |= {"img_size": str(args.img_size or "planned"), "data_path": args.data_path or "sample"}
+    with divided(args.data_path, args.set_aside) as data:
+        for seed, kind in itertools.product(range(args.rounds), args.kinds):
+            run = settings | {"kind": kind, "values": values_of(kind, args), "seed": str(seed)}
+            if not any(run.items() <= row.items() for row in read_rows(path)):
+                append_rows([run | row for row in train_for_minutes(args, data, kind, seed)], path)
+            last = [row for row in read_rows(path) if run.items() <= row.items()][-1]
+            print(f"seed {seed}  {kind:40} {last['accuracy']} after {last['at_minute']} min", flush=True)
+    wanted = [settings | {"kind": kind, "values": values_of(kind, args)} for kind in args.kinds]
+    rows = [row for row in read_rows(path) if any(kind.items() <= row.items() for kind in wanted)]
+    print(f"{settings['hardware']}; {args.model}, {settings['length']}, validated on images {settings['set']}")
+    for kind in args.kinds:
+        ends = {row["seed"]: float(row["accuracy"]) for row in rows if row["kind"] == kind}
+        print(f"{kind:40} mean {statistics.fmean(ends.values()):.4f} of {sorted(ends.values())}")
+    draw_accuracy(rows, args.kinds, picture)
+    print(f"curves: {picture}")
+
+
+def values_of(kind: str, args: argparse.Namespace) -> str:
+    """What a kind is, now: a recipe may become another one under the same name."""
+    if kind == "loop":
+        return f"{args.epochs} epochs"
+    recipe, _, changes = kind.partition(":")
+    return ", ".join(f"{name} {value}" for name, value in train.RECIPES[recipe].items()) + f"; {changes}"
+
+
+@contextlib.contextmanager
+def divided(data_path: str | None, set_aside: bool):
+    """A folder `train` and one `val` of links: four fifths of the images divided again; or these, and the last fifth.
+
+    By a hash of the files' names, so that it is the same everywhere.
+    """
+    split, _ = find_split(data_path or drawn_sample())
+    with tempfile.TemporaryDirectory() as folder:
+        images = zip(split.train_paths + split.val_paths, split.train_labels + split.val_labels, strict=True)
+        for number, (path, label) in enumerate(images):
+            digest = int(hashlib.sha256(Path(path).name.encode()).hexdigest(), 16)
+            is_aside, is_val = digest % 5 == 0, digest // 5 % 4 == 0
+            if is_aside and not set_aside:
+                continue
+            side = "val" if (is_aside if set_aside else is_val) else "train"
+            link = Path(folder, side, split.class_names[label], f"{number}_{Path(path).name}")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(path).resolve())
+        yield Path(folder)
+
+
+def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int) -> list[dict[str, str]]:
+    """A training; of each epoch its end, in minutes from the program's start, and its accuracy."""
+    recipe, _, changes = kind.partition(":")
+    flags = ["--data-path", str(data), "--device", args.device, "--model", args.model]
+    if kind == "loop":
+        flags += ["--epochs", str(args.epochs), "--img-size", str(args.img_size or 224), "--seed", str(seed)]
+        command = [sys.executable, str(BENCH), "baseline", *flags]
+    else:
+        flags += ["--recipe", recipe, "--seed", str(seed), *our_flags(args)]
+        flags += ["--time-budget", str(args.minutes)] if args.minutes else ["--epochs", str(args.epochs)]
+        flags += ["--img-size", str(args.img_size)] if args.img_size else []
+        changed = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.RECIPES[{recipe!r}] |= "
+        changed += f"dict({changes}); sys.exit(train.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", changed, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        start, rows = time.perf_counter(), []
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run:
+            for line in run.stdout:
+                if line.startswith("[epoch ") and "accuracy " in line:
+                    minutes = (time.perf_counter() - start) / 60
+                    accuracy = line.split(" accuracy ")[1].split()[0]
+                    rows.append({"epoch": str(len(rows)), "at_minute": f"{minutes:.2f}", "accuracy": accuracy})
+        if run.returncode or not rows:
+            sys.exit(f"{kind} failed")
+        return rows
+
+
+def draw_accuracy(rows: list[dict[str, str]], kinds: list[str], path: Path) -> None:
+    """Accuracy over minutes: a colour a kind, a line a seed."""
+    figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot(xlabel="minutes", ylabel="validation accuracy")
+    for number, kind in enumerate(kinds):
+        for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
+            run = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+            points = [[float(row[key]) for row in run] for key in ("at_minute", "accuracy")]
+            axes.plot(*points, color=f"C{number}", marker=".", label=kind if seed == "0" else None)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
