@@ -9,6 +9,7 @@ import shutil
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from my_dataset import prepare_batch, stack_images, to_pixels
 from optimization import RangeTest
 from program_utils import peak_memory, printable, whole_file, write_csv
 from ranks import Ranks
-from run_utils import Aside, Run, event_errors
+from run_utils import Run, event_errors
 from train_eval_utils import Evaluation, Progress, compute_logits
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
@@ -39,6 +40,36 @@ PROJECTED, THUMBNAIL = 1000, 32  # validation images in the projector, about; pi
 LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 
 Painter = Callable[[], Figure]  # so that it can be drawn later, beside the training
+
+
+class Aside:
+    """Work beside the training, in a thread, one piece after the other; or in its place, where `at_once`."""
+
+    def __init__(self, at_once: bool) -> None:
+        self._thread = None if at_once else ThreadPoolExecutor(max_workers=1)
+        self._pending: list[Future] = []
+
+    def do(self, work: Callable[..., None], *arguments: object) -> None:
+        """Start a piece of work. What an earlier one raised is raised here."""
+        if self._thread is None:
+            work(*arguments)
+        else:
+            self.wait()
+            self._pending.append(self._thread.submit(work, *arguments))
+
+    def wait(self) -> None:
+        """Until all of it is done. What it raised is raised here."""
+        while self._pending:
+            self._pending.pop().result()
+
+    def __enter__(self) -> "Aside":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if kind is None:
+            self.wait()
 
 
 class Silence:

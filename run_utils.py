@@ -12,8 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -450,36 +449,6 @@ def event_errors(run: Path) -> Iterator[None]:
         raise OSError(f"cannot write in {run}: {error.strerror}") from error
     finally:
         threading.excepthook = before
-
-
-class Aside:
-    """Work beside the training, in a thread, one piece after the other; or in its place, where `at_once`."""
-
-    def __init__(self, at_once: bool) -> None:
-        self._thread = None if at_once else ThreadPoolExecutor(max_workers=1)
-        self._pending: list[Future] = []
-
-    def do(self, work: Callable[..., None], *arguments: object) -> None:
-        """Start a piece of work. What an earlier one raised is raised here."""
-        if self._thread is None:
-            work(*arguments)
-        else:
-            self.wait()
-            self._pending.append(self._thread.submit(work, *arguments))
-
-    def wait(self) -> None:
-        """Until all of it is done. What it raised is raised here."""
-        while self._pending:
-            self._pending.pop().result()
-
-    def __enter__(self) -> "Aside":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
-        if kind is None:
-            self.wait()
 
 
 # --- signals ------------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def fail(run: Run) -> None:
 def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw figures beside the training, as for a GPU, and slowly."""
     draw = report.Report.draw
-    monkeypatch.setattr(report, "Aside", lambda at_once: run_utils.Aside(at_once=False))
+    aside = report.Aside
+    monkeypatch.setattr(report, "Aside", lambda at_once: aside(at_once=False))
     monkeypatch.setattr(report.Report, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
 
 
