@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ import train
 from data_utils import find_split
 from program_utils import select_device
 
+METRICS = ("accuracy", "val_loss")
+
 
 def compare_recipes(args: argparse.Namespace) -> None:
     """Recipes side by side, each for --minutes (0: for --epochs): accuracy over time, and the last one of each seed.
@@ -45,7 +48,8 @@ def compare_recipes(args: argparse.Namespace) -> None:
             if not any(run.items() <= row.items() for row in read_rows(path)):
                 append_rows([run | row for row in train_for_minutes(args, data, kind, seed)], path)
             last = [row for row in read_rows(path) if run.items() <= row.items()][-1]
-            print(f"seed {seed}  {kind:40} {last['accuracy']} after {last['at_minute']} min", flush=True)
+            accuracy, loss = (last[metric] for metric in METRICS)
+            print(f"seed {seed}  {kind:40} {accuracy} (loss {loss}) after {last['at_minute']} min", flush=True)
     wanted = [settings | {"kind": kind, "values": values_of(kind, args)} for kind in args.kinds]
     rows = [row for row in read_rows(path) if any(kind.items() <= row.items() for kind in wanted)]
     print(f"{settings['hardware']}; {args.model}, {settings['length']}, validated on images {settings['set']}")
@@ -86,7 +90,7 @@ def divided(data_path: str | None, set_aside: bool):
 
 
 def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int) -> list[dict[str, str]]:
-    """A training; of each epoch its end, in minutes from the program's start, and its accuracy."""
+    """A training; of each epoch its end, in minutes from the program's start, its accuracy and validation loss."""
     recipe, _, changes = kind.partition(":")
     flags = ["--data-path", str(data), "--device", args.device, "--model", args.model]
     if kind == "loop":
@@ -104,9 +108,9 @@ def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run:
             for line in run.stdout:
                 if line.startswith("[epoch ") and "accuracy " in line:
-                    minutes = (time.perf_counter() - start) / 60
-                    accuracy = line.split(" accuracy ")[1].split()[0]
-                    rows.append({"epoch": str(len(rows)), "at_minute": f"{minutes:.2f}", "accuracy": accuracy})
+                    minutes = f"{(time.perf_counter() - start) / 60:.2f}"
+                    found = dict.fromkeys(METRICS, "") | dict(re.findall(r"(\w+) (\S+)", line))
+                    rows.append({"epoch": str(len(rows)), "at_minute": minutes} | {key: found[key] for key in METRICS})
         if run.returncode or not rows:
             sys.exit(f"{kind} failed")
         return rows

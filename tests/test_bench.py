@@ -56,6 +56,8 @@ def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, printed_b
         rows = list(csv.DictReader(file))
     assert [(row["kind"], row["seed"], row["epoch"]) for row in rows] == [("scratch:lr=0.01,zero_init=False", "0", "0")]
     assert f"mean {float(rows[0]['accuracy']):.4f}" in printed
+    assert f"{rows[0]['accuracy']} (loss {rows[0]['val_loss']})" in printed
+    assert float(rows[0]["val_loss"]) > 0
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     before = (tmp_path / "accuracy.csv").read_bytes()
     assert printed_by_bench(*flags) == printed
