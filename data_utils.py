@@ -7,7 +7,6 @@ import collections
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -17,21 +16,19 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets.utils import download_url
-from tqdm import tqdm
 
 from model import evaluation_mode
 from my_dataset import ImageError, MyDataSet, prepare_batch, read_image, to_pixels
-from program_utils import leave_with_the_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +39,6 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one fou
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
-
-Files = dict[str, list[list[str]]]  # of a data set: see `describe_files`
 
 
 class DataError(ValueError):
@@ -233,37 +228,6 @@ def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], N
     return images
 
 
-class Checked(NamedTuple):
-    """What is known about an image file.
-
-    `size` in bytes, `time` of the last change in ns, `checksum` of the content (None: it cannot be read), and the
-    `problem`, or None.
-    """
-
-    size: int
-    time: int
-    checksum: str | None
-    problem: str | None
-
-
-class _Checks(Dataset):
-    """Each image file's checksum, and what is wrong with it."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str | None, str | None]:
-        path = self.paths[index]
-        try:
-            read_image(path, least_side=16)  # all of the file is read, next to nothing is kept
-        except ImageError as error:
-            return file_checksum(path), str(error)
-        return file_checksum(path), None
-
-
 def file_checksum(path: str) -> str | None:
     """Of the content of a file, as hexadecimal digits; None where it cannot be read."""
     content = hashlib.blake2b(digest_size=16)
@@ -276,98 +240,6 @@ def file_checksum(path: str) -> str | None:
     except OSError:  # as reading the image has told
         return None
     return content.hexdigest()
-
-
-def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, Checked]:
-    """Read every image, and say what is wrong with it.
-
-    Args:
-        known: the result of another time, perhaps by way of JSON: a file of the same size and time is not read again,
-            if nothing was wrong with it.
-        workers: processes that read.
-
-    Returns:
-        What is known now, by the path in full.
-    """
-    result: dict[str, Checked] = {}
-    unknown = []
-    for path in dict.fromkeys(map(_in_full, paths)):
-        size, time = _size_and_time(path)
-        match known.get(path):
-            case [before, then, str(checksum), None] if (before, then) == (size, time):
-                result[path] = Checked(size, time, checksum, None)
-            case _:
-                result[path] = Checked(size, time, None, None)
-                unknown.append(path)
-    loader = DataLoader(
-        _Checks(unknown),
-        batch_size=16,
-        num_workers=workers if len(unknown) > 100 else 0,  # which take a while to start
-        collate_fn=list,
-        worker_init_fn=leave_with_the_run,
-        generator=torch.Generator(),  # its own: looking at files moves no global generator
-    )
-    with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
-        checks = itertools.chain.from_iterable(loader)
-        for path, (checksum, problem) in zip(unknown, checks, strict=True):
-            result[path] = result[path]._replace(checksum=checksum, problem=problem)
-            bar.update()
-    return result
-
-
-def _in_full(path: str) -> str:
-    return str(Path(path).absolute())
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        status = Path(path).stat()
-    except OSError:  # a link to nowhere, a folder that must not be entered: reading will tell
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def leave_out(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[str]]:
-    """`split` without the images that cannot be used, and what is wrong with each of them.
-
-    Args:
-        checked: of all its images, from `check_images`.
-
-    Raises:
-        DataError: a class, or validation, would have no image left.
-    """
-
-    def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
-        kept = [pair for pair in zip(paths, labels, strict=True) if checked[_in_full(pair[0])].problem is None]
-        return [path for path, _ in kept], [label for _, label in kept]
-
-    problems = [image.problem for image in checked.values() if image.problem is not None]
-    left = Split(
-        split.class_names,
-        *usable(split.train_paths, split.train_labels),
-        *usable(split.val_paths, split.val_labels),
-    )
-    empty = set(split.train_labels) - set(left.train_labels)
-    if empty:
-        raise DataError(f"class {split.class_names[min(empty)]}: none of its images can be used; {problems[0]}")
-    if split.val_paths and not left.val_paths:
-        raise DataError(f"none of the images for validation can be used; {problems[0]}")
-    return left, problems
-
-
-def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
-    """What tells whether a folder has changed, wherever it lies: the checksum of each file, from `check_images`.
-
-    {"daisy/a.jpg": [["train", checksum]], ...}; two where train and val have that name, "" for a file that cannot be
-    read.
-    """
-    files: Files = {}
-    sides = {"train": (split.train_paths, split.train_labels), "val": (split.val_paths, split.val_labels)}
-    for side, (paths, labels) in sides.items():
-        for path, label in zip(paths, labels, strict=True):
-            name = f"{split.class_names[label]}/{Path(path).name}"
-            files.setdefault(name, []).append([side, checked[_in_full(path)].checksum or ""])
-    return files
 
 
 def _subfolders(root: str | os.PathLike) -> list[Path]:

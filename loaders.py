@@ -2,26 +2,29 @@
 
 import argparse
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tqdm import tqdm
 
-from data_utils import (
-    DataError,
-    Files,
-    Split,
-    check_images,
-    describe_files,
-    download_flower_photos,
-    find_split,
-    leave_out,
-)
+from data_utils import DataError, Split, download_flower_photos, file_checksum, find_split
 from model import ResNet
-from my_dataset import MAX_ASPECT_RATIO, EpochSampler, Features, MyDataSet, Numbered, ShareSampler, Tolerant
+from my_dataset import (
+    MAX_ASPECT_RATIO,
+    EpochSampler,
+    Features,
+    ImageError,
+    MyDataSet,
+    Numbered,
+    ShareSampler,
+    Tolerant,
+    read_image,
+)
 from program_utils import UsageError, available_cores, leave_with_the_run, read_json
 from ranks import Ranks
 from sample_flowers import draw_sample
@@ -31,9 +34,14 @@ T = TypeVar("T")
 
 GRAIN = 16  # pixels, by which the images grow
 
+Files = dict[str, list[list[str]]]  # of a data set: see `describe_files`
+
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
 FLOWER_PHOTOS = HERE / "data" / "flower_photos"
+
+
+# --- what to train on ---------------------------------------------------------------------------------------------
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
@@ -48,6 +56,129 @@ def find_data(args: argparse.Namespace) -> str | Path:
     print("no --data-path given: training on the built-in sample of drawn flowers")
     print("for your own images: --data-path FOLDER, with one sub-folder a class")
     return SAMPLE
+
+
+class Checked(NamedTuple):
+    """What is known about an image file.
+
+    `size` in bytes, `time` of the last change in ns, `checksum` of the content (None: it cannot be read), and the
+    `problem`, or None.
+    """
+
+    size: int
+    time: int
+    checksum: str | None
+    problem: str | None
+
+
+class _Checks(Dataset):
+    """Each image file's checksum, and what is wrong with it."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str | None, str | None]:
+        path = self.paths[index]
+        try:
+            read_image(path, least_side=16)  # all of the file is read, next to nothing is kept
+        except ImageError as error:
+            return file_checksum(path), str(error)
+        return file_checksum(path), None
+
+
+def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, Checked]:
+    """Read every image, and say what is wrong with it.
+
+    Args:
+        known: the result of another time, perhaps by way of JSON: a file of the same size and time is not read again,
+            if nothing was wrong with it.
+        workers: processes that read.
+
+    Returns:
+        What is known now, by the path in full.
+    """
+    result: dict[str, Checked] = {}
+    unknown = []
+    for path in dict.fromkeys(map(_in_full, paths)):
+        size, time = _size_and_time(path)
+        match known.get(path):
+            case [before, then, str(checksum), None] if (before, then) == (size, time):
+                result[path] = Checked(size, time, checksum, None)
+            case _:
+                result[path] = Checked(size, time, None, None)
+                unknown.append(path)
+    loader = DataLoader(
+        _Checks(unknown),
+        batch_size=16,
+        num_workers=workers if len(unknown) > 100 else 0,  # which take a while to start
+        collate_fn=list,
+        worker_init_fn=leave_with_the_run,
+        generator=torch.Generator(),  # its own: looking at files moves no global generator
+    )
+    with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
+        checks = itertools.chain.from_iterable(loader)
+        for path, (checksum, problem) in zip(unknown, checks, strict=True):
+            result[path] = result[path]._replace(checksum=checksum, problem=problem)
+            bar.update()
+    return result
+
+
+def _in_full(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:  # a link to nowhere, a folder that must not be entered: reading will tell
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def leave_out(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[str]]:
+    """`split` without the images that cannot be used, and what is wrong with each of them.
+
+    Args:
+        checked: of all its images, from `check_images`.
+
+    Raises:
+        DataError: a class, or validation, would have no image left.
+    """
+
+    def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
+        kept = [pair for pair in zip(paths, labels, strict=True) if checked[_in_full(pair[0])].problem is None]
+        return [path for path, _ in kept], [label for _, label in kept]
+
+    problems = [image.problem for image in checked.values() if image.problem is not None]
+    left = Split(
+        split.class_names,
+        *usable(split.train_paths, split.train_labels),
+        *usable(split.val_paths, split.val_labels),
+    )
+    empty = set(split.train_labels) - set(left.train_labels)
+    if empty:
+        raise DataError(f"class {split.class_names[min(empty)]}: none of its images can be used; {problems[0]}")
+    if split.val_paths and not left.val_paths:
+        raise DataError(f"none of the images for validation can be used; {problems[0]}")
+    return left, problems
+
+
+def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
+    """What tells whether a folder has changed, wherever it lies: the checksum of each file, from `check_images`.
+
+    {"daisy/a.jpg": [["train", checksum]], ...}; two where train and val have that name, "" for a file that cannot be
+    read.
+    """
+    files: Files = {}
+    sides = {"train": (split.train_paths, split.train_labels), "val": (split.val_paths, split.val_labels)}
+    for side, (paths, labels) in sides.items():
+        for path, label in zip(paths, labels, strict=True):
+            name = f"{split.class_names[label]}/{Path(path).name}"
+            files.setdefault(name, []).append([side, checked[_in_full(path)].checksum or ""])
+    return files
 
 
 class Data(NamedTuple):
@@ -90,6 +221,9 @@ def read_data(args: argparse.Namespace, known_images: Path) -> Data:
         raise DataError("no usable image is left for validation")
     files = describe_files(found, checked)
     return Data(train_set, val_set, found.class_names, left.count(), val_source, problems, files, known | checked)
+
+
+# --- batches of it ------------------------------------------------------------------------------------------------
 
 
 def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:

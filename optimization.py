@@ -74,7 +74,7 @@ def make_optimizer(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """For the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["part"]

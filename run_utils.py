@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from data_utils import Files
+from loaders import Files
 from model import WeightsError, read_torch_file
 from optimization import Schedule
 from program_utils import UsageError, command_line, printable, read_json

@@ -13,15 +13,7 @@ import time
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from measuring import (
-    BENCH,
-    ROOT,
-    append_rows,
-    drawn_sample,
-    hardware,
-    our_flags,
-    read_rows,
-)
+from measuring import BENCH, ROOT, append_rows, drawn_sample, hardware, our_flags, read_rows
 
 import train
 from data_utils import find_split

@@ -27,13 +27,13 @@ from torchvision import models
 import predict
 from data_utils import (
     DataError,
-    check_images,
     download_flower_photos,
     read_class_indices,
     read_label_file,
     read_pickle,
     split_folder,
 )
+from loaders import check_images
 from model import WeightsError, load_model, load_pretrained, resnet18
 from my_dataset import ImageError, read_image
 from run_utils import read_checkpoint

@@ -15,9 +15,10 @@ from fault_files import draw_zoo
 from fault_harness import accumulated
 from torch.utils.data import DataLoader
 
-import data_utils
+import loaders
 import train
-from data_utils import check_images, describe_files, find_split, leave_out, split_folder
+from data_utils import find_split, split_folder
+from loaders import check_images, describe_files, leave_out
 from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import Run
 
@@ -74,7 +75,7 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [image.problem is not None for image in first.values()] == [True] + [False] * 119
     read = []
-    monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
+    monkeypatch.setattr(loaders, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert check_images(paths, json.loads(json.dumps(first))) == first
     assert read == paths[:1]  # what was wrong may have been too little memory
     read.clear()
@@ -103,7 +104,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     assert all(any(repr(str(path)) in line for line in listed) for path in bad)
 
     read = []
-    monkeypatch.setattr(data_utils, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
+    monkeypatch.setattr(loaders, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     assert f"left out     {len(bad)} images" in capsys.readouterr().out
     assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are known
