@@ -125,9 +125,9 @@ def check_data(args: argparse.Namespace) -> int:
     conflicts = sum(group.conflict for group in groups)
     leaks = sum(group.leak for group in groups)
     print(
-        f"{'LABEL CONFLICTS' if conflicts else 'no label conflict'}: {conflicts} pictures in several classes, {leaks} "
-        f"in both training and validation, {len(groups)} more than once in all; {len(images) - len(usable)} of "
-        f"{len(images)} files unusable"
+        f"{'LABEL CONFLICTS' if conflicts else 'no label conflict'}: "
+        f"{conflicts} {'picture' if conflicts == 1 else 'pictures'} in several classes, {leaks} in both training and "
+        f"validation, {len(groups)} more than once in all; {len(images) - len(usable)} of {len(images)} files unusable"
     )
     return 1 if conflicts else 0
 

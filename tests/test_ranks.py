@@ -35,7 +35,6 @@ pytestmark = [
     pytest.mark.usefixtures("small_network"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here"),
 ]
-FROZEN = ["--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
 SMALL = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0", "--timeout", "60"]
 
 
@@ -242,9 +241,13 @@ def torchrun(
     command += [*options, str(program), *flags]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            lines.append(line)
-            when(line, process)
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                when(line, process)
+        except BaseException:  # the end of the test's time, for example: it would be waited for
+            process.kill()
+            raise
     return process.returncode, "".join(lines)
 
 
@@ -328,12 +331,19 @@ def test_an_error_before_training_is_said_once(tmp_path, capfd):
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "way", [["--time-budget", "0.05"], ["--recipe", "finetune", "--freeze-layers", "--epochs", "3"]]
-)
-def test_other_ways_of_training(way, sample):
-    flags = ["--data-path", str(sample), *SMALL, *way]
-    assert run_ranks(2, lambda: train.main(flags)) == [0, 0]
+def test_a_frozen_backbone_is_that_of_one_process(sample):
+    flags = ["--data-path", str(sample), *SMALL, "--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
+    flags += ["--amp", "off"]  # bfloat16 rounds differently in batches of another size
+    for count in (1, 2):
+        own = ["--batch-size", str(16 // count), "--name", f"by {count}"]
+        assert run_ranks(count, lambda own=own: train.main([*flags, *own])) == [0] * count
+    alone, together = weights_of(Path("runs/by 1")), weights_of(Path("runs/by 2"))
+    for key, value in together.items():
+        assert torch.allclose(value, alone[key], atol=1e-5), key
+
+
+def test_a_time_budget_of_several_processes(sample):
+    assert run_ranks(2, lambda: train.main(["--data-path", str(sample), *SMALL, "--time-budget", "0.05"])) == [0, 0]
     assert (Path("runs/flower_experiment/weights/best.pth")).exists()
 
 
