@@ -25,7 +25,6 @@ FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
 NEARLY = 0.97  # of the time: the learning rate is down by then
 SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
-ENOUGH_EPOCHS = 24
 PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 
 
@@ -315,8 +314,8 @@ def plan(
     """Plan for a time budget, by the speed of a few steps.
 
     Returns:
-        The largest size of images, unless the flags say which, at which there is time for `ENOUGH_EPOCHS`; and the
-        seconds that an evaluation will take.
+        The largest size of images, unless the flags say which, at which there is time for as many epochs as the recipe
+        has; and the seconds that an evaluation will take.
     """
     images = copy.copy(train_set)  # which keeps no images: these are small ones
     images.transform = TrainTransform(PROBE_SIZES[-1])
@@ -335,7 +334,7 @@ def plan(
         pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # of an image, in the mean
         evaluation = val_images * (per_image + per_pixel * img_size**2) / 3  # without a backward pass
         epochs = 0.95 * seconds / (len(images) * (per_image + per_pixel * pixels) + evaluation)
-        if epochs >= ENOUGH_EPOCHS:
+        if epochs >= args.epochs:
             break
     speeds = " and ".join(f"{1 / t:.1f} images/s at {size} px" for t, size in zip(took, PROBE_SIZES, strict=True))
     print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speeds})")
