@@ -52,7 +52,7 @@ def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     (folder / "cat" / "170 million pixels.png").write_bytes(blank_png(13_000, 13_000))
     Path.cwd().parent.chmod(0o755)  # permissions do not hold for the superuser: somebody else looks
     child = Child(look_at(folder), Path("output"))
-    campaign.expect("the zoo: no crash and no hang", child.wait(60) == 0 or [Path("output").read_text()[-500:]])
+    campaign.expect("the zoo: no crash and no hang", child.end(60) == 0 or [Path("output").read_text()[-500:]])
     found = json.loads(Path("looked_at").read_text())
     for name, usable in expected.items():
         problem = found["problems"].pop(f"{folder.resolve()}/cat/{name}", "not seen")
@@ -72,7 +72,7 @@ def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             name = generator.choice(list(originals))
             mutants.append((name, mutate(originals[name], generator)))
         child = Child(read_all(mutants), Path("output"))
-        status = child.wait(10 * batch)
+        status = child.end(10 * batch)
         lines = Path("results").read_text().splitlines()
         campaign.expect("no crash and no hang, in a batch of 100", status == 0 or [f"{status}, after {lines[-1:]}"])
         for line in lines:
@@ -374,11 +374,11 @@ def strange_run(campaign: Campaign, box: Path) -> None:
     epochs = str(campaign.epochs + 1)
     child = Child(program(["--resume", str(run), "--epochs", epochs], lambda: os.chdir(box)), Path("output"))
     campaign.expect(
-        "a strange run goes on, and nothing of it takes effect", child.wait() == 0 and not printed_controls()
+        "a strange run goes on, and nothing of it takes effect", child.end() == 0 and not printed_controls()
     )
     (run / "files.json").write_text("[" * 100_000)
     child = Child(program(["--resume", str(run), "--epochs", epochs + "0"], lambda: os.chdir(box)), Path("output"))
-    campaign.expect("refused: a run whose list of files is damaged", child.wait() == 1)
+    campaign.expect("refused: a run whose list of files is damaged", child.end() == 1)
 
     names = [f"{escape}{number}" for number in range(5)]
     torch.save(checkpoint | {"class_names": names}, run / "weights" / "best.pth")
@@ -390,7 +390,7 @@ def strange_run(campaign: Campaign, box: Path) -> None:
         return predict.main([*arguments, "--device", "cpu"])
 
     child = Child(look, Path("output"))
-    campaign.expect("strange class names are printed and drawn as text", child.wait() == 0 and not printed_controls())
+    campaign.expect("strange class names are printed and drawn as text", child.end() == 0 and not printed_controls())
 
 
 def printed_controls() -> list[str]:

@@ -30,11 +30,16 @@ IMAGES, BATCH_SIZE = 30, 4
 # --- runs in processes of their own -------------------------------------------------------------------------------
 
 
+class HopelessError(Exception):
+    """Something is so wrong that the campaign cannot go on: what it waits for will not come."""
+
+
 class Child:
     """`action` in a process, and a session, of its own; its output goes to a file."""
 
     def __init__(self, action: Callable[[], int], output: Path) -> None:
         output.write_bytes(b"")
+        self.output, self.status = output, None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -58,18 +63,34 @@ class Child:
     def wait(self, seconds: float = 120) -> int | None:
         """The exit status, negative for a signal, or None if it has not ended in that time."""
         end = time.monotonic() + seconds
-        while True:
+        while self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.005)
+                self.status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                break
+            else:
+                time.sleep(0.005)
+        return self.status
+
+    def end(self, seconds: float = 120) -> int:
+        """The exit status of a process that should end by itself, and is killed if it has not in that time."""
+        if self.wait(seconds) is None:
+            self.kill()
+        return self.status
+
+    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until it holds. Raises: HopelessError: it did not in that time, or the process is over."""
+        end = time.monotonic() + seconds
+        while not condition():
+            over = self.wait(0.005) is not None or time.monotonic() > end
+            if over and not condition():
+                raise HopelessError(self.output.read_text()[-500:])
 
     def kill(self) -> None:
         """SIGKILL to the process alone: its workers are left to themselves."""
         os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        self.wait()
 
     def orphans(self, seconds: float = 2) -> list[int]:
         """The processes of its session that are still there after so long."""
@@ -115,7 +136,7 @@ def unreadable(run: Path) -> list[str]:
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
-    """Where a run has ended differently: weights, momentum, curves."""
+    """Where a run has ended differently: weights, momentum, epochs, curves."""
     wrong = []
     for name in ("last.pth", "best.pth"):
         ours, theirs = (torch.load(folder / "weights" / name, weights_only=True) for folder in (run, undisturbed))
@@ -131,6 +152,9 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
                 for index, state in momentum[1].items()
                 if not torch.equal(momentum[0][index]["momentum_buffer"], state["momentum_buffer"])
             ]
+    tables = [(folder / "metrics.csv").read_text(encoding="utf-8").splitlines() for folder in (run, undisturbed)]
+    if len({tuple(line.partition(",")[0] for line in table) for table in tables}) > 1:
+        wrong.append("the epochs in metrics.csv")
     if accumulated(run) != accumulated(undisturbed):
         wrong.append("what EventAccumulator reads")
     raw = raw_events(run)
@@ -179,11 +203,12 @@ class Campaign:
         """The folder of a run that nothing happens to, which is made but once, and the seconds that it took."""
         folder = self.data.parent / "undisturbed"
         seconds = folder / "seconds"
-        if not folder.exists():
-            folder.mkdir()
+        if not seconds.exists():
+            folder.mkdir(exist_ok=True)
             start = time.monotonic()
             child = Child(program(self.flags("run"), lambda: os.chdir(folder)), folder / "output")
-            self.expect("a run that is left alone ends well", child.wait() == 0)
+            if child.end() != 0:
+                raise HopelessError(child.output.read_text()[-500:])
             seconds.write_text(str(time.monotonic() - start))
         return folder / "runs" / "run", float(seconds.read_text())
 

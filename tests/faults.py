@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from fault_harness import (
     IMAGES,
     Campaign,
     Child,
+    HopelessError,
     differences,
     program,
     raw_events,
@@ -95,7 +97,7 @@ def kill(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             moment = PAUSES[killed // 2 % len(PAUSES)] if killed % 2 else None
             if killed == rounds:
                 child = Child(program(arguments), Path("output"))
-                status = child.wait()
+                status = child.end()
             elif moment:
                 child, status = killed_while_saving(arguments, moment, generator.randrange(6))
             else:
@@ -110,11 +112,12 @@ def kill(campaign: Campaign, rounds: int, generator: random.Random) -> None:
                 ] += 1
             campaign.expect("no process is left", child.orphans())
             campaign.expect("every checkpoint loads", unreadable(run))
+            if status:  # neither killed nor complete
+                raise HopelessError(Path("output").read_text()[-500:])
             if not (run / "weights" / "last.pth").exists():
                 break  # killed before its first checkpoint: there is nothing to go on with
             arguments = ["--resume", name]
         else:
-            campaign.expect("the run goes on to its end", status == 0 or [Path("output").read_text()[-300:]])
             campaign.expect("it ends as the undisturbed run", differences(run, undisturbed))
             print(f"  {killed} kills, {run} complete", flush=True)
 
@@ -124,10 +127,11 @@ def killed_while_saving(arguments: list[str], moment: str, which: int) -> tuple[
     reader, writer = os.pipe()
     child = Child(program(arguments, pause(moment, which, writer)), Path("output"))
     os.close(writer)
-    paused = os.read(reader, 1)  # nothing comes from a run that is over
+    ready, _, _ = select.select([reader], [], [], 120)
+    paused = ready and os.read(reader, 1)  # nothing comes from a run that is over
     os.close(reader)
     if not paused:
-        return child, child.wait()
+        return child, child.end()
     child.kill()
     return child, None
 
@@ -144,8 +148,7 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             steps_file.write_bytes(b"")
             before = position(run) if run.exists() else 0
             child = Child(program(arguments, count_steps(steps_file)), Path("output"))
-            while not (run / "weights" / "last.pth").exists() or b"TensorBoard" not in Path("output").read_bytes():
-                time.sleep(0.005)  # from then on signals are the run's own
+            child.until(functools.partial(has_begun, run))  # from then on signals are the run's own
             time.sleep(generator.uniform(0, seconds / 2))
             status, twice = child.wait(0), False
             if status is None and sent < rounds:
@@ -155,14 +158,14 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
                     time.sleep(generator.uniform(0, 0.2))
                     os.kill(child.pid, number)
                 sent += 1
-                status = child.wait(10)
+                status = child.end(10)
                 campaign.tried[f"{signal.Signals(number).name} sent{' twice' if twice else ''}"] += 1
                 # 0: it was over before it was asked; minus the signal: the second came when all had been saved.
                 right = status in ((128 + number, 0, -number) if twice else (128 + number, 0))
                 said = Path("output").read_text()[-300:]
                 campaign.expect("the exit status is 128 + the signal", right or [f"{status}, {said}"])
             elif status is None:
-                status = child.wait()
+                status = child.end()
             campaign.expect("no process is left", child.orphans())
             campaign.expect("every checkpoint loads", unreadable(run))
             if not twice:
@@ -172,6 +175,11 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
                 campaign.expect("it ends as the undisturbed run", differences(run, undisturbed))
                 print(f"  {sent} signals, {run} complete", flush=True)
             arguments = ["--resume", name]
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a run has its first checkpoint, and has said all that comes before training."""
+    return (run / "weights" / "last.pth").exists() and b"TensorBoard" in Path("output").read_bytes()
 
 
 def count_steps(path: Path) -> Callable[[], None]:
@@ -224,7 +232,7 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     old, new = {"epoch": 1, "weights": torch.zeros(1000)}, {"epoch": 2, "weights": torch.ones(1000)}
     path = Path("last.pth")
     save_checkpoint(old, path)
-    for which in itertools.count():
+    for which in range(1000):  # it writes fewer times
         run_utils.open = lambda name, mode, which=which: _FullDisk(Path(name).open(mode), which)  # noqa: SIM115
         try:
             save_checkpoint(new, path)
@@ -240,23 +248,22 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     for which in range(rounds):
         name = f"events{which}"
         child = Child(program(campaign.flags(name, epochs=2), full_events(which)), Path("output"))
-        status = child.wait()
+        status = child.end()
         if status == 0:
             break
         campaign.expect("an event file's write fails: status 1", status == 1 or [f"{status}"])
         campaign.expect("an event file's write fails: one line", one_complaint())
         campaign.expect("an event file's write fails: every checkpoint loads", unreadable(Path("runs", name)))
         if Path("runs", name, "weights", "last.pth").exists():
-            status = Child(program(["--resume", name]), Path("output")).wait()
+            status = Child(program(["--resume", name]), Path("output")).end()
             campaign.expect("an event file's write fails: the run goes on later", status == 0)
 
     for lost in (".", "weights")[:rounds]:
         run = Path("runs", f"removed {lost}")
         child = Child(program(campaign.flags(run.name), save_after_epochs_only), Path("output"))
-        while b"[epoch 0]" not in Path("output").read_bytes():
-            time.sleep(0.005)
+        child.until(lambda: b"[epoch 0]" in Path("output").read_bytes())
         shutil.rmtree(run / lost)
-        status = child.wait()
+        status = child.end()
         campaign.expect("the run's folder is removed: status 1", status == 1 or [f"{status}"])
         campaign.expect("the run's folder is removed: one line", one_complaint())
         campaign.expect("the run's folder is removed: no process is left", child.orphans())
@@ -284,18 +291,19 @@ def small_file_system(campaign: Campaign, mib: int) -> None:
     undisturbed, _ = campaign.undisturbed()
     folder = Path("small").resolve()
     folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder], check=False).returncode != 0:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL, check=False).returncode != 0:
         print("  a tmpfs: not tried, as only the superuser may mount one")
         return
     try:
-        status = Child(program(campaign.flags("run"), lambda: os.chdir(folder)), Path("output")).wait()
+        status = Child(program(campaign.flags("run"), lambda: os.chdir(folder)), Path("output")).end()
         campaign.expect("a full tmpfs: status 1", status == 1 or [f"{mib} MiB: {status}"])
         campaign.expect("a full tmpfs: one line", one_complaint())
         run = folder / "runs" / "run"
         campaign.expect("a full tmpfs: every checkpoint loads", unreadable(run))
         if (run / "weights" / "last.pth").exists():
             subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
-            status = Child(program(["--resume", "run"], lambda: os.chdir(folder)), Path("output")).wait()
+            status = Child(program(["--resume", "run"], lambda: os.chdir(folder)), Path("output")).end()
             campaign.expect("a full tmpfs: the run goes on when there is room", status == 0)
             campaign.expect("a full tmpfs: it ends as the undisturbed run", differences(run, undisturbed))
     finally:
@@ -335,7 +343,7 @@ def concurrent(campaign: Campaign, rounds: int, generator: random.Random) -> Non
     children = [
         Child(program(campaign.flags("same", epochs=1), wait_for_it), Path(f"output{index}")) for index in range(rounds)
     ]
-    statuses = [child.wait(600) for child in children]
+    statuses = [child.end(600) for child in children]
     campaign.expect("every run ends well", [status for status in statuses if status != 0])
     runs = list(Path("runs").glob("same*"))
     campaign.expect(f"{rounds} runs, {rounds} folders", len(runs) == rounds)
@@ -379,8 +387,11 @@ def main(argv: list[str] | None = None) -> int:
             campaign = Campaign(name, data, epochs=2 if args.short else 4)
             (data.parent / name).mkdir()
             os.chdir(data.parent / name)
-            by_name[name](campaign, args.rounds or CAMPAIGNS[by_name[name]][args.short], random.Random(args.seed))
             done.append(campaign)
+            try:
+                by_name[name](campaign, args.rounds or CAMPAIGNS[by_name[name]][args.short], random.Random(args.seed))
+            except (HopelessError, OSError) as error:  # of a full disk, for example
+                campaign.expect("the campaign comes to its end", [str(error)])
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
         os.chdir("/")
     for campaign in done:

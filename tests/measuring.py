@@ -136,13 +136,13 @@ def seconds_of_program(command: list, folder: str | os.PathLike) -> float:
 
 def seconds_of_epochs(command: list) -> dict[str, float]:
     """A training program in a folder of its own: the median of its epochs from the second on, and from start to end."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as complaint:
         start = time.perf_counter()
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=complaint, text=True) as run:
             ends = [time.perf_counter() for line in run.stdout if line.startswith("[epoch ")]
-            complaint = run.stderr.read()
         if run.returncode:
-            sys.exit(complaint)
+            complaint.seek(0)
+            sys.exit(complaint.read())
         epochs = [later - earlier for earlier, later in itertools.pairwise(ends)]
         return {"epoch": statistics.median(epochs), "start to end": time.perf_counter() - start}
 
