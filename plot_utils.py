@@ -7,6 +7,7 @@ that has their characters; what no font has, and control characters, are written
 """
 
 import functools
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ MAX_COLUMNS = 8
 FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, which everybody can tell apart (Okabe & Ito 2008)
 HEAT = "inferno"
 DPI = 100
+LARGEST_MATRIX = 30  # inches: a figure of 1,000 classes would take gigabytes
 
 
 def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure: Figure | None = None) -> Figure:
@@ -156,7 +158,8 @@ def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: Figure | None = None) -> Figure:
     """How many images of each class (rows) were taken for each class (columns): (classes, classes) of int.
 
-    The numbers are counts; the shade of a cell is its part of its row.
+    The numbers are counts; the shade of a cell is its part of its row. Of hundreds of classes, shades and some names
+    are all there is room for.
     """
     figure = figure or Figure(dpi=DPI)
     classes = len(class_names)
@@ -164,9 +167,10 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
     size = 12 if classes <= 6 else 10 if classes <= 20 else 8 if classes <= 50 else 7
     cell = 0.75 if classes <= 6 else 0.45 if classes <= 20 else 0.3 if classes <= 50 else 0.24
     inch = size / 72
-    side = max(cell * classes, 2.5)
+    side = max(min(cell * classes, LARGEST_MATRIX), 2.5)
+    named = range(0, classes, math.ceil(cell * classes / side))  # all, if there is room for them
     names_take = 0.65 * inch * max(map(_width, names)) + 2.2 * inch
-    upright = max(map(_width, names)) * 0.65 * inch > 0.9 * side / classes  # too long to stand side by side
+    upright = max(map(_width, names)) * 0.65 * inch > 0.9 * side / len(named)  # too long to stand side by side
     left, right = max(names_take, 0.9), 1.1
     bottom, top = (names_take if upright else 0.7), 0.8
     width, height = left + side + right, bottom + side + top
@@ -178,7 +182,7 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
     largest = confusion.max()
     digits = len(f"{largest}")
     number_size = min(size, 0.8 * side / classes * 72 / (0.65 * digits))
-    for row, column in np.argwhere(confusion):
+    for row, column in np.argwhere(confusion) if len(named) == classes else []:
         axes.text(
             column,
             row,
@@ -189,8 +193,9 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
             color="white" if parts[row, column] > 0.5 else "black",
         )
     style = text_style(*class_names) | {"fontsize": size}
-    axes.set_xticks(range(classes), list(map(legible, names)), rotation=90 if upright else 0, **style)
-    axes.set_yticks(range(classes), list(map(legible, names)), **style)
+    labels = [legible(names[index]) for index in named]
+    axes.set_xticks(named, labels, rotation=90 if upright else 0, **style)
+    axes.set_yticks(named, labels, **style)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     images, correct = confusion.sum(), confusion.trace()

@@ -180,7 +180,11 @@ def available_memory() -> int:
     """The bytes of memory that a program can still take; 0 where nothing tells."""
     available = []
     with contextlib.suppress(OSError):
-        available.append(1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]))
+        for kib in re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M):
+            available.append(1024 * int(kib))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:  # of addresses
+            available.append(limit - resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]))
     for limit, used, cached in [  # a container's, by version 2 and 1 of control groups
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

@@ -73,10 +73,15 @@ class Aside:
 
 
 class Silence:
-    """The report of a process that is not the first: it keeps what it sees of the images, and says nothing."""
+    """The report of a process that is not the first: it keeps what it sees of the images, and says nothing.
 
-    def __init__(self) -> None:
-        self.features: list[Tensor] = []
+    Args:
+        images: of the validation set.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.features: list[tuple[Tensor, Tensor]] = []
+        self.every = math.ceil(images / PROJECTED)
 
     def __enter__(self) -> "Silence":
         return self
@@ -84,16 +89,18 @@ class Silence:
     def __exit__(self, *error: object) -> None:
         """Nothing to close."""
 
-    def see(self, features: Tensor) -> None:
-        """Keep what `fc` sees of the first validation images, (N, features), until the end of the epoch."""
-        if sum(map(len, self.features)) < PROJECTED:
-            self.features.append(features.cpu())
+    def see(self, features: Tensor, numbers: Tensor) -> None:
+        """Keep what `fc` sees of some validation images, (N, features), and their numbers, (N,), for this epoch.
+
+        Class follows class in the validation set: they are spread over all of it.
+        """
+        places = (numbers % self.every == 0).nonzero().flatten()
+        self.features.append((features[places.to(features.device, non_blocking=True)], numbers[places]))
 
     def gather(self, ranks: Ranks) -> None:
         """Keep what all processes have seen, as if it was one's."""
-        shares, self.features = ranks.gather(self.features), []
-        for features in itertools.chain(*shares):
-            self.see(features)
+        shares = ranks.gather([(features.cpu(), numbers) for features, numbers in self.features])
+        self.features = list(itertools.chain(*shares))
 
     def start(self, card: str) -> None:
         """Said by the first."""
@@ -125,7 +132,7 @@ class Report(Silence):
         device: torch.device,
         amp_dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
+        super().__init__(len(val_loader.dataset))
         with event_errors(run.folder):
             self.writer = SummaryWriter(log_dir=str(run.folder))
         self.run, self.args = run, args
@@ -220,8 +227,9 @@ class Report(Silence):
         for tag, convolution in named_convolutions(model).items():
             if self.args.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
                 self.writer.add_histogram(tag, convolution.weight, epoch)
-            if self.args.histograms == "all" and convolution.weight.grad is not None:
-                self.writer.add_histogram(f"gradients/{tag}", convolution.weight.grad, epoch)
+            gradient = convolution.weight.grad if self.args.histograms == "all" else None
+            if gradient is not None and gradient.isfinite().all():  # not if float16's scaler has skipped the step
+                self.writer.add_histogram(f"gradients/{tag}", gradient, epoch)
 
         self.run.history.append({"epoch": epoch} | scalars)
         write_csv(self.run.history, self.run.folder / "metrics.csv")
@@ -318,8 +326,10 @@ class Report(Silence):
         """What `fc` sees of the validation images, with the images in small, for the projector."""
         names = self.tag_names
         features, rows, thumbnails = [], [], []
-        for place, feature in enumerate(torch.cat(self.features)):
-            item = self.val_loader.dataset[int(numbers[place])]
+        place_of = {number: place for place, number in enumerate(numbers.tolist())}
+        seen, seen_numbers = (torch.cat(column) for column in zip(*self.features, strict=True))
+        for feature, number in zip(seen.cpu(), seen_numbers.tolist(), strict=True):
+            place, item = place_of[number], self.val_loader.dataset[number]
             if item is not None:  # its file is still there
                 label, guess = int(validation.labels[place]), int(validation.predicted[place])
                 features.append(feature)

@@ -204,6 +204,9 @@ def sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # shared folders of virtual machines
+                raise
         finally:
             os.close(handle)
 
@@ -381,7 +384,10 @@ class Run:
             self.images_before = counts[0]
             # What has been counted is the first's: later the processes' are added up.
             self.progress = Progress(total, *counts) if self.ranks.is_first else Progress(steps=counts[1])
-            self.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
+            self.history = [
+                {str(name): float(value) for name, value in row.items()} | {"epoch": int(row["epoch"])}
+                for row in resume["history"]
+            ]
             self.best = {"epoch": resume["best"]["epoch"], "accuracy": float(resume["best"]["accuracy"])}
             self.last = {key: checkpoint[key] for key in self.last}
             if self.ranks.is_first:
@@ -512,7 +518,8 @@ class StopSignals:
         if self.received is not None:
             os._exit(128 + number)  # workers notice; see `leave_with_the_run`
         self.received = number
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not for signal handlers
+        with contextlib.suppress(OSError):  # nobody may read it any more: `train.py 2>&1 | tee log`
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not for signal handlers
 
     def _exit_in_time(self, noted: socket.socket) -> None:
         for number in iter(lambda: noted.recv(1), b""):

@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
         run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
     if ranks.is_first:
         write_run(run, data, args, runs / KNOWN_IMAGES)
-    report = Report(run, args, train_loader, val_loader, device, amp_dtype) if ranks.is_first else Silence()
+    report = Report(run, args, train_loader, val_loader, device, amp_dtype) if ranks.is_first else Silence(len(val_set))
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}{describe_ranks(ranks)}")
@@ -319,7 +319,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 run.finish_epoch()
                 print(
                     f"[epoch {epoch}] train_loss {progress.loss:.3f}  val_loss {validation.loss:.3f}  "
-                    f"accuracy {validation.accuracy:.3f}  learning_rate {learning_rate:.5f}  "
+                    f"accuracy {validation.accuracy:.3f}  learning_rate {learning_rate:.4g}  "
                     f"{time.perf_counter() - start:.1f} s{'  *best' if is_best else ''}",
                     flush=True,
                 )
@@ -329,7 +329,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
             again = command_line(["python", "train.py", "--resume", str(folder)])
             if ranks.is_first:
                 under = "under torchrun as before, " if ranks.world_size > 1 else ""
-                print(f"train.py: stopped at {where}; to go on: {under}{again}", file=sys.stderr)
+                with contextlib.suppress(OSError):  # nobody may read it any more
+                    print(f"train.py: stopped at {where}; to go on: {under}{again}", file=sys.stderr)
             raise
 
     best = str(run.weights / "best.pth")
@@ -467,7 +468,7 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
             args.accumulate == 1 or not args.find_lr,
             "1 with --find-lr: give all images of a step in --batch-size",
         ),
-        ("timeout", 0 < args.timeout < math.inf, "above 0"),
+        ("timeout", 0 < args.timeout <= 10**7, "above 0, and at most 10,000,000 seconds"),
         ("workers", args.workers is None or args.workers >= 0, "at least 0"),
         ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
         ("name", args.name == Path(args.name).name and args.name[:1] not in ("", "."), "a plain folder name"),
@@ -569,7 +570,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # `train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
+        with contextlib.suppress(OSError):  # `2>&1 | head`
+            print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if ranks.are_launched and is_lost(error):

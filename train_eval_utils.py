@@ -157,6 +157,7 @@ def train_one_epoch(
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
     progress = progress or Progress()
+    progress.start = progress.last_read = time.perf_counter()  # what came before it was no training
     silence = getattr(model, "no_sync", contextlib.nullcontext)  # of a DistributedDataParallel
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
     total = progress.steps + (len(data_loader) if steps is None else len(steps))
@@ -263,15 +264,15 @@ def collect_logits(
     device: torch.device | str,
     *,
     amp_dtype: torch.dtype | None = None,
-    on_features: Callable[[Tensor], None] | None = None,
+    on_features: Callable[[Tensor, Tensor], None] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One evaluation pass: whatever is wanted of it is computed from what it returns.
 
     Args:
         amp_dtype: mixed precision, see `compute_logits`.
-        on_features: is told what the last layer sees of each batch: (N, features) float32. For a ResNet, or the `fc` of
-            one.
+        on_features: is told what the last layer sees of each batch, (N, features) float32 on `device`, and its labels.
+            For a ResNet, or the `fc` of one.
         after_step: called after each batch; what it raises ends the pass.
 
     Returns:
@@ -280,17 +281,19 @@ def collect_logits(
     Raises:
         EmptyLoaderError: a ValueError; `data_loader` gives no image.
     """
-    all_logits, all_labels = [], []
+    all_logits, all_labels, seen = [], [], []
     with evaluation_mode(model), contextlib.ExitStack() as stack:
         model = fold_batch_norm(model) if isinstance(model, ResNet) else model
         if on_features is not None:
             last = model.fc if isinstance(model, ResNet) else model
-            hook = last.register_forward_pre_hook(lambda _, inputs: on_features(inputs[0].float()))
+            hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
             stack.callback(hook.remove)
         for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=_no_bar(), dynamic_ncols=True):
             if len(images):  # not if none of them could be read
                 all_logits.append(compute_logits(model, images, device, amp_dtype))
                 all_labels.append(labels)
+                if on_features is not None:
+                    on_features(seen.pop(), labels)
             if after_step is not None:
                 after_step()
     if not all_logits:
@@ -311,7 +314,7 @@ def collect_features(
     """
     features: list[Tensor] = []
     _, labels = collect_logits(
-        model, data_loader, device, on_features=lambda batch: features.append(batch.cpu()), **options
+        model, data_loader, device, on_features=lambda batch, _: features.append(batch.cpu()), **options
     )
     return torch.cat(features), labels
 

@@ -66,6 +66,17 @@ def test_nothing_is_cut_off_or_overlaps(classes):
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
+def test_a_thousand_classes_make_a_figure_that_can_be_opened():
+    names = [f"class {index}" for index in range(1000)]
+    figure = confusion_matrix(np.ones((1000, 1000), dtype=int), names)
+    assert max(figure.get_size_inches()) * figure.dpi < 4000
+    labels = figure.axes[0].get_xticklabels()
+    assert (labels[0].get_text(), labels[0].get_position()[0]) == ("class 0", 0)
+    assert 50 < len(labels) < 200
+    figure.draw_without_rendering()
+    assert not any(a.get_window_extent().overlaps(b.get_window_extent()) for a, b in itertools.pairwise(labels))
+
+
 def test_the_confusion_matrix_shows_counts_and_parts_of_rows():
     figure = confusion_matrix(np.array([[3, 1], [0, 0]]), ["cat", "dog"])
     axes = figure.axes[0]

@@ -190,6 +190,7 @@ def test_a_time_that_is_over_at_once_trains_an_epoch_nevertheless(two_classes):
         ["--label-smoothing", "1"],
         ["--weight-decay", "-1"],
         ["--patience", "-1"],
+        ["--timeout", "1e14"],
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(flags, capsys):

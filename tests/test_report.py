@@ -13,7 +13,7 @@ from model import MODELS
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, Numbered, ShareSampler, Tolerant, TrainTransform
 from optimization import Schedule
 from ranks import Ranks
-from report import Report
+from report import Report, Silence
 from run_utils import Run
 from train_eval_utils import Evaluation, Progress
 
@@ -59,6 +59,16 @@ def report(tmp_path, monkeypatch, small_network):
         None,
     ) as report:
         yield report
+
+
+def test_the_projector_shows_images_of_all_classes(monkeypatch):
+    """Class follows class in the validation set."""
+    monkeypatch.setattr("report.PROJECTED", 10)
+    silence = Silence(25)
+    for numbers in torch.arange(25).split(8):
+        silence.see(numbers[:, None].float(), numbers)
+    features, numbers = (torch.cat(column) for column in zip(*silence.features, strict=True))
+    assert numbers.tolist() == features.flatten().tolist() == list(range(0, 25, 3))
 
 
 def test_hundreds_of_epochs_of_figures_leave_nothing_in_memory(report):

@@ -1,8 +1,10 @@
 """The folders and checkpoints of runs."""
 
 import argparse
+import errno
 import json
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -48,6 +50,19 @@ def test_args_json(tmp_path):
     assert content["flags"] == {"num_classes": 3, "data_path": None}
     assert content["versions"]["torch"] == torch.__version__
     assert {"python", "torchvision", "tensorboard", "numpy"} <= content["versions"].keys()
+
+
+def test_a_file_system_may_not_sync_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    save_checkpoint({"epoch": 1}, tmp_path / "best.pth")
+    assert torch.load(tmp_path / "best.pth", weights_only=True) == {"epoch": 1}
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -265,9 +266,9 @@ def test_last_holds_what_a_resume_needs(run):
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()
 
 
-def test_events_can_be_read_while_training_goes_on(sample, tmp_path):
+def test_events_can_be_read_while_training_goes_on_and_ctrl_c_saves_though_nobody_listens(sample, tmp_path):
     command = [sys.executable, PROGRAM, "--data-path", sample, *TINY, "--epochs", "1000"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in running.stdout:
             if line.startswith("[epoch 1]"):
@@ -278,6 +279,10 @@ def test_events_can_be_read_while_training_goes_on(sample, tmp_path):
         for tag in ("train_loss", "accuracy", "learning_rate"):
             assert [scalar.step for scalar in events.Scalars(tag)][:2] == [0, 1]
         assert events.Tags()["graph"]
+        # As Ctrl-C does to `train.py 2>&1 | tee log`: it ends the reader, too.
+        running.stderr.close()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
     finally:
         running.kill()
         running.wait()

@@ -279,8 +279,10 @@ def test_features_are_what_the_classifier_sees(sample):
     with torch.no_grad():
         assert torch.allclose(model.fc(features), logits, atol=1e-4)
     seen = []
-    collect_logits(model.fc, DataLoader(TensorDataset(features, labels), 4), "cpu", on_features=seen.append)
-    assert torch.equal(torch.cat(seen), features)
+    batches = DataLoader(TensorDataset(features, labels), 4)
+    collect_logits(model.fc, batches, "cpu", on_features=lambda *batch: seen.append(batch))
+    for column, expected in zip(zip(*seen, strict=True), (features, labels), strict=True):
+        assert torch.equal(torch.cat(column), expected)
     assert not model.fc._forward_pre_hooks
 
 
@@ -296,7 +298,9 @@ def test_training_counts_what_it_saw():
     with torch.no_grad():
         for batch, _ in batches:
             expected.append(copy.deepcopy(model).train()(prepare_batch(batch, "cpu")))
+    progress.start -= 1000  # it was made long before
     mean = train_one_epoch(model, optimizer, batches, "cpu", 0, progress=progress)
+    assert progress.speed > 0.1
     right = sum(int((a.argmax(1) == b).sum()) for a, (_, b) in zip(expected, batches, strict=True))
     losses = [F.cross_entropy(a, b).item() for a, (_, b) in zip(expected, batches, strict=True)]
     assert (progress.images, progress.steps, progress.right) == (10, 2, right)
