@@ -576,10 +576,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if ranks.are_launched and is_lost(error):
             who, why = f"process {ranks.rank} of {ranks.world_size}", printable(str(error).partition("\n")[0])
-            print(
-                f"train.py: error: {who} has lost the others, which have ended or cannot be reached: {why}",
-                file=sys.stderr,
-            )
+            lost = f"{who} has lost the others, which have ended or cannot be reached: {why}"
+            print(f"train.py: error: {lost}", file=sys.stderr)
             return 1
         sizes = f"--batch-size, now {args.batch_size}, or --img-size, now {args.img_size or PROBE_SIZES[-1]}"
         reason = what_is_lacking(error, f"lower {sizes}", "try --workers 0")
