@@ -323,12 +323,12 @@ class Report(Silence):
         ]
 
     def projector(self, validation: Evaluation, numbers: Tensor) -> None:
-        """What `fc` sees of the validation images, with the images in small, for the projector."""
+        """For the projector: what `fc` sees of the validation images, which `gather` has kept, and the images in small."""
         names = self.tag_names
         features, rows, thumbnails = [], [], []
         place_of = {number: place for place, number in enumerate(numbers.tolist())}
         seen, seen_numbers = (torch.cat(column) for column in zip(*self.features, strict=True))
-        for feature, number in zip(seen.cpu(), seen_numbers.tolist(), strict=True):
+        for feature, number in zip(seen, seen_numbers.tolist(), strict=True):
             place, item = place_of[number], self.val_loader.dataset[number]
             if item is not None:  # its file is still there
                 label, guess = int(validation.labels[place]), int(validation.predicted[place])

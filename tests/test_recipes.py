@@ -11,13 +11,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import after_steps, send
+from torch.utils.data import DataLoader
 
 import train
 from data_utils import find_split
 from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet
 from my_dataset import EpochSampler, MyDataSet, TrainTransform, prepare_batch
-from optimization import PLANNED_SIZES, Schedule, make_optimizer, set_learning_rate
+from optimization import PLANNED_SIZES, Schedule, make_optimizer, plan, set_learning_rate
 from ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -172,6 +173,22 @@ def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):
     assert (RUN / f"{len(metrics()) - 1:05d}" / "validation" / "tensors.tsv").exists()
     assert train.main(["--resume"]) == 0
     assert "its time is up" in capsys.readouterr().out
+
+
+def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes, monkeypatch):
+    def speed(model: ResNet, loader: DataLoader, *_: object, **options: object) -> float:
+        return 1e7 / loader.batch_sampler.order.img_size**2  # images a second
+
+    monkeypatch.setattr("optimization.measure_speed", speed)
+    split, _ = find_split(two_classes)
+    images = MyDataSet(split.train_paths, split.train_labels)
+    planned = {}
+    for recipe in ("scratch", "finetune"):  # 40 epochs, and 10
+        args = train.parse_args([*TINY, "--recipe", recipe, "--time-budget", "0.018"])
+        planned[recipe], _ = plan(
+            args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Ranks()
+        )
+    assert planned == {"scratch": 128, "finetune": 224}
 
 
 def test_a_time_that_is_over_at_once_trains_an_epoch_nevertheless(two_classes):
