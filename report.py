@@ -323,7 +323,7 @@ class Report(Silence):
         ]
 
     def projector(self, validation: Evaluation, numbers: Tensor) -> None:
-        """For the projector: what `fc` sees of the validation images, which `gather` has kept, and the images in small."""
+        """For the projector: what `fc` sees of the validation images, as gathered, and the images in small."""
         names = self.tag_names
         features, rows, thumbnails = [], [], []
         place_of = {number: place for place, number in enumerate(numbers.tolist())}
