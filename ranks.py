@@ -29,6 +29,7 @@ class Ranks:
 
     https://docs.pytorch.org/docs/stable/elastic/run.html says what torchrun tells them. While it is entered they are
     connected: tensors on GPUs by NCCL, everything else by Gloo. All its methods are to be called by all of them.
+    `launches` says then which torchruns started them, one a machine: what these start again has one in common with it.
 
     Args:
         timeout: seconds that they wait for one another. One whose process has ended is noticed at once.
@@ -43,6 +44,7 @@ class Ranks:
         self.are_launched = bool(told)
         self.rank, self.world_size = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
         self.local_rank, self.local_world_size = int(told.get("LOCAL_RANK", 0)), int(told.get("LOCAL_WORLD_SIZE", 1))
+        self.launches: set[str] = set()
         self._began = time.perf_counter()
         self._steps, self._interval, self._agreed_at = 0, 1, 0.0
 
@@ -51,9 +53,9 @@ class Ranks:
         """Whether it is this one that writes."""
         return self.rank == 0
 
-    @property
-    def launch(self) -> str:
-        """What a torchrun, and what it starts again, have in common on the machine of the first; "" without one."""
+    @staticmethod
+    def _launch() -> str:
+        """What a torchrun, and what it starts again, have in common on this machine; "" without one."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return ""
         torchrun = os.getppid()
@@ -71,6 +73,7 @@ class Ranks:
                 options |= {"store": self._meet(), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group(**options)
             self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            self.launches = set(self.gather(self._launch())) - {""}
         return self
 
     def _meet(self) -> dist.Store:

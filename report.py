@@ -5,10 +5,11 @@ import copy
 import functools
 import itertools
 import math
+import os
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,17 @@ PROJECTED, THUMBNAIL = 1000, 32  # validation images in the projector, about; pi
 LOSSES_AN_EPOCH = 50  # losses of single steps that are written, at most
 
 Painter = Callable[[], Figure]  # so that it can be drawn later, beside the training
+
+
+@contextlib.contextmanager
+def unless_in_use(path: Path) -> Iterator[Path]:
+    """`path`, to be replaced. On Windows another program that shows it prevents that; it stays as it is then."""
+    try:
+        yield path
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        print(f"warning: another program has {printable(str(path))} open, so it has not been brought up to date")
 
 
 class Aside:
@@ -232,11 +244,13 @@ class Report(Silence):
                 self.writer.add_histogram(f"gradients/{tag}", gradient, epoch)
 
         self.run.history.append({"epoch": epoch} | scalars)
-        write_csv(self.run.history, self.run.folder / "metrics.csv")
+        with unless_in_use(self.run.folder / "metrics.csv") as path:
+            write_csv(self.run.history, path)
         confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
         files, figures = {}, {"predictions vs. actuals": self.predictions()}
         if is_best:
-            write_csv(self.every_image(validation, numbers), self.run.folder / "mistakes.csv")
+            with unless_in_use(self.run.folder / "mistakes.csv") as path:
+                write_csv(self.every_image(validation, numbers), path)
             files["confusion_matrix.png"] = confusion
         if (epoch + 1).bit_count() == 1 or is_last:  # a power of two
             files["curves.png"] = functools.partial(plot_utils.curves, list(self.run.history))
@@ -264,7 +278,7 @@ class Report(Silence):
         for tag, paint in figures.items():
             self.writer.add_figure(tag, drawn[paint], epoch)
         for name, paint in files.items():
-            with whole_file(self.run.folder / name) as unfinished:
+            with unless_in_use(self.run.folder / name) as path, whole_file(path) as unfinished:
                 drawn[paint].savefig(unfinished)
 
     def predictions(self) -> Painter:

@@ -21,10 +21,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from loaders import Files
+from data_utils import write_class_indices
+from loaders import Data, Files
 from model import WeightsError, read_torch_file
 from optimization import Schedule
-from program_utils import UsageError, command_line, printable, read_json
+from program_utils import UsageError, command_line, printable, read_json, write_json
 from ranks import Ranks
 from train_eval_utils import Progress
 
@@ -34,7 +35,7 @@ except ImportError:  # Windows
     fcntl = None
 
 KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what earlier runs have found out about image files
-LAUNCH = ".launch"  # in the folder of a run: by which torchrun it was begun
+LAUNCH = ".launch"  # in the folder of a run: by which torchruns it was begun, a line each
 SECONDS_BETWEEN_SAVES = 60  # at least, within an epoch
 SECONDS_TO_STOP = 10  # of several processes, after a signal; torchrun kills them after 30
 
@@ -66,10 +67,11 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def run_of(launch: str, root: str | os.PathLike = "runs") -> str | None:
-    """The folder of the run that the same torchrun began (see `Ranks.launch`), if it has a last.pth to go on from."""
-    for mark in Path(root).glob(f"*/{LAUNCH}") if launch else ():
-        if mark.read_text(encoding="utf-8") == launch and (mark.parent / "weights" / "last.pth").exists():
+def run_of(launches: set[str], root: str | os.PathLike = "runs") -> str | None:
+    """The folder of the run that one of these began (see `Ranks.launches`), if it has a last.pth to go on from."""
+    for mark in Path(root).glob(f"*/{LAUNCH}") if launches else ():
+        begun = mark.read_text(encoding="utf-8").splitlines()
+        if not launches.isdisjoint(begun) and (mark.parent / "weights" / "last.pth").exists():
             return str(mark.parent)
     return None
 
@@ -238,12 +240,11 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         WeightsError: it is no such file, or damaged.
     """
     content = read_torch_file(path)
-    progress = content.get("resume")
-    command, epoch = (progress.get("command"), progress.get("epoch")) if isinstance(progress, dict) else (None, None)
-    is_command = isinstance(command, list) and all(isinstance(word, str) for word in command)
-    if not (is_command and isinstance(epoch, int) and epoch >= 0):
-        raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
-    return content
+    match content.get("resume"):
+        case {"command": list(words), "epoch": int(epoch), "best": {"epoch": int() | None}}:
+            if epoch >= 0 and all(isinstance(word, str) for word in words):
+                return content
+    raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
 
 
 class Run:
@@ -310,10 +311,6 @@ class Run:
         if not self.ranks.is_first:
             return
         state = self.state_dict()
-        if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
-            raise FloatingPointError(
-                f"weights are infinite or not a number in epoch {self.epoch}: training diverged, a lower rate may help"
-            )
         resume = {
             "command": self.command,
             "recipe": dict(self.recipe),
@@ -361,8 +358,17 @@ class Run:
         self.save()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's, on the CPU, so that the files load on a machine without a GPU."""
-        return {name: value.cpu() for name, value in self.model.state_dict().items()}
+        """The model's, on the CPU, so that the files load on a machine without a GPU.
+
+        Raises:
+            FloatingPointError: training has diverged.
+        """
+        state = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+            raise FloatingPointError(
+                f"weights are infinite or not a number in epoch {self.epoch}: training diverged, a lower rate may help"
+            )
+        return state
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on where `save` was called; what was written to the event files since then is taken back.
@@ -407,6 +413,19 @@ class Run:
                 parameter.device,
             ):
                 raise ValueError("momentum of another kind")
+
+
+def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path) -> None:
+    """The files that a run begins with, or goes on with."""
+    if args.resume is None:
+        write_args(args, run.folder / "args.json")
+        write_class_indices(data.class_names, run.folder / "class_indices.json")
+    if run.ranks.launches:
+        (run.folder / LAUNCH).write_text("\n".join(sorted(run.ranks.launches)), encoding="utf-8")
+    write_json(data.files, run.folder / "files.json")
+    write_json(data.known, known_images)
+    if data.problems:
+        (run.folder / "unusable_images.txt").write_text("\n".join([*data.problems, ""]), encoding="utf-8")
 
 
 # --- event files --------------------------------------------------------------------------------------------------
@@ -469,7 +488,9 @@ class StopRequest(Exception):  # noqa: N818 - a request, not an error
 
 
 class StopSignals:
-    """While it is entered, SIGINT and SIGTERM are noted, to be looked at between steps; a second one exits at once.
+    """While it is entered, SIGINT and SIGTERM are noted, to be looked at between steps.
+
+    A second one exits at once, but not under torchrun.
 
     Args:
         ranks: several processes agree on it, see `agree`; one that has not ended after 10 seconds exits.
@@ -512,7 +533,7 @@ class StopSignals:
             raise StopRequest(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.ranks.world_size > 1:  # each gets it from torchrun, and perhaps from others too
+        if self.ranks.are_launched:  # each gets it from torchrun, and perhaps from others too
             self.received = self.received or number
             return
         if self.received is not None:

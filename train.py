@@ -26,7 +26,7 @@ import matplotlib
 import torch
 from torch import nn
 
-from data_utils import DataError, write_class_indices
+from data_utils import DataError
 from loaders import (
     FLOWER_PHOTOS,
     Data,
@@ -64,13 +64,11 @@ from program_utils import (
     tolerate_any_name,
     true_or_false,
     what_is_lacking,
-    write_json,
 )
 from ranks import OtherRankFailed, Ranks, is_lost
 from report import Report, Silence
 from run_utils import (
     KNOWN_IMAGES,
-    LAUNCH,
     Run,
     StopRequest,
     StopSignals,
@@ -81,7 +79,7 @@ from run_utils import (
     run_card,
     run_of,
     save_checkpoint,
-    write_args,
+    write_run,
 )
 from train_eval_utils import EmptyLoaderError, Evaluation, collect_logits, of_all_shares, train_one_epoch
 
@@ -362,19 +360,6 @@ def read_checkpoint_of(run: Run, data: Data, may_differ: bool) -> Mapping[str, A
     return checkpoint
 
 
-def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path) -> None:
-    """The files that a run begins with, or goes on with."""
-    if args.resume is None:
-        write_args(args, run.folder / "args.json")
-        write_class_indices(data.class_names, run.folder / "class_indices.json")
-    if run.ranks.launch:
-        (run.folder / LAUNCH).write_text(run.ranks.launch, encoding="utf-8")
-    write_json(data.files, run.folder / "files.json")
-    write_json(data.known, known_images)
-    if data.problems:
-        (run.folder / "unusable_images.txt").write_text("\n".join([*data.problems, ""]), encoding="utf-8")
-
-
 def describe_recipe(args: argparse.Namespace) -> str:
     """For people: what is in force."""
     flags = ("batch_size", "lr", "lrf", "warmup", "weight_decay", "label_smoothing")
@@ -492,10 +477,10 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     checkpoint = read_checkpoint(folder / "weights" / "last.pth")
     progress = checkpoint["resume"]
     command = progress["command"]
-    recipe, known = progress.get("recipe", {}), RECIPES["tutorial"]
-    if not (isinstance(recipe, dict) and all(is_like(value, known.get(name)) for name, value in recipe.items())):
+    recipe = progress.get("recipe", {})
+    if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):
         raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
-    recipe = known | recipe if recipe else None  # as it was then, without the ingredients that are newer
+    recipe = RECIPES["tutorial"] | recipe if recipe else None  # as it was then, without the ingredients that are newer
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             before = parse_args(command, recipe)
@@ -518,11 +503,13 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     changed = ("epochs", "patience", "data_path", "val_path")
     changed = [flag for flag in changed if getattr(args, flag) != getattr(before, flag)]
     over = bool(progress.get("over"))
+    best = progress["best"]["epoch"]
+    has_stalled = best is not None and 0 < args.patience <= progress["epoch"] - 1 - best
     more_patient = before.patience > 0 and not 0 < args.patience <= before.patience
     stalled = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
     if over and args.time_budget and not more_patient:
         complete = "its time is up" + (f", or {stalled}" if args.patience else "")
-    elif over and args.patience and not more_patient and args.epochs > progress["epoch"]:
+    elif over and has_stalled and args.epochs > progress["epoch"]:
         complete = stalled
     elif progress["epoch"] >= args.epochs and not args.time_budget:
         complete = f"{args.epochs} epochs; --epochs with a larger number goes on"
@@ -531,9 +518,11 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     return args, command + as_words(args, changed), complete
 
 
-def is_like(value: Any, other: Any) -> bool:
-    """Whether they are finite numbers, or flags, of the same type."""
-    return type(value) is type(other) and isinstance(value, (int, float)) and -math.inf < value < math.inf
+def may_be(name: Any, value: Any) -> bool:
+    """Whether a recipe may have this value: a finite number, or a flag, of a type that it has in one of `RECIPES`."""
+    types = {type(recipe[name]) for recipe in RECIPES.values() if name in recipe}
+    is_number = type(value) is int and float in types  # 0 may stand for 0.0
+    return (type(value) in types or is_number) and -math.inf < value < math.inf
 
 
 def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
@@ -553,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = Ranks(args.timeout)
     try:
         with ranks, only_first_speaks(ranks):
-            begun = ranks.from_first(lambda: run_of(ranks.launch))  # where torchrun has restarted it
+            begun = ranks.from_first(lambda: run_of(ranks.launches))  # where torchrun has restarted it
             if begun is not None:
                 args.resume, args.download = begun, False
             command = argv + as_words(args, ("data_path", "val_path"))

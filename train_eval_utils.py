@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -160,9 +161,14 @@ def train_one_epoch(
     progress.start = progress.last_read = time.perf_counter()  # what came before it was no training
     silence = getattr(model, "no_sync", contextlib.nullcontext)  # of a DistributedDataParallel
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    total = progress.steps + (len(data_loader) if steps is None else len(steps))
+    number = operator.length_hint(data_loader if steps is None else steps)  # 0: nobody knows
     with tqdm(
-        total=total, initial=progress.steps, leave=keep_bar, disable=_no_bar(), dynamic_ncols=True, bar_format=layout
+        total=progress.steps + number if number else None,
+        initial=progress.steps,
+        leave=keep_bar,
+        disable=_no_bar(),
+        dynamic_ncols=True,
+        bar_format=layout,
     ) as bar:
         for batches in _of_steps(data_loader, steps):
             if before_step is not None and not before_step():

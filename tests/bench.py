@@ -376,6 +376,8 @@ def main() -> None:
     add("--gpu-step", type=float, default=20, help="scaling: milliseconds, for the estimate (default: %(default)s)")
     add("--csv", default="bench.csv", help="the rounds are added to this file (default: %(default)s)")
     args = parser.parse_args()
+    if args.bench == "accuracy" and (args.images or args.batch_size != parser.get_default("batch_size")):
+        parser.error("accuracy: of all images, in batches of the recipe's (--kinds scratch:batch_size=64)")
     if args.img_size is None and args.bench != "accuracy":
         args.img_size = 224
     (benches | {"baseline": baseline})[args.bench](args)

@@ -463,6 +463,28 @@ def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_host
     assert run_ranks(2, lambda: train.main(["--resume", "--patience", "1"])) == [0, 0]
 
 
+def test_a_restart_is_known_by_any_of_the_machines_that_began_the_run():
+    """Another machine may be the first by then."""
+    for name, launches in {"a": "id one 1 5\nid two 1 7", "b": "id three 1 8", "c": "id four 1 9"}.items():
+        Path("runs", name, "weights").mkdir(parents=True)
+        Path("runs", name, run_utils.LAUNCH).write_text(launches)
+        if name != "c":
+            Path("runs", name, "weights", "last.pth").touch()
+    assert run_utils.run_of({"id two 1 7", "id five 1 3"}) == str(Path("runs", "a"))
+    assert run_utils.run_of({"id five 1 3"}) is run_utils.run_of({"id four 1 9"}) is run_utils.run_of(set()) is None
+
+
+def test_a_process_that_gets_a_signal_twice_under_torchrun_still_saves():
+    """From torchrun, and from what started torchrun."""
+    program = "import os, signal; from ranks import Ranks; from run_utils import StopRequest, StopSignals\n"
+    program += "with StopSignals(Ranks()) as stop:\n    [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"
+    program += "    try: stop.check()\n    except StopRequest as request: print('saves', request.number)"
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    environment["PYTHONPATH"] = str(Path(train.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "saves 15\n", done.stderr
+
+
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():

@@ -140,6 +140,26 @@ def test_patience_ends_a_run_that_no_longer_improves(two_classes, capsys):
     assert len(metrics()) == len(rows) + 1
 
 
+def test_a_run_with_patience_that_has_not_lost_it_goes_on_with_more_epochs(two_classes, capsys):
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--patience", "2"]
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    assert train.main(["--resume", "--epochs", "2"]) == 0
+    assert len(metrics()) == 2
+    capsys.readouterr()
+    assert train.main(["--resume"]) == 0
+    assert "is complete: 2 epochs" in capsys.readouterr().out
+
+
+def test_a_run_of_a_recipe_with_whole_numbers_goes_on(two_classes, monkeypatch):
+    """Who edits the table writes 0 for 0.0; and the table of a run that was begun before may have had that."""
+    monkeypatch.setitem(train.RECIPES["scratch"], "lrf", 0)
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--recipe", "scratch", "--epochs", "1"]
+    assert train.main(flags) == 0
+    monkeypatch.setitem(train.RECIPES["tutorial"], "weight_decay", 0)
+    assert train.main(["--resume", "--epochs", "2"]) == 0
+    assert len(metrics()) == 2
+
+
 def test_patience_ends_a_run_before_its_time(two_classes, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--time-budget", "1"]
     assert train.main([*flags, "--patience", "1"]) == 0

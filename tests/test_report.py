@@ -61,6 +61,39 @@ def report(tmp_path, monkeypatch, small_network):
         yield report
 
 
+def test_a_file_that_is_open_on_windows_stays_as_it_is(report, monkeypatch, capsys):
+    """A spreadsheet that shows metrics.csv ends no training there; elsewhere the same error has other reasons."""
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    path = report.run.folder / "metrics.csv"
+    path.write_text("before")
+    validation = Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0]))
+    arguments = [report.run.progress, validation, torch.arange(1), 0.1, 1.0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refuse)
+        with pytest.raises(PermissionError):
+            report.epoch(*arguments, is_best=False, is_last=False)
+        patched.setattr("report.os", argparse.Namespace(name="nt"))
+        report.epoch(*arguments, is_best=True, is_last=False)
+        report.flush()
+    assert path.read_text() == "before"
+    assert "metrics.csv open" in capsys.readouterr().out
+    report.epoch(*arguments, is_best=False, is_last=False)
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_no_checkpoint_is_written_of_a_diverged_network(report):
+    """An infinite variance in BatchNorm can leave the losses finite."""
+    report.run.weights.mkdir()
+    assert report.run.judge(0.5)
+    report.run.model.bn1.running_var.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        report.run.finish_epoch()
+    assert list(report.run.weights.iterdir()) == []
+
+
 def test_the_projector_shows_images_of_all_classes(monkeypatch):
     """Class follows class in the validation set."""
     monkeypatch.setattr("report.PROJECTED", 10)

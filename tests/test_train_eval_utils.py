@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train_eval_utils
 from model import BasicBlock, ResNet, freeze_backbone, resnet18
@@ -37,6 +37,16 @@ def loader(count: int = 10, batch_size: int = 4, seed: int = 0) -> DataLoader:
     return DataLoader(TensorDataset(images.to(torch.uint8), labels), batch_size=batch_size)
 
 
+class Stream(IterableDataset):
+    """The images of another data set, of which nobody knows how many there are."""
+
+    def __init__(self, images: TensorDataset) -> None:
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -47,6 +57,14 @@ def test_the_mean_loss_is_over_images_not_batches():
     images, labels = data.dataset.tensors
     expected = F.cross_entropy(model(prepare_batch(images, CPU)), labels).item()
     assert train_one_epoch(model, optimizer, data, CPU, 0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loader_without_a_length_is_trained_on():
+    losses = []
+    for images in (loader().dataset, Stream(loader().dataset)):
+        model = tiny_resnet()
+        losses.append(train_one_epoch(model, torch.optim.SGD(model.parameters(), 0.1), DataLoader(images, 4), CPU, 0))
+    assert losses[0] == losses[1]
 
 
 def test_a_step_is_torchs_own():
