@@ -39,6 +39,7 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one fou
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
+DOWNLOADED = ".downloaded"  # in the folder: the MD5 of its archive
 
 
 class DataError(ValueError):
@@ -488,10 +489,10 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
     """Fetch the flower_photos archive and unpack it, so that `root` itself holds the five class folders.
 
     3,670 photographs, 218 MB, by the TensorFlow team. The checksum is compared before anything is unpacked, and `root`
-    appears only when it is complete.
+    appears only when it is complete. Where an earlier call has fetched the same archive, nothing is done.
 
     Raises:
-        DataError: `root` is a file or a folder that is not empty, or the archive is not the one expected.
+        DataError: `root` is a file or another folder that is not empty, or the archive is not the one expected.
         OSError: no network, or no room.
     """
     if not hasattr(tarfile, "data_filter"):
@@ -499,6 +500,9 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
     root = Path(root).absolute()
     if root.exists() and root.samefile(Path.cwd()):
         raise DataError(f"{root}: the current folder, nothing downloaded; name one for the images")
+    mark = root / DOWNLOADED
+    if mark.is_file() and mark.read_bytes() == md5.encode():
+        return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(
             f"{root}: not an empty folder, nothing downloaded; if it holds the images, leave out --download"
@@ -522,6 +526,7 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
             raise DataError(f"{url}: cannot unpack the archive: {error}") from error
         content = unpacked / "flower_photos"
         list_images_by_class(content)
+        (content / DOWNLOADED).write_bytes(md5.encode())
         if root.exists():
             root.rmdir()
         shutil.move(content, root)

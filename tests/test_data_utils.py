@@ -431,10 +431,12 @@ def test_download(server, tmp_path, exists):
     if exists:
         root.mkdir(parents=True)
     download_flower_photos(root, f"{address}/a.tgz", md5)
-    assert sorted(path.name for path in root.iterdir()) == ["LICENSE.txt", "daisy", "roses"]
+    assert sorted(path.name for path in root.glob("[!.]*")) == ["LICENSE.txt", "daisy", "roses"]
     assert list(root.parent.iterdir()) == [root]
+    (folder / "a.tgz").unlink()
+    download_flower_photos(root, f"{address}/a.tgz", md5)  # the same command again
     with pytest.raises(DataError, match="not an empty folder"):
-        download_flower_photos(root, f"{address}/a.tgz", md5)
+        download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
 
 
 def test_the_current_folder_is_no_place_for_a_download(server):
