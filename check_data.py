@@ -9,7 +9,6 @@ Exit status: 0, or 1 where the same picture is in two classes, or 2 where the fo
 import argparse
 import contextlib
 import itertools
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from program_utils import (
     available_cores,
     leave_with_the_run,
     printable,
+    settle_output,
     tolerate_any_name,
     what_is_lacking,
     whole_file,
@@ -458,6 +458,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-plot", metavar="OUT.png", default="data_health.png", help='"" for none (default: %(default)s)')
     add("--csv", metavar="OUT.csv", help="list all pictures that are there more than once")
     args = parser.parse_args(argv)
+    if not args.folder or args.val_path == "":
+        parser.error('a folder is ""; it must be the name of one')
     if not 0 <= args.val_rate < 1:
         parser.error(f"--val-rate is {args.val_rate}; it must be at least 0 and below 1")
     if args.workers is not None and args.workers < 0:
@@ -470,9 +472,10 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_any_name()
     args = parse_args(argv)
     try:
-        return check_data(args)
+        status = check_data(args)
+        print(end="", flush=True)
+        return status
     except BrokenPipeError:  # `check_data.py folder | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         reason = what_is_lacking(error, "free some, or try --workers 0", "try --workers 0")
@@ -485,6 +488,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        settle_output()
 
 
 if __name__ == "__main__":

@@ -472,14 +472,24 @@ def choose_figure_images(
     Returns:
         Images (N, 3, H, W) uint8 and the name of each one's class; 24 at most.
     """
-    has_labels = Path(images_dir, "label.txt").is_file()
-    labelled, problems = read_label_file(images_dir, class_names) if has_labels else ([], [])
-    if labelled and not problems:
-        images = [data_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
-        return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
-    labels = sorted(set(data_set.images_class))[:FIGURE_IMAGES]
-    images = [data_set[data_set.images_class.index(label)][0] for label in labels]
-    return torch.stack(images), [class_names[label] for label in labels]
+    if Path(images_dir, "label.txt").is_file():
+        try:
+            labelled, problems = read_label_file(images_dir, class_names)
+            if labelled and not problems:
+                images = [data_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
+                return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
+        except (DataError, ImageError) as error:  # a figure is no reason to end a training
+            print(f"{error}; the figure of predictions shows images of the data instead")
+    images, names = [], []
+    for label in sorted(set(data_set.images_class))[:FIGURE_IMAGES]:
+        for index in (index for index, other in enumerate(data_set.images_class) if other == label):
+            with contextlib.suppress(ImageError):  # it has gone since the images were checked
+                images.append(data_set[index][0])
+                names.append(class_names[label])
+                break
+    if not images:
+        raise DataError("no image for validation can be read any more")
+    return torch.stack(images), names
 
 
 # --- download -----------------------------------------------------------------------------------------------------
@@ -497,7 +507,7 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
     """
     if not hasattr(tarfile, "data_filter"):
         raise DataError("unpacking an archive safely needs Python 3.10.12, 3.11.4, 3.12 or newer")
-    root = Path(root).absolute()
+    root = Path(root).resolve()  # a link stays one
     if root.exists() and root.samefile(Path.cwd()):
         raise DataError(f"{root}: the current folder, nothing downloaded; name one for the images")
     mark = root / DOWNLOADED
@@ -507,11 +517,13 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
         raise DataError(
             f"{root}: not an empty folder, nothing downloaded; if it holds the images, leave out --download"
         )
+    if root.is_mount():
+        raise DataError(f"{root}: a mount point, nothing downloaded; name a folder in it")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as unfinished:
         archive = Path(unfinished, "archive.tgz")
         unpacked = Path(unfinished, "unpacked")
-        progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        progress = sys.stderr if sys.stderr and sys.stderr.isatty() else io.StringIO()
         try:
             with contextlib.redirect_stderr(progress):
                 download_url(url, unfinished, archive.name, md5)

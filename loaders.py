@@ -160,9 +160,11 @@ def leave_out(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[st
     )
     empty = set(split.train_labels) - set(left.train_labels)
     if empty:
-        raise DataError(f"class {split.class_names[min(empty)]}: none of its images can be used; {problems[0]}")
+        first = checked[_in_full(split.train_paths[split.train_labels.index(min(empty))])]
+        raise DataError(f"class {split.class_names[min(empty)]}: none of its images can be used; {first.problem}")
     if split.val_paths and not left.val_paths:
-        raise DataError(f"none of the images for validation can be used; {problems[0]}")
+        first = checked[_in_full(split.val_paths[0])]
+        raise DataError(f"none of the images for validation can be used; {first.problem}")
     return left, problems
 
 

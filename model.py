@@ -381,10 +381,15 @@ def _without_prefixes(name: str) -> str:
 
 def _imagenet_state(model_name: str) -> dict[str, Tensor]:
     weights = torchvision_models.get_model_weights(model_name).DEFAULT
-    options = {"progress": sys.stderr.isatty(), "check_hash": True, "weights_only": True, "map_location": "cpu"}
+    options = {
+        "progress": bool(sys.stderr and sys.stderr.isatty()),
+        "check_hash": True,
+        "weights_only": True,
+        "map_location": "cpu",
+    }
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        with _refusing(f"{file}: not the weights of ImageNet, or damaged; remove it and try again"):
+        with _refusing(f"{file}: not the weights of ImageNet, or damaged; remove it, if it is there, and try again"):
             return weights.get_state_dict(**options)
     except OSError as error:
         raise OSError(f"cannot download {weights.url}: {error}") from error
@@ -411,3 +416,5 @@ def _load_state(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(f"{source}: does not fit this model: {'; '.join(wrong[:3])}{more}")
+    if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+        raise WeightsError(f"{source}: weights are infinite or not a number: the training had diverged")

@@ -76,7 +76,10 @@ def read_header(path: str | os.PathLike) -> tuple[str, str, tuple[int, int]]:
         ImageError: it cannot be read.
     """
     with _errors_named(path), _open(path) as file:
-        size = file.size[::-1] if _orientation(file) >= 5 else file.size  # held sideways
+        size = file.size
+        if file.format == "TIFF":  # newer versions of Pillow turn it upright themselves, and others do not
+            size = file.tag_v2[ExifTags.Base.ImageWidth], file.tag_v2[ExifTags.Base.ImageLength]
+        size = size[::-1] if _orientation(file) >= 5 else size  # held sideways
         return file.format or "unknown", file.mode, size
 
 
@@ -121,7 +124,8 @@ def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
     """RGB at 1/factor of the size. A strip at a time: a huge image must not be in memory in several modes at once."""
     rows = factor * max(1, STRIP_PIXELS // (image.width * factor))
     strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    white = max(_white(image.crop(strip)) for strip in strips) if image.mode == "F" else 65535
+    has_any_scale = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
+    white = max(_white(image.crop(strip)) for strip in strips) if has_any_scale else 65535
     if len(strips) == 1:
         return _strip_to_rgb(image, white).reduce(factor)
     result = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
@@ -140,9 +144,9 @@ def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
 
 
 def _white(image: Image.Image) -> float:
-    """Floats span 0..1 or 0..255 by convention, or else whatever is there."""
-    largest = _finite(image).max(initial=0)
-    return next((top for top in (1, 255) if largest <= top), largest)
+    """Floats span 0..1 or 0..255 by convention, and integers of 32 bits 0..65535 as well; or else whatever is there."""
+    largest, tops = _finite(image).max(initial=0), (1, 255) if image.mode == "F" else (1, 255, 65535)
+    return next((top for top in tops if largest <= top), largest)
 
 
 def _finite(image: Image.Image) -> np.ndarray:
@@ -363,10 +367,10 @@ class Tolerant(Dataset):
 
 def _is_extreme(path: str | os.PathLike) -> bool:
     try:
-        _, _, (width, height) = read_header(path)
+        with _errors_named(path), _open(path) as file:  # not how it was held: that would decode a PNG
+            return max(file.size) > MAX_ASPECT_RATIO * min(file.size)
     except ImageError:
         return False  # read_image will say so again
-    return max(width, height) > MAX_ASPECT_RATIO * min(width, height)
 
 
 class EpochSampler(Sampler):

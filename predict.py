@@ -10,13 +10,13 @@ python predict.py photo.jpg --weights model-29.pth --model resnet34 --class-indi
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +31,7 @@ from program_utils import (
     printable,
     select_device,
     select_precision,
+    settle_output,
     tolerate_any_name,
     what_is_lacking,
     whole_file,
@@ -44,6 +45,7 @@ from train_eval_utils import compute_logits
 BATCH_SIZE = 8
 MANY_IMAGES = 100  # more than this are read by workers, which take a while to start
 FIGURE_IMAGES = 24  # at most, in --save-plot: the least certain ones
+SIGNATURE = b"predict.py --save-plot"  # in a JPEG
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
@@ -52,9 +54,11 @@ def predict(args: argparse.Namespace) -> int:
     plot_path = Path(args.save_plot) if args.save_plot else None
     if plot_path and not (plot_path.suffix.lower() in FIGURE_FORMATS and plot_path.parent.is_dir()):
         raise UsageError(f"--save-plot {plot_path}: give a file in an existing folder, {' '.join(FIGURE_FORMATS)}")
+    if plot_path and is_picture(plot_path):
+        raise UsageError(f"--save-plot {plot_path}: there is a picture of that name; give another one")
     csv_path = Path(args.csv) if args.csv else None
-    if csv_path and not csv_path.parent.is_dir():
-        raise UsageError(f"--csv {csv_path}: give a file in an existing folder")
+    if csv_path and (not csv_path.parent.is_dir() or is_picture(csv_path)):
+        raise UsageError(f"--csv {csv_path}: give a file in an existing folder, and no picture")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: probabilities to four digits
@@ -108,6 +112,19 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def is_picture(path: Path) -> bool:
+    """Whether an image is there already that is no figure of ours: `--save-plot *.jpg` names the first of them."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:  # matplotlib signs a PNG
+            return not (image.info.get("comment") == SIGNATURE or "Matplotlib" in str(image.info.get("Software")))
+    except Image.DecompressionBombError:
+        return True
+    except OSError:  # nothing, or something else
+        return False
+
+
 class ImageFile(NamedTuple):
     """An image to predict: its path, its class where the folder tells it, and the argument that it comes from."""
 
@@ -139,8 +156,8 @@ def find_images(argument: str, class_names: list[str], on_error: Callable[[OSErr
         DataError: a folder without images.
     """
     root = Path(argument)
-    if not root.is_dir():
-        if not root.exists():
+    if not root.is_dir() or not argument:  # "" is an unset variable, and no folder
+        if not root.exists() or not argument:
             raise FileNotFoundError(f"{argument!r}: no such file or folder")
         return [ImageFile(argument, None, argument)]
     files = []
@@ -224,8 +241,9 @@ def save_figure(model: ResNet, shown: list[Shown], path: Path, device: torch.dev
         [prediction.file.path for prediction in shown],
         [prediction.file.label for prediction in shown],
     )
+    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
     with whole_file(path) as unfinished:
-        figure.savefig(unfinished)
+        figure.savefig(unfinished, **({"pil_kwargs": {"comment": SIGNATURE}} if is_jpeg else {}))
 
 
 def complain(error: Exception) -> None:
@@ -259,9 +277,10 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_any_name()
     args = parse_args(argv)
     try:
-        return predict(args)
+        status = predict(args)
+        print(end="", flush=True)
+        return status
     except BrokenPipeError:  # `predict.py folder | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         reason = what_is_lacking(error, "free some, or try --device cpu", f"try at most {MANY_IMAGES} images at a time")
@@ -274,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        settle_output()
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def leave_with_the_run(worker: int) -> None:
         connection.wait([parent_process().sentinel])
 
     def run_says_so() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_process().pid:
             pass  # a signal to the whole group, for example: the run needs its workers until it has saved
 
     ways = [run_has_ended]
@@ -268,12 +268,27 @@ def what_is_lacking(error: Exception, with_little_memory: str, without_workers: 
     return None
 
 
+def settle_output() -> None:
+    """Write what is left of standard output, or drop it where nobody takes it: Python would complain as it exits."""
+    try:
+        print(end="", flush=True)  # does nothing where there is no output at all
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write a file under, which gets its own when it is finished: it is whole at any instant."""
+    """Another name to write a file under, which gets its own when it is finished: it is whole at any instant.
+
+    A link stays one, to the new file; what is no file, as a pipe, is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # with its extension, which tells the format
     try:
         yield unfinished

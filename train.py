@@ -15,7 +15,6 @@ import functools
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -60,6 +59,7 @@ from program_utils import (
     printable,
     select_device,
     select_precision,
+    settle_output,
     shorten,
     tolerate_any_name,
     true_or_false,
@@ -333,7 +333,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
 
     best = str(run.weights / "best.pth")
     print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {printable(best)}")
-    print(f"next: {command_line(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}")
+    print(f"next: {command_line(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}", flush=True)
 
 
 def check_ranks(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, ranks: Ranks) -> None:
@@ -434,6 +434,8 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
             not (args.time_budget and computes_features(args)),
             "left out: the epochs of a frozen backbone take seconds",
         ),
+        ("data_path", args.data_path != "", "a folder; without it the built-in sample is trained on"),
+        ("val_path", args.val_path != "", "a folder"),
         ("val_rate", 0 < args.val_rate < 1, "above 0 and below 1"),
         ("num_classes", args.num_classes is None or args.num_classes >= 2, "at least 2"),
         ("img_size", args.img_size is None or args.img_size >= 32, "at least 32"),
@@ -549,7 +551,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.resume is not None:
                 args, command, complete = ranks.from_first(lambda: resume(args, argv))
                 if complete:
-                    print(f"{printable(args.resume)} is complete: {complete}")
+                    print(f"{printable(args.resume)} is complete: {complete}", flush=True)
                     return 0
             try:
                 train(args, command, ranks)
@@ -558,7 +560,6 @@ def main(argv: list[str] | None = None) -> int:
     except OtherRankFailed:
         return 1
     except BrokenPipeError:  # `train.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(OSError):  # `2>&1 | head`
             print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
         return 1
@@ -581,6 +582,8 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.is_first:
             print("train.py: stopped before the first step", file=sys.stderr)
         return 130
+    finally:
+        settle_output()
     return 0
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import loaders
 import train
-from data_utils import find_split, split_folder
+from data_utils import DataError, find_split, split_folder
 from loaders import check_images, describe_files, leave_out
 from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import Run
@@ -54,6 +54,15 @@ def test_each_file_is_used_or_reported(open_folder):
     left, reasons = leave_out(split, found)
     assert sorted(reasons) == sorted(problems.values())
     assert len(left.train_paths + left.val_paths) == len(found) - len(problems)
+
+
+def test_a_class_without_a_usable_image_is_told_by_one_of_its_own(tmp_path):
+    folder = write_classes(tmp_path / "pets", {"cat": 5, "dog": 5})
+    for path in [folder / "cat" / "cat 00.png", *(folder / "dog").iterdir()]:
+        path.write_bytes(b"")
+    split = split_folder(folder)
+    with pytest.raises(DataError, match=r"class dog: none of its images can be used; .*dog 0\d\.png"):
+        leave_out(split, check_images(split.train_paths + split.val_paths, {}))
 
 
 def test_an_unreadable_file_is_reported(open_folder):

@@ -439,6 +439,18 @@ def test_download(server, tmp_path, exists):
         download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
 
 
+def test_a_download_goes_where_a_link_leads(server, tmp_path):
+    folder, address = server
+    md5 = make_archive(folder / "a.tgz")
+    for target in ("empty", "not there yet"):
+        link = tmp_path / f"link to {target}"
+        link.symlink_to(tmp_path / target)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        download_flower_photos(link, f"{address}/a.tgz", md5)
+        assert link.is_symlink()
+        assert (tmp_path / target / "daisy" / "a.png").is_file()
+
+
 def test_the_current_folder_is_no_place_for_a_download(server):
     with pytest.raises(DataError, match="the current folder"):
         download_flower_photos(".", f"{server[1]}/a.tgz", "0" * 32)

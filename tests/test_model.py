@@ -269,6 +269,7 @@ def test_a_plain_state_dict_needs_model_and_classes(tmp_path):
         {"img_size": 10**9},
         {"state_dict": {"conv1.weight": "zeros"}},
         {"state_dict": {}},
+        {"state_dict": resnet18(num_classes=2).state_dict() | {"bn1.running_var": torch.full([64], torch.inf)}},
     ],
 )
 def test_a_checkpoint_that_lies_is_an_error(tmp_path, changes):

@@ -1,5 +1,6 @@
 """Reading images of every kind, the data set, the order of an epoch, and normalisation."""
 
+import itertools
 import math
 import random
 import re
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
@@ -27,6 +29,7 @@ from my_dataset import (
     Tolerant,
     TrainTransform,
     prepare_batch,
+    read_header,
     read_image,
     to_pixels,
 )
@@ -151,6 +154,26 @@ def test_a_huge_image_is_worked_on_in_strips(tmp_path, monkeypatch, mode, least_
     assert max(height for _, height in modes) < whole.height
     assert np.array_equal(np.asarray(strips), np.asarray(whole))
     assert np.asarray(whole).std() > 10
+
+
+def test_grey_in_32_bits_spans_what_there_is(tmp_path):
+    for largest, white in ((200, 255), (40_000, 65535), (10**6, 10**6)):
+        Image.fromarray(np.full((8, 8), largest, dtype=np.int32)).save(tmp_path / "a.tif")
+        assert np.asarray(read_image(tmp_path / "a.tif")).max() == int(largest / white * 255)
+
+
+def test_a_data_set_is_made_without_decoding_its_images(tmp_path, monkeypatch):
+    paths = [write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", (440, 40))]
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert MyDataSet(paths, [0, 1]).images_path == paths[:1]
+
+
+def test_the_header_tells_the_size_of_the_upright_image(tmp_path):
+    for name, orientation in itertools.product(("a.jpg", "a.png", "a.tif"), (1, 6)):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (40, 20)).save(tmp_path / name, exif=exif)
+        assert read_header(tmp_path / name)[2] == read_image(tmp_path / name).size
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])

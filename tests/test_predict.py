@@ -240,6 +240,52 @@ def test_images_that_are_named_are_drawn_in_that_order(capsys, weights, sample, 
     assert drawn[0][3] == paths
 
 
+def test_no_photograph_is_overwritten(capsys, weights, sample, tmp_path):
+    """`--save-plot *.jpg` names the first of them."""
+    image = next((sample / "roses").iterdir())
+    photograph = Path(shutil.copy(image, tmp_path / "a.png"))
+    for flag in ("--save-plot", "--csv"):
+        status, lines, complaints = run(capsys, image, "--weights", weights, flag, photograph)
+        assert (status, lines, len(complaints)) == (1, [], 1)
+        assert str(photograph) in complaints[0]
+    assert photograph.read_bytes() == image.read_bytes()
+    for out in ("out.png", "out.png", "out.jpg", "out.jpg"):  # what it has drawn itself is drawn again
+        assert run(capsys, image, "--weights", weights, "--save-plot", tmp_path / out)[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev/stdout")
+def test_the_csv_goes_into_a_pipe(weights, sample):
+    image = str(next((sample / "roses").iterdir()))
+    command = [sys.executable, str(Path(predict.__file__)), image, "--weights", str(weights), "--csv", "/dev/stdout"]
+    piped = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+    assert [line.count(",") for line in piped.splitlines()][1:] == [7, 7]
+
+
+def test_programs_run_without_an_output(weights, sample):
+    """As services do, and pythonw."""
+    for program, *flags in (("predict.py", "--weights", str(weights)), ("check_data.py", "--save-plot", "")):
+        command = [sys.executable, str(Path(predict.__file__).with_name(program)), str(sample), *flags]
+        done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("program", "status"), [("predict.py", 1), ("check_data.py", 2)])
+def test_output_that_nobody_takes_is_one_line(weights, sample, program, status):
+    script = str(Path(predict.__file__).with_name(program))
+    command = [sys.executable, script, str(sample)]
+    command += ["--weights", str(weights)] if program == "predict.py" else ["--save-plot", "", "--workers", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (status, f"{program}: [Errno 28] No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -249,6 +295,7 @@ def test_images_that_are_named_are_drawn_in_that_order(capsys, weights, sample, 
         (["--csv", "nowhere/out.csv"], "--csv nowhere/out.csv"),
         (["--device", "gpu"], "--device gpu"),
         (["--class-indices", "nowhere.json"], "nowhere.json: no such file"),
+        (["--save-plot", "."], "--save-plot"),
     ],
 )
 def test_mistakes_are_one_line(capsys, weights, sample, flags, message):

@@ -1,22 +1,54 @@
 """Command lines, devices, and what a machine has."""
 
 import contextlib
+import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from program_utils import (
     FlagParser,
     UsageError,
     available_cores,
     available_memory,
+    leave_with_the_run,
     printable,
     select_device,
     select_precision,
     true_or_false,
+    whole_file,
 )
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    with whole_file(link) as unfinished:
+        unfinished.write_text("all of it")
+    assert link.is_symlink()
+    assert target.read_text() == "all of it"
+    os.mkfifo(pipe)
+    with whole_file(pipe) as path:
+        assert path == pipe
+    assert pipe.is_fifo()
+
+
+def test_a_worker_ends_at_the_word_of_the_run_however_it_was_started():
+    loader = DataLoader(
+        range(9),
+        num_workers=1,
+        worker_init_fn=leave_with_the_run,
+        multiprocessing_context="forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn",
+    )
+    batches = iter(loader)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def parser() -> FlagParser:

@@ -394,6 +394,18 @@ def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_class
     assert names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("damage", ["label.txt", "photograph"])
+def test_a_damaged_file_in_plot_img_ends_no_training(two_classes, tmp_path, monkeypatch, capsys, damage):
+    picture = write_image(tmp_path / "plot_img" / "a.png")
+    (tmp_path / "plot_img" / "label.txt").write_text("a.png cat", encoding="utf-16" if damage == "label.txt" else None)
+    if damage == "photograph":
+        picture.write_bytes(b"")
+    monkeypatch.setattr(report, "PLOT_IMG", tmp_path / "plot_img")
+    assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 0
+    assert "shows images of the data instead" in capsys.readouterr().out
+    assert len(read_events(Path("runs/flower_experiment")).Images("predictions vs. actuals")) == 1
+
+
 def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(loaders, "download_flower_photos", lambda root: two_classes.rename(root))
     assert train.main(["--download", "--data-path", str(tmp_path / "new"), *TINY, "--epochs", "1"]) == 0
@@ -443,6 +455,8 @@ def test_a_frozen_random_backbone_is_warned_about(two_classes, capsys):
         ["--lr", "nan"],
         ["--lr", "inf"],
         ["--lrf", "-1"],
+        ["--data-path", ""],
+        ["--val-path", ""],
         ["--val-rate", "0"],
         ["--val-rate", "1"],
         ["--workers", "-1"],
