@@ -196,7 +196,7 @@ def list_images_by_class(root: str | os.PathLike, least: int = 2) -> dict[str, l
     if empty:
         raise DataError(
             f"{os.fspath(root)}: no image ({' '.join(IMAGE_EXTENSIONS)}) in class {', '.join(empty)}; "
-            f"add some or remove the folder"
+            f"add some, or move the folder elsewhere"
         )
     return images
 
@@ -483,7 +483,7 @@ def choose_figure_images(
     images, names = [], []
     for label in sorted(set(data_set.images_class))[:FIGURE_IMAGES]:
         for index in (index for index, other in enumerate(data_set.images_class) if other == label):
-            with contextlib.suppress(ImageError):  # it has gone since the images were checked
+            with contextlib.suppress(ImageError):  # it has gone since the images were checked; evaluation will say so
                 images.append(data_set[index][0])
                 names.append(class_names[label])
                 break
@@ -502,7 +502,8 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
     appears only when it is complete. Where an earlier call has fetched the same archive, nothing is done.
 
     Raises:
-        DataError: `root` is a file or another folder that is not empty, or the archive is not the one expected.
+        DataError: `root` is a file, a mount point or another folder that is not empty, or the archive is not the one
+            expected.
         OSError: no network, or no room.
     """
     if not hasattr(tarfile, "data_filter"):

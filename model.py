@@ -360,6 +360,11 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
     return content
 
 
+def is_finite(state: Mapping[str, Tensor]) -> bool:
+    """Whether no weight of a `state_dict` is infinite or not a number, as after a training that diverged."""
+    return all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
+
+
 @contextmanager
 def _refusing(complaint: str) -> Iterator[None]:
     """Make one error, with this message, of all that torch raises for a file that is no checkpoint."""
@@ -416,5 +421,5 @@ def _load_state(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(f"{source}: does not fit this model: {'; '.join(wrong[:3])}{more}")
-    if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+    if not is_finite(state):
         raise WeightsError(f"{source}: weights are infinite or not a number: the training had diverged")

@@ -156,9 +156,9 @@ def find_images(argument: str, class_names: list[str], on_error: Callable[[OSErr
         DataError: a folder without images.
     """
     root = Path(argument)
-    if not root.is_dir() or not argument:  # "" is an unset variable, and no folder
-        if not root.exists() or not argument:
-            raise FileNotFoundError(f"{argument!r}: no such file or folder")
+    if not argument or not root.exists():  # "" is a variable that is not set; Path takes it for the current folder
+        raise FileNotFoundError(f"{argument!r}: no such file or folder")
+    if not root.is_dir():
         return [ImageFile(argument, None, argument)]
     files = []
     for path in list_images_below(root, on_error):

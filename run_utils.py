@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data_utils import write_class_indices
 from loaders import Data, Files
-from model import WeightsError, read_torch_file
+from model import WeightsError, is_finite, read_torch_file
 from optimization import Schedule
 from program_utils import UsageError, command_line, printable, read_json, write_json
 from ranks import Ranks
@@ -364,7 +364,7 @@ class Run:
             FloatingPointError: training has diverged.
         """
         state = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+        if not is_finite(state):
             raise FloatingPointError(
                 f"weights are infinite or not a number in epoch {self.epoch}: training diverged, a lower rate may help"
             )

@@ -253,12 +253,24 @@ def test_no_photograph_is_overwritten(capsys, weights, sample, tmp_path):
         assert run(capsys, image, "--weights", weights, "--save-plot", tmp_path / out)[0] == 0
 
 
-@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev/stdout")
-def test_the_csv_goes_into_a_pipe(weights, sample):
-    image = str(next((sample / "roses").iterdir()))
-    command = [sys.executable, str(Path(predict.__file__)), image, "--weights", str(weights), "--csv", "/dev/stdout"]
-    piped = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
-    assert [line.count(",") for line in piped.splitlines()][1:] == [7, 7]
+def test_the_csv_goes_into_a_pipe(weights, sample, tmp_path):
+    image, pipe = str(next((sample / "roses").iterdir())), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, str(Path(predict.__file__)), image, "--weights", str(weights), "--csv", str(pipe)]
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        try:
+            subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=True)
+            assert len(reader.communicate(timeout=10)[0].splitlines()) == 2
+        finally:
+            reader.kill()  # where nobody has written
+    assert pipe.is_fifo()
+
+
+def test_no_argument_is_the_current_folder_by_mistake(capsys, weights, tmp_path, monkeypatch):
+    """`predict.py "$PHOTO"` without such a variable."""
+    write_image(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "", "--weights", weights) == (1, [], ["predict.py: '': no such file or folder"])
 
 
 def test_programs_run_without_an_output(weights, sample):

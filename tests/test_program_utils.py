@@ -46,9 +46,12 @@ def test_a_worker_ends_at_the_word_of_the_run_however_it_was_started():
     batches = iter(loader)
     next(batches)
     worker = multiprocessing.active_children()[0]
-    worker.terminate()
-    worker.join(10)
-    assert not worker.is_alive()
+    try:
+        worker.terminate()
+        worker.join(10)
+        assert not worker.is_alive()
+    finally:
+        worker.kill()  # this process would wait for it
 
 
 def parser() -> FlagParser:
