@@ -39,6 +39,7 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one fou
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
+KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what they have found out about image files
 DOWNLOADED = ".downloaded"  # in the folder: the MD5 of its archive
 
 
@@ -81,9 +82,9 @@ def read_split_data(
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """Split a folder of images, one sub-folder a class, into images for training and for validation.
 
-    Classes are the sub-folders in sorted order (hidden ones and __MACOSX are none). `int(n * val_rate)` of the n images
-    of each class are held out, by a generator of its own: the split depends on the files' names and `val_rate` alone.
-    Prints how many images there are and writes the class names to `class_indices_path`.
+    Classes are the sub-folders in sorted order (hidden ones, __MACOSX and a folder of runs are none). `int(n *
+    val_rate)` of the n images of each class are held out, by a generator of its own: the split depends on the files'
+    names and `val_rate` alone. Prints how many images there are and writes the class names to `class_indices_path`.
 
     Args:
         root: the folder.
@@ -244,7 +245,12 @@ def file_checksum(path: str) -> str | None:
 
 
 def _subfolders(root: str | os.PathLike) -> list[Path]:
-    return [path for path in _visible(root) if _is_folder(path) and path.name != "__MACOSX"]
+    return [path for path in _visible(root) if _is_folder(path) and not _is_known_to_hold_none(path)]
+
+
+def _is_known_to_hold_none(folder: Path) -> bool:
+    """Whether it is what macOS puts into an archive, or the runs of a training that was started in here."""
+    return folder.name == "__MACOSX" or os.access(folder / KNOWN_IMAGES, os.F_OK)
 
 
 def _is_folder(path: Path) -> bool:

@@ -34,7 +34,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what earlier runs have found out about image files
 LAUNCH = ".launch"  # in the folder of a run: by which torchruns it was begun, a line each
 SECONDS_BETWEEN_SAVES = 60  # at least, within an epoch
 SECONDS_TO_STOP = 10  # of several processes, after a signal; torchrun kills them after 30

@@ -25,7 +25,7 @@ import matplotlib
 import torch
 from torch import nn
 
-from data_utils import DataError
+from data_utils import KNOWN_IMAGES, DataError
 from loaders import (
     FLOWER_PHOTOS,
     Data,
@@ -68,7 +68,6 @@ from program_utils import (
 from ranks import OtherRankFailed, Ranks, is_lost
 from report import Report, Silence
 from run_utils import (
-    KNOWN_IMAGES,
     Run,
     StopRequest,
     StopSignals,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import loaders
 import train
-from data_utils import DataError, find_split, split_folder
+from data_utils import DataError, find_split, list_images_below, split_folder
 from loaders import check_images, describe_files, leave_out
 from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
 from run_utils import Run
@@ -73,6 +73,16 @@ def test_an_unreadable_file_is_reported(open_folder):
     assert [image.problem for image in found.values() if image.problem] == [
         f"cannot read image {str(folder / 'cat' / 'cat 00.png')!r}: Permission denied"
     ]
+
+
+def test_training_may_be_started_in_the_folder_of_the_classes():
+    """Where the runs of the first training are no class of the second, nor images to predict."""
+    write_classes(Path(), {"cat": 5, "dog": 5})
+    for _ in range(2):
+        assert train.main(["--data-path", ".", *SMALL, "--epochs", "1"]) == 0
+    classes = [json.loads(path.read_text()) for path in Path("runs").glob("*/class_indices.json")]
+    assert classes == [{"0": "cat", "1": "dog"}] * 2
+    assert {Path(path).parts[0] for path in list_images_below(".", on_error=pytest.fail)} == {"cat", "dog"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
