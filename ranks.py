@@ -125,24 +125,31 @@ class Ranks:
         return result
 
     def one_a_machine_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives. One process of each machine does it before the others, which find what it downloads."""
+        """What `work` gives. One process of each machine does it before the others, which find what it downloads.
+
+        Raises:
+            OtherRankFailed: one of these has an error; who else would have it, too, need not tell it again.
+        """
+        is_early, result, succeeded = self.local_rank == 0, None, False
         try:
-            if self.local_rank == 0:
-                return work()
+            if is_early:
+                result = work()
+            succeeded = True
         finally:
-            if self.are_launched:
-                dist.barrier(group=self._patient)
-        return work()
+            all_succeeded = all(self.gather(succeeded, patient=True))
+        if not all_succeeded:
+            raise OtherRankFailed
+        return result if is_early else work()
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise an error that all of them have found: in the first, and `OtherRankFailed` in the others."""
         raise error if self.is_first else OtherRankFailed
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all of them, in their order."""
+    def gather(self, value: T, patient: bool = False) -> list[T]:
+        """The values of all of them, in their order; `patient`: it waits for the others without limit."""
         values: list[T | None] = [None] * self.world_size
         if self.are_launched:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._patient if patient else None)
         else:
             values = [value]
         return values

@@ -332,9 +332,12 @@ def test_one_process_downloads_and_the_others_find_it():
     assert run_ranks(2, load) == [0, 0]
 
 
-def test_an_error_before_training_is_said_once(tmp_path, capfd):
-    assert run_ranks(2, lambda: train.main(["--data-path", str(tmp_path / "nowhere"), *SMALL])) == [1, 1]
-    assert len(capfd.readouterr().err.splitlines()) == 1
+@pytest.mark.parametrize("flag", ["--data-path", "--weights"])
+def test_an_error_before_training_is_said_once(sample, capfd, flag):
+    flags = ["--data-path", str(sample), *SMALL, flag, "nowhere"]
+    assert run_ranks(2, lambda: train.main(flags)) == [1, 1]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "nowhere: no such" in line
 
 
 def test_a_frozen_backbone_is_that_of_one_process(sample):
