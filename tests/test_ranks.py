@@ -19,6 +19,7 @@ import torch
 from conftest import write_classes, write_image
 from torch import nn
 
+import loaders
 import run_utils
 import train
 import train_eval_utils
@@ -340,12 +341,22 @@ def test_an_error_before_training_is_said_once(sample, capfd, flag):
     assert "nowhere: no such" in line
 
 
-def test_a_frozen_backbone_is_that_of_one_process(sample):
+def test_a_frozen_backbone_is_that_of_one_process(sample, monkeypatch):
+    collect = loaders.collect_features
+
+    def count_features(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        features, labels = collect(*arguments, **options)
+        with open(f"features by {os.environ['WORLD_SIZE']}", "a") as file:
+            file.write("." * len(features))
+        return features, labels
+
+    monkeypatch.setattr(loaders, "collect_features", count_features)
     flags = ["--data-path", str(sample), *SMALL, "--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
     flags += ["--amp", "off"]  # bfloat16 rounds differently in batches of another size
     for count in (1, 2):
         own = ["--batch-size", str(16 // count), "--name", f"by {count}"]
         assert run_ranks(count, lambda own=own: train.main([*flags, *own])) == [0] * count
+    assert Path("features by 1").read_text() == Path("features by 2").read_text()
     alone, together = weights_of(Path("runs/by 1")), weights_of(Path("runs/by 2"))
     for key, value in together.items():
         assert torch.allclose(value, alone[key], atol=1e-5), key
