@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
@@ -22,6 +22,8 @@ from ranks import Ranks
 from train_eval_utils import Progress, train_one_epoch
 
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
+MOMENTUM = 0.9
+BLOCK, TINY = 64, 1e-7  # rows of a kernel that are made orthogonal together; what keeps 0 / 0 away
 NEARLY = 0.97  # of the time: the learning rate is down by then
 SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
@@ -48,26 +50,98 @@ def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, rank
     return words
 
 
+class Muon(torch.optim.SGD):
+    """Stochastic gradient descent, which in groups with "orthogonal" set first makes the momentum orthogonal.
+
+    In a momentum few directions outweigh all others; made orthogonal, as a matrix, it moves a layer in each of them as
+    far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). PyTorch's own Muon takes matrices alone, and
+    whole ones. Here a kernel (out, in, height, width) is a matrix of `out` rows, in blocks of 64, each made orthogonal
+    in itself (Khaled et al. 2025, https://arxiv.org/abs/2510.16981), for a fraction of the work. A kernel keeps its
+    length, which BatchNorm makes meaningless: the learning rate is the angle of a step, about, in radians.
+
+    Args:
+        groups: of parameters, with "orthogonal" in each; those that have it hold kernels.
+        dtype: to compute the orthogonal matrices in; None for that of the kernels.
+        options: as those of `torch.optim.SGD`, for the other groups.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype | None = None, **options: Any) -> None:
+        own_momentum = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+        super().__init__([group | own_momentum if group["orthogonal"] else group for group in groups], **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one, by the gradients of the parameters, which stay as they are."""
+        kernels = [
+            kernel
+            for group in self.param_groups
+            if group["orthogonal"]
+            for kernel in group["params"]
+            if kernel.grad is not None
+        ]
+        gradients, lengths = [kernel.grad for kernel in kernels], [kernel.norm() for kernel in kernels]
+        for kernel, length in zip(kernels, lengths, strict=True):
+            kernel.grad = self._direction(kernel).mul_(length)
+        super().step()
+        for kernel, gradient, length in zip(kernels, gradients, lengths, strict=True):
+            kernel.grad = gradient
+            kernel.mul_(length / kernel.norm().clamp_min(TINY))
+
+    def _direction(self, kernel: Parameter) -> Tensor:
+        """Of its next step, against its gradient; of length 1."""
+        state = self.state[kernel]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(kernel)
+        momentum = state["momentum_buffer"].lerp_(kernel.grad, 1 - MOMENTUM)
+        ahead = kernel.grad.lerp(momentum, MOMENTUM).movedim(1, -1)  # Nesterov's; in channels-last order, as it lies
+        rows = ahead.flatten(1).to(self.dtype or kernel.dtype)
+        blocks = orthogonalize(rows.unflatten(0, (-1, math.gcd(len(rows), BLOCK))))
+        direction = torch.empty_like(kernel).copy_(blocks.reshape(ahead.shape).movedim(-1, 1))
+        return direction.div_(direction.norm().clamp_min(TINY))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The orthogonal matrices next to some (..., rows, columns), about: their singular values become 0.7 to 1.2.
+
+    By Newton and Schulz's iteration, with the coefficients of Jordan et al. 2024; those of columns, if rows are more.
+    """
+    matrices = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(TINY)
+    for _ in range(5):
+        squares = matrices @ matrices.mT
+        squares = torch.baddbmm(squares, squares, squares, beta=-4.7750, alpha=2.0315)
+        matrices = torch.baddbmm(matrices, squares, matrices, beta=3.4445)
+    return matrices
+
+
 def make_optimizer(
-    model: ResNet, args: argparse.Namespace, device: torch.device, scaled: bool = False
+    model: ResNet, args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None = None
 ) -> torch.optim.SGD:
     """For the parameters that learn, in groups of one weight decay and one part of the learning rate each.
 
     Args:
-        scaled: a GradScaler will skip steps.
+        amp_dtype: of mixed precision, None without.
     """
-    groups: dict[tuple[float, float], list[Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            orthogonal = args.muon_rate > 0 and parameter.ndim == 4
             weight_decay = args.weight_decay if args.decay_norms or parameter.ndim > 1 else 0.0
             part = 1.0 if name.startswith("fc.") else args.backbone_rate
-            groups.setdefault((weight_decay, part), []).append(parameter)
+            part *= args.muon_rate if orthogonal else 1.0
+            groups.setdefault((weight_decay, part, orthogonal), []).append(parameter)
     # One kernel for all of them, where there is one; it would take the momentum from a step that was to be skipped.
-    fused = (device.type in ("cpu", "cuda") and not scaled) or None
-    return torch.optim.SGD(
-        [{"params": same, "weight_decay": decay, "part": part} for (decay, part), same in groups.items()],
+    fused = (device.type in ("cpu", "cuda") and amp_dtype != torch.float16) or None
+    optimizer = torch.optim.SGD
+    if args.muon_rate:
+        optimizer = functools.partial(Muon, dtype=torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
+    return optimizer(
+        [
+            {"params": same, "weight_decay": decay, "part": part, "orthogonal": orthogonal}
+            for (decay, part, orthogonal), same in groups.items()
+        ],
         lr=args.lr,
-        momentum=0.9,
+        momentum=MOMENTUM,
         nesterov=args.nesterov,
         fused=fused,
     )
@@ -320,10 +394,12 @@ def plan(
     images = copy.copy(train_set)  # which keeps no images: these are small ones
     images.transform = TrainTransform(PROBE_SIZES[-1])
     loader = make_train_loader(images, args, device, ranks)
+    model = copy.deepcopy(model)  # what is measured moves it
+    optimizer = make_optimizer(model, args, device, amp_dtype)
     seconds, took = 60 * args.time_budget, []
     for size in PROBE_SIZES:
         loader.batch_sampler.order.set_epoch(0, img_size=size)
-        took.append(1 / measure_speed(model, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
+        took.append(1 / measure_speed(model, optimizer, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
     took = [slowest / ranks.world_size for slowest in ranks.largest(*took)]
     small, large = (size**2 for size in PROBE_SIZES)
     per_image = min(max(0.0, (took[0] * large - took[1] * small) / (large - small)), took[1])  # whatever its size is
@@ -343,16 +419,14 @@ def plan(
 
 def measure_speed(
     model: nn.Module,
+    optimizer: Optimizer,
     data_loader: DataLoader,
     device: torch.device | str,
     seconds: float,
     *,
     amp_dtype: torch.dtype | None = None,
 ) -> float:
-    """How many images of `data_loader` a second of training takes, reading included; `model` is as it was."""
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
-
+    """How many images of `data_loader` a second of training takes, reading included."""
     progress = Progress()
     counted = (0, time.perf_counter())  # images, and when that was
 

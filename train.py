@@ -96,6 +96,7 @@ RECIPES = {
         # ---
         "rate_by_step": False,  # or by epoch
         "nesterov": False,
+        "muon_rate": 0.0,  # of convolutions, as a part of the learning rate: `optimization.Muon` trains them, if any
         "decay_norms": True,  # weight decay of BatchNorm and biases, too
         "zero_init": False,  # each block begins as its shortcut (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
         "least_area": 0.08,  # of the image, that a random crop has
@@ -106,7 +107,7 @@ RECIPES = {
     },
     "scratch": {
         "epochs": 40,
-        "batch_size": 32,
+        "batch_size": 64,
         "lr": 0.05,
         "lrf": 0.0,
         "warmup": 0.2,
@@ -115,6 +116,7 @@ RECIPES = {
         # ---
         "rate_by_step": True,
         "nesterov": True,
+        "muon_rate": 0.4,
         "decay_norms": False,
         "zero_init": True,
         "least_area": 0.25,
@@ -134,6 +136,7 @@ RECIPES = {
         # ---
         "rate_by_step": True,
         "nesterov": True,
+        "muon_rate": 0.0,
         "decay_norms": False,
         "zero_init": False,
         "least_area": 0.25,
@@ -185,7 +188,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     weights_line = prepare_weights(model, args, resumed, ranks)
     to_device(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    optimizer = make_optimizer(model, args, device, scaled=scaler.is_enabled())
+    optimizer = make_optimizer(model, args, device, amp_dtype)
 
     # The schedule, and the images in the sizes that it asks for.
     evaluation_seconds = 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_train_eval_utils import CPU, loader, tiny_resnet
 
-from optimization import Schedule, TimedSchedule, find_learning_rate, measure_speed
+from optimization import Muon, Schedule, TimedSchedule, find_learning_rate, measure_speed, orthogonalize
 
 
 def test_the_tutorials_rate_changes_by_epoch():
@@ -84,8 +84,108 @@ def test_a_range_test_of_a_valley():
     assert found.suggestion == pytest.approx(half_lost, rel=0.3)
 
 
-def test_measuring_the_speed_leaves_the_network_alone():
+def test_measuring_the_speed():
     model = tiny_resnet()
-    before = copy.deepcopy(model.state_dict())
-    assert measure_speed(model, loader(), CPU, seconds=0.01) > 0
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert measure_speed(model, optimizer, loader(), CPU, seconds=0.01) > 0
+
+
+# --- Muon -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 576), (1, 64, 64), (2, 64, 9), (1, 1, 27)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_become_orthogonal_and_keep_their_directions(shape, dtype):
+    rank = min(shape[1:])
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
+    weak = torch.logspace(0, -1.5, rank)  # the strongest is 30 times the weakest
+    result = orthogonalize(((left * weak) @ right).to(dtype)).float()
+    values = left.mT @ result @ right.mT
+    assert torch.linalg.svdvals(result).min() > 0.5
+    assert torch.linalg.svdvals(result).max() < 1.35
+    assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 0.1
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def convolution(memory_format: torch.memory_format = torch.contiguous_format) -> torch.nn.Conv2d:
+    """Of 96 kernels, which are three blocks of 32 rows."""
+    layer = torch.nn.Conv2d(8, 96, kernel_size=3, bias=False).to(memory_format=memory_format)
+    torch.nn.init.normal_(layer.weight, std=0.1, generator=seeded())
+    return layer
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_format, fused):
+    layer = convolution(memory_format)
+    before = layer.weight.detach().clone()
+    gradient = torch.randn(before.shape, generator=seeded(1))
+    gradient += 10 * gradient.flatten(1)[:, :1, None, None]  # of which one direction outweighs all others
+    layer.weight.grad = gradient.clone(memory_format=memory_format)
+    optimizer = Muon(
+        [{"params": [layer.weight], "orthogonal": True}], lr=0.02, momentum=0.9, nesterov=True, fused=fused
+    )
+    optimizer.step()
+
+    after = layer.weight.detach()
+    assert torch.equal(layer.weight.grad, gradient)
+    assert after.norm() == pytest.approx(before.norm())
+    angle = torch.acos(torch.cosine_similarity(after.flatten().double(), before.flatten().double(), dim=0))
+    assert angle == pytest.approx(0.02, rel=0.05)
+    assert ((before - after) * gradient).sum() > 0  # down the loss
+    of_step, of_gradient = (
+        torch.linalg.svdvals(change.movedim(1, -1).reshape(3, 32, 72)) for change in (before - after, gradient)
+    )
+    assert of_gradient.amax() > 100 * of_gradient.amin()
+    assert of_step.amax() < 3 * of_step.amin()
+
+
+def test_muon_takes_steps_of_sgd_with_what_is_no_kernel():
+    layers = [torch.nn.Linear(4, 3) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    groups = [{"params": list(layers[0].parameters()), "orthogonal": False}]
+    optimizers = Muon(groups, **options), torch.optim.SGD(layers[1].parameters(), **options)
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        for step in range(3):
+            optimizer.zero_grad()
+            layer(torch.full((2, 4), float(step))).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(layers[0].get_parameter(name), value) for name, value in layers[1].named_parameters())
+
+
+def test_muon_leaves_kernels_alone_that_have_no_gradient_or_none_but_zeros():
+    with_zeros, without = convolution(), convolution()
+    before = with_zeros.weight.detach().clone()
+    with_zeros.weight.grad = torch.zeros_like(before)
+    Muon([{"params": [with_zeros.weight, without.weight], "orthogonal": True}], lr=0.1, momentum=0.9).step()
+    assert torch.equal(without.weight, before)
+    torch.testing.assert_close(with_zeros.weight.detach(), before)
+
+
+def test_muon_goes_on_from_its_state():
+    """To the bit, as a run does that is gone on with."""
+    images = torch.randn(4, 8, 6, 6, generator=seeded())
+
+    def steps(layer: torch.nn.Conv2d, optimizer: Muon, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            layer(images).sin().sum().backward()
+            optimizer.step()
+
+    def optimizer_of(layer: torch.nn.Conv2d) -> Muon:
+        return Muon([{"params": [layer.weight], "orthogonal": True}], torch.bfloat16, lr=0.1, momentum=0.9)
+
+    whole, first, second = convolution(), convolution(), convolution()
+    steps(whole, optimizer_of(whole), 4)
+    optimizer = optimizer_of(first)
+    steps(first, optimizer, 2)
+    second.load_state_dict(first.state_dict())
+    other = optimizer_of(second)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(second, other, 2)
+    assert torch.equal(second.weight, whole.weight)
+    assert not torch.equal(second.weight, first.weight)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import after_steps, send
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import train
@@ -62,25 +63,25 @@ def test_the_tutorials_optimizer_is_the_tutorials():
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.005, False)
 
 
-def test_norms_and_biases_do_not_decay_and_the_backbone_learns_at_its_own_rate():
+@pytest.mark.parametrize("muon_rate", [0.0, 0.4])
+def test_norms_and_biases_do_not_decay_and_each_part_learns_at_its_own_rate(muon_rate):
     model = MODELS["resnet18"](num_classes=5)
     args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
-    args.backbone_rate = 0.1
+    args.backbone_rate, args.muon_rate = 0.1, muon_rate
     optimizer = make_optimizer(model, args, torch.device("cpu"))
     set_learning_rate(optimizer, 2.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     assert seen.keys() == set(names.values())
     for name, group in seen.items():
-        decays = name.endswith("weight") and is_convolution_or_fc(model, name)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # by Muon, which keeps its length
+        decays = name.endswith("weight") and isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and not turns
+        assert group["orthogonal"] == turns, name
         assert group["weight_decay"] == (0.25 if decays else 0), name
-        assert group["lr"] == pytest.approx(2.0 if name.startswith("fc.") else 0.2), name
-        assert group["nesterov"]
-
-
-def is_convolution_or_fc(model: torch.nn.Module, name: str) -> bool:
-    """Whether the parameter is of one."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), (torch.nn.Conv2d, torch.nn.Linear))
+        rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_rate if turns else 1)
+        assert group["lr"] == pytest.approx(rate), name
+        assert group["nesterov"] != turns
 
 
 def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
@@ -104,7 +105,7 @@ def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
     flags = json.loads((RUN / "args.json").read_text(encoding="utf-8"))["flags"]
     assert flags["recipe"] == "scratch"
     assert train.RECIPES["scratch"].items() - flags.items() == {
-        *(("epochs", 40), ("batch_size", 32), ("lr", train.RECIPES["scratch"]["lr"])),
+        *(("epochs", 40), ("batch_size", 64), ("lr", train.RECIPES["scratch"]["lr"])),
     }
 
 
@@ -196,7 +197,7 @@ def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):
 
 
 def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes, monkeypatch):
-    def speed(model: ResNet, loader: DataLoader, *_: object, **options: object) -> float:
+    def speed(model: ResNet, optimizer: Optimizer, loader: DataLoader, *_: object, **options: object) -> float:
         return 1e7 / loader.batch_sampler.order.img_size**2  # images a second
 
     monkeypatch.setattr("optimization.measure_speed", speed)
