@@ -194,7 +194,7 @@ class Ranks:
         """`model`, whose backward pass leaves the same gradients in all of them: the mean.
 
         Li et al. 2020: PyTorch Distributed, https://arxiv.org/abs/2006.15704. The statistics of BatchNorm stay each
-        process's own, until `share_buffers`.
+        process's own, until `share_weights`.
         """
         if not (self.are_launched and any(parameter.requires_grad for parameter in model.parameters())):
             return model
@@ -205,11 +205,11 @@ class Ranks:
                 model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Let all have the first's statistics of BatchNorm."""
+    def share_weights(self, model: nn.Module) -> None:
+        """Let all have the first's statistics of BatchNorm, and its parameters, where machines round differently."""
         if self.are_launched:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+            for value in model.state_dict().values():
+                dist.broadcast(value, src=0)
 
     def seconds(self) -> float:
         """Since the beginning: the same in all of them, where it stands still from one `agree` to the next."""

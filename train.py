@@ -288,7 +288,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 )
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
-                ranks.share_buffers(model)
+                ranks.share_weights(model)
                 evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
                 logits, numbers = of_all_shares(ranks, functools.partial(evaluate, on_features=report.see))
                 stop.agree()

@@ -157,6 +157,21 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe):
                 assert (alone[key] - before[key]).norm() > 1e-4 * before[key].norm(), key
 
 
+def test_all_go_on_from_the_weights_of_the_first():
+    """Two kinds of machine may round differently, and only gradients are averaged."""
+
+    def share() -> None:
+        with Ranks() as ranks:
+            model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            for value in model.state_dict().values():
+                value.fill_(ranks.rank)
+            ranks.share_weights(model)
+            torch.save(model.state_dict(), f"{ranks.rank}.pth")
+
+    assert run_ranks(2, share) == [0, 0]
+    assert not any(value.any() for value in torch.load("1.pth").values())
+
+
 def test_too_few_images_for_a_step(two_classes):
     """Synchronised BatchNorm takes whole steps only."""
     split, _ = find_split(two_classes)
