@@ -106,7 +106,7 @@ RECIPES = {
         "feature_views": 0,  # with --freeze-layers: how often each image is seen, once and for all; 0: in every epoch
     },
     "scratch": {
-        "epochs": 40,
+        "epochs": 30,
         "batch_size": 64,
         "lr": 0.05,
         "lrf": 0.0,

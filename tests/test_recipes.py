@@ -105,7 +105,7 @@ def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
     flags = json.loads((RUN / "args.json").read_text(encoding="utf-8"))["flags"]
     assert flags["recipe"] == "scratch"
     assert train.RECIPES["scratch"].items() - flags.items() == {
-        *(("epochs", 40), ("batch_size", 64), ("lr", train.RECIPES["scratch"]["lr"])),
+        *(("epochs", 30), ("batch_size", 64), ("lr", train.RECIPES["scratch"]["lr"])),
     }
 
 
@@ -204,8 +204,8 @@ def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels)
     planned = {}
-    for recipe in ("scratch", "finetune"):  # 40 epochs, and 10
-        args = train.parse_args([*TINY, "--recipe", recipe, "--time-budget", "0.018"])
+    for recipe in ("scratch", "finetune"):  # 30 epochs, and 10
+        args = train.parse_args([*TINY, "--recipe", recipe, "--time-budget", "0.0147"])
         planned[recipe], _ = plan(
             args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Ranks()
         )
