@@ -62,7 +62,7 @@ class Muon(torch.optim.SGD):
     Args:
         groups: of parameters, with "orthogonal" in each; those that have it hold kernels.
         dtype: to compute the orthogonal matrices in; None for that of the kernels.
-        options: as those of `torch.optim.SGD`, for the other groups.
+        options: as those of `torch.optim.SGD`, for the other groups; kernels have momentum, Nesterov's, and no decay.
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -133,7 +133,7 @@ def make_optimizer(
     # One kernel for all of them, where there is one; it would take the momentum from a step that was to be skipped.
     fused = (device.type in ("cpu", "cuda") and amp_dtype != torch.float16) or None
     optimizer = torch.optim.SGD
-    if args.muon_rate:
+    if args.muon_rate > 0:
         optimizer = functools.partial(Muon, dtype=torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
     return optimizer(
         [
@@ -394,8 +394,9 @@ def plan(
     images = copy.copy(train_set)  # which keeps no images: these are small ones
     images.transform = TrainTransform(PROBE_SIZES[-1])
     loader = make_train_loader(images, args, device, ranks)
-    model = copy.deepcopy(model)  # what is measured moves it
+    model = copy.deepcopy(model)
     optimizer = make_optimizer(model, args, device, amp_dtype)
+    set_learning_rate(optimizer, 0.0)
     seconds, took = 60 * args.time_budget, []
     for size in PROBE_SIZES:
         loader.batch_sampler.order.set_epoch(0, img_size=size)

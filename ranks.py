@@ -206,9 +206,9 @@ class Ranks:
             )
 
     def share_weights(self, model: nn.Module) -> None:
-        """Let all have the first's statistics of BatchNorm, and its parameters, where machines round differently."""
+        """Let all have the first's statistics of BatchNorm, and what it learned, where machines round differently."""
         if self.are_launched:
-            for value in model.state_dict().values():
+            for value in (*model.buffers(), *(each.data for each in model.parameters() if each.requires_grad)):
                 dist.broadcast(value, src=0)
 
     def seconds(self) -> float:

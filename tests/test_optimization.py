@@ -143,6 +143,24 @@ def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_for
     assert of_step.amax() < 3 * of_step.amin()
 
 
+def test_muon_looks_ahead_along_its_momentum():
+    layer, momentum = convolution(), 0.0
+    optimizer = Muon([{"params": [layer.weight], "orthogonal": True}], lr=0.1, momentum=0.9)
+    for step in range(4):
+        before = layer.weight.detach().clone()
+        gradient = torch.randn(before.shape, generator=seeded(1 + step))
+        layer.weight.grad = gradient
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        ahead = (0.1 * gradient + 0.9 * momentum).movedim(1, -1).reshape(3, 32, 72)
+        left, _, right = torch.linalg.svd(ahead, full_matrices=False)
+        expected = (left @ right).reshape(96, 3, 3, 8).movedim(-1, 1)
+        moved = before - layer.weight.detach()
+        moved -= before * (moved * before).sum() / before.square().sum()  # across the kernel, whose length stays
+        expected -= before * (expected * before).sum() / before.square().sum()
+        assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.97, step
+
+
 def test_muon_takes_steps_of_sgd_with_what_is_no_kernel():
     layers = [torch.nn.Linear(4, 3) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -189,3 +207,6 @@ def test_muon_goes_on_from_its_state():
     steps(second, other, 2)
     assert torch.equal(second.weight, whole.weight)
     assert not torch.equal(second.weight, first.weight)
+    second.load_state_dict(first.state_dict())
+    steps(second, optimizer_of(second), 2)
+    assert not torch.equal(second.weight, whole.weight)  # without its state

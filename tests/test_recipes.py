@@ -1,5 +1,6 @@
 """How train.py trains: recipes and what overrides them, early stopping, a time budget."""
 
+import copy
 import csv
 import itertools
 import json
@@ -82,6 +83,14 @@ def test_norms_and_biases_do_not_decay_and_each_part_learns_at_its_own_rate(muon
         rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_rate if turns else 1)
         assert group["lr"] == pytest.approx(rate), name
         assert group["nesterov"] != turns
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_muon_computes_in_bfloat16_where_the_network_does(amp_dtype):
+    args, cpu = train.parse_args(["--recipe", "scratch"]), torch.device("cpu")
+    optimizer = make_optimizer(MODELS["resnet18"](num_classes=5), args, cpu, amp_dtype)
+    assert optimizer.dtype == (torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
+    assert optimizer.defaults["fused"] == (None if amp_dtype == torch.float16 else True)  # a scaler may skip steps
 
 
 def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
@@ -210,6 +219,16 @@ def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes
             args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Ranks()
         )
     assert planned == {"scratch": 128, "finetune": 224}
+
+
+def test_planning_leaves_the_network_alone(two_classes):
+    split, _ = find_split(two_classes)
+    images = MyDataSet(split.train_paths, split.train_labels)
+    args = train.parse_args([*TINY, "--recipe", "scratch", "--time-budget", "0.01"])
+    model = MODELS["resnet18"](num_classes=2)
+    before = copy.deepcopy(model.state_dict())
+    plan(args, model, images, 5, torch.device("cpu"), None, Ranks())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_time_that_is_over_at_once_trains_an_epoch_nevertheless(two_classes):
