@@ -66,30 +66,24 @@ class Muon(torch.optim.SGD):
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype | None = None, **options: Any) -> None:
-        own_momentum = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
-        super().__init__([group | own_momentum if group["orthogonal"] else group for group in groups], **options)
+        super().__init__(groups, **options)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         """Take one, by the gradients of the parameters, which stay as they are."""
-        kernels = [
-            kernel
-            for group in self.param_groups
-            if group["orthogonal"]
-            for kernel in group["params"]
-            if kernel.grad is not None
-        ]
-        gradients, lengths = [kernel.grad for kernel in kernels], [kernel.norm() for kernel in kernels]
-        for kernel, length in zip(kernels, lengths, strict=True):
-            kernel.grad = self._direction(kernel).mul_(length)
-        super().step()
-        for kernel, gradient, length in zip(kernels, gradients, lengths, strict=True):
+        gradients = {}
+        for group in self.param_groups:
+            for kernel in group["params"] if group["orthogonal"] else ():
+                if kernel.grad is not None:
+                    self._turn(kernel, group["lr"])
+                    gradients[kernel], kernel.grad = kernel.grad, None
+        super().step()  # of all that has a gradient
+        for kernel, gradient in gradients.items():
             kernel.grad = gradient
-            kernel.mul_(length / kernel.norm().clamp_min(TINY))
 
-    def _direction(self, kernel: Parameter) -> Tensor:
-        """Of its next step, against its gradient; of length 1."""
+    def _turn(self, kernel: Parameter, angle: float) -> None:
+        """Take its step."""
         state = self.state[kernel]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(kernel)
@@ -97,8 +91,10 @@ class Muon(torch.optim.SGD):
         ahead = kernel.grad.lerp(momentum, MOMENTUM).movedim(1, -1)  # Nesterov's; in channels-last order, as it lies
         rows = ahead.flatten(1).to(self.dtype or kernel.dtype)
         blocks = orthogonalize(rows.unflatten(0, (-1, math.gcd(len(rows), BLOCK))))
-        direction = torch.empty_like(kernel).copy_(blocks.reshape(ahead.shape).movedim(-1, 1))
-        return direction.div_(direction.norm().clamp_min(TINY))
+        direction = blocks.reshape(ahead.shape).movedim(-1, 1).to(kernel.dtype)
+        length = kernel.norm()
+        kernel.sub_(direction.mul_(angle * length / direction.norm().clamp_min(TINY)))
+        kernel.mul_(length / kernel.norm().clamp_min(TINY))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -126,7 +122,8 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             orthogonal = args.muon_rate > 0 and parameter.ndim == 4
-            weight_decay = args.weight_decay if args.decay_norms or parameter.ndim > 1 else 0.0
+            decays = (args.decay_norms or parameter.ndim > 1) and not orthogonal
+            weight_decay = args.weight_decay if decays else 0.0
             part = 1.0 if name.startswith("fc.") else args.backbone_rate
             part *= args.muon_rate if orthogonal else 1.0
             groups.setdefault((weight_decay, part, orthogonal), []).append(parameter)
