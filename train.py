@@ -136,7 +136,7 @@ RECIPES = {
         # ---
         "rate_by_step": True,
         "nesterov": True,
-        "muon_rate": 0.0,
+        "muon_rate": 0.3,
         "decay_norms": False,
         "zero_init": False,
         "least_area": 0.25,
@@ -396,7 +396,7 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
     add("--lr", type=float, help="the highest learning rate")
     add("--lrf", type=float, help="the last one, as a part of --lr")
     add("--warmup", type=float, help="the part of the training in which the learning rate rises to --lr")
-    add("--weight-decay", type=float, help="times the weight is added to its gradient (scratch: of fc alone)")
+    add("--weight-decay", type=float, help="times the weight is added to its gradient (with Muon: of fc alone)")
     add("--label-smoothing", type=float, help="the part of the probability that all classes share")
     add("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
     add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
