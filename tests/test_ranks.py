@@ -101,25 +101,16 @@ def test_processes_see_the_images_of_one_process():
         assert steps_of(count, batch_size, accumulate) == alone
 
 
-@pytest.mark.parametrize("recipe", ["tutorial", "scratch"])
-def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe):
+@pytest.mark.parametrize(("recipe", "epochs", "lr"), [("tutorial", 4, 0.002), ("scratch", 1, 0.02)])
+def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, epochs, lr):
     """In float64: in so small a network a single ReLU that float32's rounding flips can show in the fourth digit."""
     split, _ = find_split(sample, val_rate=0.1)
     images = MyDataSet(split.train_paths, split.train_labels)
     assert len(images) == 90  # the last step of an epoch is smaller
 
-    def train_epochs(epochs: int, lr: float, name: str, batch_size: int, accumulate: int = 1) -> None:
-        flags = [
-            *SMALL,
-            "--recipe",
-            recipe,
-            "--batch-size",
-            str(batch_size),
-            "--accumulate",
-            str(accumulate),
-            "--lr",
-            str(lr),
-        ]
+    def train_epochs(name: str, batch_size: int, accumulate: int = 1) -> None:
+        flags = [*SMALL, "--recipe", recipe, "--lr", str(lr)]
+        flags += ["--batch-size", str(batch_size), "--accumulate", str(accumulate)]
         args, device = train.parse_args(flags), torch.device("cpu")
         images.transform = TrainTransform(32)
         model = train.MODELS["resnet18"](num_classes=5).double()
@@ -144,17 +135,17 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe):
         "compute_logits",
         lambda model, images, device, _: model(prepare_batch(images, device).double()),
     )
-    train_epochs(4, 0.002, "alone", 16)  # 24 steps
-    train_epochs(4, 0.002, "accumulated", 8, accumulate=2)
+    train_epochs("alone", 16)  # six steps an epoch
+    train_epochs("accumulated", 8, accumulate=2)
     for count in (2, 4):
-        assert run_ranks(count, functools.partial(train_epochs, 4, 0.002, f"by {count}", 16 // count)) == [0] * count
+        assert run_ranks(count, functools.partial(train_epochs, f"by {count}", 16 // count)) == [0] * count
 
     alone = torch.load("alone.pth")
     for name in ("accumulated", "by 2", "by 4"):
         for key, value in torch.load(f"{name}.pth").items():
             if value.is_floating_point() and "running" not in key:
                 assert (value - alone[key]).norm() <= 1e-9 * alone[key].norm(), (name, key)
-                assert (alone[key] - before[key]).norm() > 1e-4 * before[key].norm(), key
+                assert (alone[key] - before[key]).norm() > 3e-4 * before[key].norm(), key
 
 
 def test_all_go_on_from_the_weights_of_the_first():
