@@ -98,7 +98,7 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The orthogonal matrices next to some (..., rows, columns), about: their singular values become 0.7 to 1.2.
+    """The orthogonal matrices next to some (number, rows, columns), about: their singular values become 0.7 to 1.2.
 
     By Newton and Schulz's iteration, with the coefficients of Jordan et al. 2024; those of columns, if rows are more.
     """

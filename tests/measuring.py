@@ -206,7 +206,7 @@ class Ours:
         self.train_loader = self.loader(self.train_set)
         torch.manual_seed(0)
         self.model = to_device(MODELS[args.model](num_classes=len(self.split.class_names)), self.device)
-        self.optimizer = make_optimizer(self.model, self.args, self.device)
+        self.optimizer = make_optimizer(self.model, self.args, self.device, self.amp_dtype)
 
     def loader(self, train_set: MyDataSet) -> DataLoader:
         """Of training batches, in the order of the first epoch."""

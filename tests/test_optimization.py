@@ -118,17 +118,13 @@ def convolution(memory_format: torch.memory_format = torch.contiguous_format) ->
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("fused", [True, None])
-def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_format, fused):
+def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_format):
     layer = convolution(memory_format)
     before = layer.weight.detach().clone()
     gradient = torch.randn(before.shape, generator=seeded(1))
     gradient += 10 * gradient.flatten(1)[:, :1, None, None]  # of which one direction outweighs all others
     layer.weight.grad = gradient.clone(memory_format=memory_format)
-    optimizer = Muon(
-        [{"params": [layer.weight], "orthogonal": True}], lr=0.02, momentum=0.9, nesterov=True, fused=fused
-    )
-    optimizer.step()
+    Muon([{"params": [layer.weight], "orthogonal": True}], lr=0.02, momentum=0.9).step()
 
     after = layer.weight.detach()
     assert torch.equal(layer.weight.grad, gradient)
