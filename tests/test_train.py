@@ -415,18 +415,19 @@ def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-def test_starting_from_weights(two_classes, tmp_path, capsys):
+@pytest.mark.parametrize("recipe", ["tutorial", "scratch"])  # finetune, which computes its features once, is apart
+def test_a_frozen_backbone_keeps_the_weights_it_starts_from(two_classes, tmp_path, recipe, capsys):
     source = resnet18(num_classes=9)
     torch.save(source.state_dict(), tmp_path / "w.pth")
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1", "--weights", str(tmp_path / "w.pth")]
-    assert train.main([*flags, "--freeze-layers"]) == 0
+    assert train.main([*flags, "--freeze-layers", "--recipe", recipe]) == 0
     printed = capsys.readouterr().out
     assert "w.pth but for fc.weight, fc.bias, made for another number of classes; only fc learns" in printed
     assert "warning" not in printed
     for name, value in weights_of(Path("runs/flower_experiment")).items():
         if not name.startswith("fc."):
             assert torch.equal(value, source.state_dict()[name]), name
-    assert train.main([*flags, "--freeze-layers", "False"]) == 0
+    assert train.main([*flags, "--freeze-layers", "False", "--recipe", recipe]) == 0
     moved = weights_of(Path("runs/flower_experiment-2"))
     assert not torch.equal(moved["conv1.weight"], source.state_dict()["conv1.weight"])
 
