@@ -118,7 +118,7 @@ RECIPES = {
         "nesterov": True,
         "muon_rate": 0.4,
         "decay_norms": False,
-        "zero_init": True,
+        "zero_init": False,
         "least_area": 0.25,
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
