@@ -231,4 +231,6 @@ class Ranks:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error says that another process has ended, or cannot be reached."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    # Gloo's are plain RuntimeErrors; they name it, but for what a wait that is out of time leaves to the others.
+    words = ("gloo", "application timeout caused pair closure")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

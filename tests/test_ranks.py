@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import write_classes, write_image
 from torch import nn
 
@@ -28,7 +29,7 @@ from loaders import make_train_loader, make_val_loader
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
 from optimization import make_optimizer
 from program_utils import UsageError
-from ranks import Ranks
+from ranks import Ranks, is_lost
 from run_utils import Run
 from train_eval_utils import collect_logits, of_all_shares, train_one_epoch
 
@@ -419,6 +420,27 @@ def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, ca
     # Another number of processes would see other images in each step.
     assert run_ranks(1, lambda: train.main(["--resume", "died", "--epochs", "3"])) == [1]
     assert "as many processes as before" in capfd.readouterr().err
+
+
+def test_every_wait_for_a_process_that_is_silent_says_that_it_is_lost():
+    """The first that runs out of time ends the others, with words of their own."""
+
+    def lose_the_other() -> int:
+        with Ranks(timeout=2) as ranks:
+            if not ranks.is_first:
+                time.sleep(5)
+                os._exit(0)
+            waits = []
+            for _ in range(3):
+                waits.append(dist.all_reduce(torch.ones(1), async_op=True))
+                time.sleep(0.5)
+            for wait in waits:
+                with pytest.raises(RuntimeError) as raised:
+                    wait.wait()
+                assert is_lost(raised.value), raised.value
+            os._exit(0)  # nobody is left to say goodbye to
+
+    assert run_ranks(2, lose_the_other) == [0, 0]
 
 
 def test_processes_that_are_not_alike_are_refused(sample, capfd):
