@@ -241,16 +241,6 @@ def named_convolutions(model: ResNet) -> dict[str, nn.Conv2d]:
     }
 
 
-def zero_init(model: ResNet) -> None:
-    """Let each block begin as its shortcut: the last BatchNorm of it scales by 0.
-
-    Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1
-    """
-    for module in model.modules():
-        if isinstance(module, (BasicBlock, Bottleneck)):
-            nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
-
-
 def freeze_backbone(model: ResNet) -> None:
     """Let only `fc` learn. `train_one_epoch` keeps a BatchNorm whose parameters are frozen in evaluation mode."""
     for name, parameter in model.named_parameters():

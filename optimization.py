@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from loaders import GRAIN, make_loader, make_train_loader, training_sizes
-from model import ResNet, freeze_backbone, load_pretrained, zero_init
+from model import ResNet, freeze_backbone, load_pretrained
 from my_dataset import MyDataSet, Tolerant, TrainTransform
 from ranks import Ranks
 from train_eval_utils import Progress, train_one_epoch
@@ -36,8 +36,6 @@ PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, ranks: Ranks) -> str:
     """Load and freeze as the flags say; a few words for the header. A run that goes on loads its own weights later."""
     words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
-    if args.zero_init and not args.weights:
-        zero_init(model)
     if args.weights and not resumed:
         left_out = ranks.one_a_machine_first(lambda: load_pretrained(model, args.weights, args.model))
         if left_out:

@@ -98,7 +98,6 @@ RECIPES = {
         "nesterov": False,
         "muon_rate": 0.0,  # of convolutions, as a part of the learning rate: `optimization.Muon` trains them, if any
         "decay_norms": True,  # weight decay of BatchNorm and biases, too
-        "zero_init": False,  # each block begins as its shortcut (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
         "least_area": 0.08,  # of the image, that a random crop has
         "first_size": 1.0,  # of the images that are trained on, as parts of --img-size
         "last_size": 1.0,
@@ -118,7 +117,6 @@ RECIPES = {
         "nesterov": True,
         "muon_rate": 0.4,
         "decay_norms": False,
-        "zero_init": False,
         "least_area": 0.25,
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
@@ -138,7 +136,6 @@ RECIPES = {
         "nesterov": True,
         "muon_rate": 0.3,
         "decay_norms": False,
-        "zero_init": False,
         "least_area": 0.25,
         "first_size": 0.85,
         "last_size": 0.85,
@@ -482,6 +479,8 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     progress = checkpoint["resume"]
     command = progress["command"]
     recipe = progress.get("recipe", {})
+    if isinstance(recipe, dict):
+        recipe.pop("zero_init", None)  # of older runs: what their blocks began as, which is past
     if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):
         raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
     recipe = RECIPES["tutorial"] | recipe if recipe else None  # as it was then, without the ingredients that are newer

@@ -50,11 +50,11 @@ def test_passes_over_images_are_compared(figure, ratio, sample, printed_by_bench
 
 def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, printed_by_bench):
     flags = ["accuracy", "--data-path", sample, "--minutes", "0", "--epochs", "1", "--img-size", "32", "--rounds", "1"]
-    flags += ["--kinds", "scratch:lr=0.01,zero_init=False"]
+    flags += ["--kinds", "scratch:lr=0.01,nesterov=False"]
     printed = printed_by_bench(*flags)
     with open(tmp_path / "accuracy.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["kind"], row["seed"], row["epoch"]) for row in rows] == [("scratch:lr=0.01,zero_init=False", "0", "0")]
+    assert [(row["kind"], row["seed"], row["epoch"]) for row in rows] == [("scratch:lr=0.01,nesterov=False", "0", "0")]
     assert f"mean {float(rows[0]['accuracy']):.4f}" in printed
     assert f"{rows[0]['accuracy']} (loss {rows[0]['val_loss']})" in printed
     assert float(rows[0]["val_loss"]) > 0

@@ -276,10 +276,12 @@ def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
 
 def test_a_run_keeps_its_recipe_when_the_program_has_another_one_by_now(two_classes, monkeypatch, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch", "--epochs", "2"]
+    recipe = train.RECIPES["scratch"]
+    monkeypatch.setitem(train.RECIPES, "scratch", recipe | {"zero_init": True})  # an ingredient that there was once
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
     header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe"))
-    newer = train.RECIPES["scratch"] | {"lr": 7.0, "last_size": 2.0, "weight_decay": 0.3}
+    newer = recipe | {"lr": 7.0, "last_size": 2.0, "weight_decay": 0.3}
     monkeypatch.setitem(train.RECIPES, "scratch", newer)
     assert train.main(["--resume"]) == 0
     assert header in capsys.readouterr().out
