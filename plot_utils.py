@@ -210,6 +210,9 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
 def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None) -> Figure:
     """Loss and accuracy of training and validation, epoch by epoch.
 
+    Losses are drawn up to twice the highest of the training: while BatchNorm's averages lag behind weights that move
+    fast, that of validation may be many times as high for an epoch, beside which nothing else could be read.
+
     Args:
         history: of each epoch "epoch", "train_loss", "val_loss", "train_accuracy", "accuracy".
     """
@@ -226,7 +229,11 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    axes.set_ylim(0, 1)
+    loss, accuracy = figure.axes
+    highest = 2 * max(row["train_loss"] for row in history)
+    if loss.get_ylim()[1] > highest > 0:
+        loss.set_ylim(0, highest)
+    accuracy.set_ylim(0, 1)
     return figure
 
 

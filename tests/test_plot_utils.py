@@ -66,6 +66,13 @@ def test_nothing_is_cut_off_or_overlaps(classes):
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
+def test_one_loss_that_is_far_off_does_not_hide_the_others():
+    axes = curves([HISTORY[0] | {"val_loss": 40.0}, *HISTORY[1:]]).axes[0]
+    assert 1.1 < axes.get_ylim()[1] <= 2
+    assert 40 in axes.lines[1].get_ydata()
+    assert curves([*HISTORY, HISTORY[0] | {"epoch": 3, "val_loss": 1.7}]).axes[0].get_ylim()[1] > 1.7  # over-fits
+
+
 def test_a_thousand_classes_make_a_figure_that_can_be_opened():
     names = [f"class {index}" for index in range(1000)]
     figure = confusion_matrix(np.ones((1000, 1000), dtype=int), names)
