@@ -210,8 +210,9 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
 def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None) -> Figure:
     """Loss and accuracy of training and validation, epoch by epoch.
 
-    Losses are drawn up to twice the highest of the training: while BatchNorm's averages lag behind weights that move
-    fast, that of validation may be many times as high for an epoch, beside which nothing else could be read.
+    Losses are drawn up to twice the highest of the training, or twice the usual one of validation: while BatchNorm's
+    averages lag behind weights that move fast, that may be many times as high for an epoch, beside which nothing else
+    could be read.
 
     Args:
         history: of each epoch "epoch", "train_loss", "val_loss", "train_accuracy", "accuracy".
@@ -230,7 +231,7 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
         axes.grid(alpha=0.3)
         axes.legend()
     loss, accuracy = figure.axes
-    highest = 2 * max(row["train_loss"] for row in history)
+    highest = 2 * max(*(row["train_loss"] for row in history), np.median([row["val_loss"] for row in history]))
     if loss.get_ylim()[1] > highest > 0:
         loss.set_ylim(0, highest)
     accuracy.set_ylim(0, 1)
