@@ -489,16 +489,15 @@ class TrainTransform:
 
     Args:
         img_size: pixels.
-        least_area: the least part of the image's area that a crop has.
 
     `least_side`: more pixels than that the image need not have on its shorter side. At 224 px it makes photographs
     the size of ImageNet's, whose smallest crops are enlarged likewise.
     """
 
-    def __init__(self, img_size: int = 224, least_area: float = 0.08) -> None:
+    def __init__(self, img_size: int = 224) -> None:
         self.img_size = img_size
         self.least_side = math.ceil(1.5 * img_size)
-        self.crop = v2.RandomResizedCrop(img_size, scale=(least_area, 1.0), antialias=True)
+        self.crop = v2.RandomResizedCrop(img_size, antialias=True)
         self.flip = v2.RandomHorizontalFlip()
 
     def __call__(self, image: Image.Image | Tensor, img_size: int | None = None) -> Tensor:

@@ -111,31 +111,27 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def make_optimizer(
     model: ResNet, args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None = None
 ) -> torch.optim.SGD:
-    """For the parameters that learn, in groups of one weight decay and one part of the learning rate each.
+    """For the parameters that learn, in groups of one part of the learning rate each; kernels of Muon apart.
 
     Args:
         amp_dtype: of mixed precision, None without.
     """
-    groups: dict[tuple[float, float, bool], list[Parameter]] = {}
+    groups: dict[tuple[float, bool], list[Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             orthogonal = args.muon_rate > 0 and parameter.ndim == 4
-            decays = (args.decay_norms or parameter.ndim > 1) and not orthogonal
-            weight_decay = args.weight_decay if decays else 0.0
             part = 1.0 if name.startswith("fc.") else args.backbone_rate
             part *= args.muon_rate if orthogonal else 1.0
-            groups.setdefault((weight_decay, part, orthogonal), []).append(parameter)
+            groups.setdefault((part, orthogonal), []).append(parameter)
     # One kernel for all of them, where there is one; it would take the momentum from a step that was to be skipped.
     fused = (device.type in ("cpu", "cuda") and amp_dtype != torch.float16) or None
     optimizer = torch.optim.SGD
     if args.muon_rate > 0:
         optimizer = functools.partial(Muon, dtype=torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
     return optimizer(
-        [
-            {"params": same, "weight_decay": decay, "part": part, "orthogonal": orthogonal}
-            for (decay, part, orthogonal), same in groups.items()
-        ],
+        [{"params": same, "part": part, "orthogonal": orthogonal} for (part, orthogonal), same in groups.items()],
         lr=args.lr,
+        weight_decay=args.weight_decay,
         momentum=MOMENTUM,
         nesterov=args.nesterov,
         fused=fused,

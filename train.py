@@ -97,8 +97,6 @@ RECIPES = {
         "rate_by_step": False,  # or by epoch
         "nesterov": False,
         "muon_rate": 0.0,  # of convolutions, as a part of the learning rate: `optimization.Muon` trains them, if any
-        "decay_norms": True,  # weight decay of BatchNorm and biases, too
-        "least_area": 0.08,  # of the image, that a random crop has
         "first_size": 1.0,  # of the images that are trained on, as parts of --img-size
         "last_size": 1.0,
         "backbone_rate": 1.0,  # of all layers but fc, as a part of the learning rate
@@ -116,8 +114,6 @@ RECIPES = {
         "rate_by_step": True,
         "nesterov": True,
         "muon_rate": 0.4,
-        "decay_norms": False,
-        "least_area": 0.25,
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
@@ -135,14 +131,14 @@ RECIPES = {
         "rate_by_step": True,
         "nesterov": True,
         "muon_rate": 0.3,
-        "decay_norms": False,
-        "least_area": 0.25,
         "first_size": 0.85,
         "last_size": 0.85,
         "backbone_rate": 0.5,
         "feature_views": 2,
     },
 }
+
+FORMER = {"decay_norms": True, "least_area": 0.08}  # ingredients that there were once, and what is always so now
 
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
@@ -193,7 +189,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
         args.img_size, evaluation_seconds = plan(args, model, train_set, len(val_set), device, amp_dtype, ranks)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay
-    train_set.transform = TrainTransform(args.img_size, args.least_area)
+    train_set.transform = TrainTransform(args.img_size)
     val_set.transform = EvalTransform(args.img_size)
     train_loader = make_train_loader(train_set, args, device, ranks)
     val_loader = make_val_loader(val_set, args, device, ranks)
@@ -393,7 +389,7 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
     add("--lr", type=float, help="the highest learning rate")
     add("--lrf", type=float, help="the last one, as a part of --lr")
     add("--warmup", type=float, help="the part of the training in which the learning rate rises to --lr")
-    add("--weight-decay", type=float, help="times the weight is added to its gradient (with Muon: of fc alone)")
+    add("--weight-decay", type=float, help="times the weight is added to its gradient (with Muon: not of convolutions)")
     add("--label-smoothing", type=float, help="the part of the probability that all classes share")
     add("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
     add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
@@ -481,6 +477,13 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     recipe = progress.get("recipe", {})
     if isinstance(recipe, dict):
         recipe.pop("zero_init", None)  # of older runs: what their blocks began as, which is past
+        for name, now in FORMER.items():
+            before = recipe.pop(name, now)
+            if before != now:
+                raise UsageError(
+                    f"the run {folder} was begun by an older train.py, with {name} {before!r} in its recipe, which "
+                    f"there is no more; start a new run"
+                )
     if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):
         raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
     recipe = RECIPES["tutorial"] | recipe if recipe else None  # as it was then, without the ingredients that are newer

@@ -172,10 +172,12 @@ def test_muon_takes_steps_of_sgd_with_what_is_no_kernel():
 
 
 def test_muon_leaves_kernels_alone_that_have_no_gradient_or_none_but_zeros():
+    """Also from weight decay: their length has no effect."""
     with_zeros, without = convolution(), convolution()
     before = with_zeros.weight.detach().clone()
     with_zeros.weight.grad = torch.zeros_like(before)
-    Muon([{"params": [with_zeros.weight, without.weight], "orthogonal": True}], lr=0.1, momentum=0.9).step()
+    groups = [{"params": [with_zeros.weight, without.weight], "orthogonal": True}]
+    Muon(groups, lr=0.1, momentum=0.9, weight_decay=0.5).step()
     assert torch.equal(without.weight, before)
     torch.testing.assert_close(with_zeros.weight.detach(), before)
 

@@ -65,9 +65,9 @@ def test_the_tutorials_optimizer_is_the_tutorials():
 
 
 @pytest.mark.parametrize("muon_rate", [0.0, 0.4])
-def test_norms_and_biases_do_not_decay_and_each_part_learns_at_its_own_rate(muon_rate):
+def test_each_part_learns_at_its_own_rate(muon_rate):
     model = MODELS["resnet18"](num_classes=5)
-    args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
+    args = train.parse_args(["--recipe", "scratch"])
     args.backbone_rate, args.muon_rate = 0.1, muon_rate
     optimizer = make_optimizer(model, args, torch.device("cpu"))
     set_learning_rate(optimizer, 2.0)
@@ -76,10 +76,8 @@ def test_norms_and_biases_do_not_decay_and_each_part_learns_at_its_own_rate(muon
     assert seen.keys() == set(names.values())
     for name, group in seen.items():
         layer = model.get_submodule(name.rpartition(".")[0])
-        turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # by Muon, which keeps its length
-        decays = name.endswith("weight") and isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and not turns
+        turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # by Muon
         assert group["orthogonal"] == turns, name
-        assert group["weight_decay"] == (0.25 if decays else 0), name
         rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_rate if turns else 1)
         assert group["lr"] == pytest.approx(rate), name
         assert group["nesterov"]
@@ -277,7 +275,8 @@ def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
 def test_a_run_keeps_its_recipe_when_the_program_has_another_one_by_now(two_classes, monkeypatch, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch", "--epochs", "2"]
     recipe = train.RECIPES["scratch"]
-    monkeypatch.setitem(train.RECIPES, "scratch", recipe | {"zero_init": True})  # an ingredient that there was once
+    once = {"zero_init": True, "decay_norms": True, "least_area": 0.08}  # ingredients that there were
+    monkeypatch.setitem(train.RECIPES, "scratch", recipe | once)
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
     header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe"))
@@ -286,6 +285,24 @@ def test_a_run_keeps_its_recipe_when_the_program_has_another_one_by_now(two_clas
     assert train.main(["--resume"]) == 0
     assert header in capsys.readouterr().out
     assert max(float(row["learning_rate"]) for row in metrics()) < 1
+
+
+def test_a_run_of_a_recipe_that_is_no_more_is_refused(two_classes, monkeypatch, capsys):
+    recipe = train.RECIPES["scratch"]
+    monkeypatch.setitem(train.RECIPES, "scratch", recipe | {"least_area": 0.25})
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch"]
+    with after_steps(1, send(signal.SIGTERM)):
+        assert train.main(flags) == 143
+    monkeypatch.setitem(train.RECIPES, "scratch", recipe)
+    before = (RUN / "weights" / "last.pth").read_bytes()
+    capsys.readouterr()
+    assert train.main(["--resume"]) == 1
+    assert re.fullmatch(
+        r"train.py: error: the run \S+ was begun by an older train.py, with least_area 0.25 in its recipe, which there "
+        r"is no more; start a new run\n",
+        capsys.readouterr().err,
+    )
+    assert (RUN / "weights" / "last.pth").read_bytes() == before
 
 
 def test_a_size_that_is_asked_for_is_not_planned(two_classes):
