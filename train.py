@@ -478,10 +478,10 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     if isinstance(recipe, dict):
         recipe.pop("zero_init", None)  # of older runs: what their blocks began as, which is past
         for name, now in FORMER.items():
-            before = recipe.pop(name, now)
-            if before != now:
+            value = recipe.pop(name, now)
+            if value != now:
                 raise UsageError(
-                    f"the run {folder} was begun by an older train.py, with {name} {before!r} in its recipe, which "
+                    f"the run {folder} was begun by an older train.py, with {name} {value!r} in its recipe, which "
                     f"there is no more; start a new run"
                 )
     if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):

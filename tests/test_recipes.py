@@ -67,7 +67,7 @@ def test_the_tutorials_optimizer_is_the_tutorials():
 @pytest.mark.parametrize("muon_rate", [0.0, 0.4])
 def test_each_part_learns_at_its_own_rate(muon_rate):
     model = MODELS["resnet18"](num_classes=5)
-    args = train.parse_args(["--recipe", "scratch"])
+    args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
     args.backbone_rate, args.muon_rate = 0.1, muon_rate
     optimizer = make_optimizer(model, args, torch.device("cpu"))
     set_learning_rate(optimizer, 2.0)
@@ -78,6 +78,7 @@ def test_each_part_learns_at_its_own_rate(muon_rate):
         layer = model.get_submodule(name.rpartition(".")[0])
         turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # by Muon
         assert group["orthogonal"] == turns, name
+        assert group["weight_decay"] == 0.25, name
         rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_rate if turns else 1)
         assert group["lr"] == pytest.approx(rate), name
         assert group["nesterov"]
