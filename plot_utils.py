@@ -232,8 +232,10 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
         axes.legend()
     loss, accuracy = figure.axes
     highest = 2 * max(*(row["train_loss"] for row in history), np.median([row["val_loss"] for row in history]))
-    if loss.get_ylim()[1] > highest > 0:
+    peak = max(row["val_loss"] for row in history)
+    if peak > highest > 0:
         loss.set_ylim(0, highest)
+        loss.set_title(f"loss (cut off: up to {peak:.3g})")
     accuracy.set_ylim(0, 1)
     return figure
 

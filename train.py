@@ -138,7 +138,8 @@ RECIPES = {
     },
 }
 
-FORMER = {"decay_norms": True, "least_area": 0.08}  # ingredients that there were once, and what is always so now
+# Ingredients that there were once, and the values with which a run can go on without them.
+FORMER = {"zero_init": (False, True), "decay_norms": (True,), "least_area": (0.08,)}
 
 MAY_CHANGE = {  # when a run goes on
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
@@ -475,17 +476,14 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     progress = checkpoint["resume"]
     command = progress["command"]
     recipe = progress.get("recipe", {})
-    if isinstance(recipe, dict):
-        recipe.pop("zero_init", None)  # of older runs: what their blocks began as, which is past
-        for name, now in FORMER.items():
-            value = recipe.pop(name, now)
-            if value != now:
-                raise UsageError(
-                    f"the run {folder} was begun by an older train.py, with {name} {value!r} in its recipe, which "
-                    f"there is no more; start a new run"
-                )
     if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):
         raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
+    for name, fits in FORMER.items():
+        if (value := recipe.pop(name, fits[0])) not in fits:
+            raise UsageError(
+                f"the run {folder} was begun by an older train.py, with {name} {value!r} in its recipe, which there "
+                f"is no more; start a new run"
+            )
     recipe = RECIPES["tutorial"] | recipe if recipe else None  # as it was then, without the ingredients that are newer
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -525,8 +523,9 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
 
 
 def may_be(name: Any, value: Any) -> bool:
-    """Whether a recipe may have this value: a finite number, or a flag, of a type that it has in one of `RECIPES`."""
+    """Whether a recipe may have this value: a finite number, or a flag, of a type that it has, or had, in a recipe."""
     types = {type(recipe[name]) for recipe in RECIPES.values() if name in recipe}
+    types |= {type(fit) for fit in FORMER.get(name, ())}
     is_number = type(value) is int and float in types  # 0 may stand for 0.0
     return (type(value) in types or is_number) and -math.inf < value < math.inf
 

@@ -12,12 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from measuring import BENCH, ROOT, append_rows, drawn_sample, hardware, our_flags, read_rows
 
 import train
 from data_utils import find_split
-from program_utils import select_device
 
 METRICS = ("accuracy", "val_loss")
 
@@ -32,7 +32,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
     path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
     settings = {"set": "set aside" if args.set_aside else "for choices"}
     settings["length"] = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
-    settings |= {"model": args.model, "amp": args.amp, "hardware": hardware(select_device(args.device))}
+    settings |= {"model": args.model, "amp": args.amp, "hardware": hardware(torch.device(args.device))}
     settings |= {"img_size": str(args.img_size or "planned"), "data_path": args.data_path or "sample"}
     with divided(args.data_path, args.set_aside) as data:
         for seed, kind in itertools.product(range(args.rounds), args.kinds):
@@ -113,10 +113,11 @@ def draw_accuracy(rows: list[dict[str, str]], kinds: list[str], path: Path) -> N
     figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
     axes = figure.add_subplot(xlabel="minutes", ylabel="validation accuracy")
     for number, kind in enumerate(kinds):
-        for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
+        seeds = sorted({row["seed"] for row in rows if row["kind"] == kind})
+        for seed in seeds:
             run = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
             points = [[float(row[key]) for row in run] for key in ("at_minute", "accuracy")]
-            axes.plot(*points, color=f"C{number}", marker=".", label=kind if seed == "0" else None)
+            axes.plot(*points, color=f"C{number}", marker=".", label=kind if seed == seeds[0] else None)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

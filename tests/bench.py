@@ -315,7 +315,7 @@ def bench_scaling(args: argparse.Namespace) -> None:
 
     On CUDA: one process under torchrun against one without.
     """
-    device = select_device(args.device)
+    device = torch.device(args.device)
     processes, threads = (1, torch.get_num_threads()) if device.type == "cuda" else (2, 1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     whole = args.batch_size
@@ -380,6 +380,7 @@ def main() -> None:
         parser.error("accuracy: of all images, in batches of the recipe's (--kinds scratch:batch_size=64)")
     if args.img_size is None and args.bench != "accuracy":
         args.img_size = 224
+    args.device = str(select_device(args.device))  # where there is no GPU that is said once
     (benches | {"baseline": baseline})[args.bench](args)
 
 

@@ -27,7 +27,7 @@ from loaders import find_data, make_loader, make_val_loader
 from model import MODELS, to_device
 from my_dataset import EpochSampler, MyDataSet, ShareSampler, TrainTransform
 from optimization import make_optimizer
-from program_utils import available_cores, available_memory, describe_device, select_device, select_precision
+from program_utils import available_cores, available_memory, describe_device, select_precision
 from ranks import Ranks
 from train_eval_utils import collect_logits, train_one_epoch
 
@@ -49,7 +49,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, what: str, a: str, b: str, images: int = 0) -> None:
         self.args, self.what, self.a, self.b, self.images = args, what, a, b, images
         self.rounds: dict[str, list[tuple[float, float]]] = {}  # by figure, where a round gives several
-        self.hardware = hardware(select_device(args.device))
+        self.hardware = hardware(torch.device(args.device))
         names = ("model", "img_size", "batch_size", "images", "epochs", "workers", "amp", "data_path")
         self.settings = ", ".join(f"{name} {getattr(args, name)}" for name in names)
         print(f"{what}\n  {self.hardware}\n  {self.settings}", flush=True)
@@ -194,7 +194,7 @@ class Ours:
         flags = ["--data-path", str(data), "--device", args.device, "--model", args.model, *our_flags(args)]
         flags += ["--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
         self.args = train.parse_args(flags)
-        self.device = select_device(args.device)
+        self.device = torch.device(args.device)
         self.amp_dtype, _ = select_precision(args.amp, self.device)
         self.split, _ = find_split(data)
         self.train_set = MyDataSet(

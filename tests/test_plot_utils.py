@@ -70,8 +70,11 @@ def test_one_loss_that_is_far_off_does_not_hide_the_others():
     axes = curves([HISTORY[0] | {"val_loss": 40.0}, *HISTORY[1:]]).axes[0]
     assert 1.1 < axes.get_ylim()[1] < 3
     assert 40 in axes.lines[1].get_ydata()
+    assert "40" in axes.get_title()
     over_fits = [row | {"train_loss": 0.01, "val_loss": 0.5 + 0.1 * row["epoch"]} for row in HISTORY]
-    assert curves(over_fits).axes[0].get_ylim()[1] > 0.7
+    axes = curves(over_fits).axes[0]
+    assert axes.get_ylim()[1] > 0.7
+    assert axes.get_title() == "loss"
 
 
 def test_a_thousand_classes_make_a_figure_that_can_be_opened():

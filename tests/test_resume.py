@@ -279,6 +279,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content["resume"].update(recipe={"lr": "high"}),
         lambda content: content["resume"].update(recipe={"first_size": math.inf}),
         lambda content: content["resume"].update(recipe={"no such": None}),
+        lambda content: content["resume"].update(recipe={"least_area": torch.ones(2)}),
         lambda content: content["resume"].update(recipe=["lr", 0.1]),
         lambda content: content["resume"].update(progress={"os": "system"}),
         lambda content: content["resume"].update(events=[1, 2]),
