@@ -1,15 +1,17 @@
 """What a training reads: its images, found, checked and divided, and the batches of them."""
 
 import argparse
+import copy
 import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from data_utils import DataError, Split, download_flower_photos, file_checksum, find_split
@@ -17,6 +19,7 @@ from model import ResNet
 from my_dataset import (
     MAX_ASPECT_RATIO,
     EpochSampler,
+    EvalTransform,
     Features,
     ImageError,
     MyDataSet,
@@ -256,6 +259,22 @@ def make_val_loader(val_set: MyDataSet, args: argparse.Namespace, device: torch.
     return make_loader(Tolerant(Numbered(val_set), replace=False), batches, args, device, ranks)
 
 
+def load_bn_images(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Tensor:
+    """Load the training images for `estimate_batch_norm`, preprocessed as for evaluation.
+
+    Returns:
+        (N, 3, img_size, img_size) uint8 on the CPU: `args.bn_images` images, or all if there are fewer, at even
+        distances in the data set. The same on every rank.
+    """
+    images = copy.copy(train_set)
+    images.transform = EvalTransform(args.img_size)
+    images.keep_images(0)  # the training set's cache holds images for its own transform
+    indices = np.linspace(0, len(images) - 1, min(args.bn_images, len(images))).astype(int).tolist()
+    batches = BatchSampler(indices, args.batch_size, drop_last=False)
+    loader = make_loader(Tolerant(images, replace=True), batches, args, device, ranks)
+    return torch.cat([batch for batch, _ in loader])
+
+
 def head_loaders(
     model: ResNet,
     train_set: MyDataSet,
@@ -335,3 +354,8 @@ def has_single_pixels(args: argparse.Namespace) -> bool:
 def computes_features(args: argparse.Namespace) -> bool:
     """Whether a frozen backbone looks at the images before the first epoch, once and for all."""
     return args.freeze_layers and args.feature_views > 0
+
+
+def estimates_batch_norm(args: argparse.Namespace) -> bool:
+    """Whether BatchNorm's statistics are estimated anew before each evaluation: those of a frozen backbone stay."""
+    return args.bn_images > 0 and not args.freeze_layers

@@ -24,6 +24,7 @@ from train_eval_utils import Progress, train_one_epoch
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
 MOMENTUM = 0.9
 BLOCK, TINY = 64, 1e-7  # rows of a kernel that are made orthogonal together; what keeps 0 / 0 away
+GROWTH = 0.8  # fraction of the training in which the images grow
 NEARLY = 0.97  # of the time: the learning rate is down by then
 SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
@@ -196,10 +197,14 @@ class Schedule:
         fall = (progress - self.warmup) / (1 - self.warmup)
         return self.lr * ((1 + math.cos(math.pi * fall)) / 2 * (1 - self.lrf) + self.lrf)
 
+    def is_settling(self, epoch: int) -> bool:
+        """Whether the images have their final size in this epoch, and the learning rate is low."""
+        return self.progress(epoch) >= GROWTH
+
     def img_size(self, epoch: int) -> int:
         """Of the images of an epoch: it grows evenly over the first four fifths."""
         first, last = self.img_sizes
-        grown = min(1.0, self.progress(epoch) / 0.8)
+        grown = min(1.0, self.progress(epoch) / GROWTH)
         return last if grown == 1 else first + round(grown * (last - first) / GRAIN) * GRAIN
 
     def reserve_time(self, seconds: float) -> None:
@@ -371,12 +376,15 @@ def plan(
     args: argparse.Namespace,
     model: ResNet,
     train_set: MyDataSet,
-    val_images: int,
+    forward_images: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
     ranks: Ranks,
 ) -> tuple[int, float]:
     """Plan for a time budget, by the speed of a few steps.
+
+    Args:
+        forward_images: the images per epoch that only take a forward pass.
 
     Returns:
         The largest size of images, unless the flags say which, at which there is time for as many epochs as the recipe
@@ -399,8 +407,8 @@ def plan(
 
     for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
         first, last = training_sizes(args, img_size)
-        pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # of an image, in the mean
-        evaluation = val_images * (per_image + per_pixel * img_size**2) / 3  # without a backward pass
+        pixels = GROWTH * (first**2 + first * last + last**2) / 3 + (1 - GROWTH) * last**2  # of an image, in the mean
+        evaluation = forward_images * (per_image + per_pixel * img_size**2) / 3  # without a backward pass
         epochs = 0.95 * seconds / (len(images) * (per_image + per_pixel * pixels) + evaluation)
         if epochs >= args.epochs:
             break

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib
 import json
+import math
 import os
 import platform
 import signal
@@ -240,10 +241,15 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """
     content = read_torch_file(path)
     match content.get("resume"):
-        case {"command": list(words), "epoch": int(epoch), "best": {"epoch": int() | None}}:
-            if epoch >= 0 and all(isinstance(word, str) for word in words):
+        case {"command": list(words), "epoch": int(epoch), "best": {"epoch": int() | None as best}} as resume:
+            resume.setdefault("improved_at", best)  # a run from before best.pth took the loss into account
+            if epoch >= 0 and all(isinstance(word, str) for word in words) and _is_epoch(resume["improved_at"]):
                 return content
     raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
+
+
+def _is_epoch(value: Any) -> bool:
+    return value is None or isinstance(value, int)
 
 
 class Run:
@@ -286,8 +292,9 @@ class Run:
         self.images_before = 0
         self.over = False
         self.history: list[dict[str, float]] = []
-        self.last: dict[str, Any] = {"epoch": None, "accuracy": None}
-        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0}
+        self.last: dict[str, Any] = {"epoch": None, "accuracy": None, "val_loss": None}
+        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0, "val_loss": math.inf}
+        self.improved_at: int | None = None  # the epoch in which the accuracy last rose, for --patience
         self._saved_at, self._saving_takes = 0.0, 0.0
 
     @property
@@ -318,6 +325,7 @@ class Run:
             "progress": progress.state,
             "history": self.history,
             "best": self.best,
+            "improved_at": self.improved_at,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -333,16 +341,22 @@ class Run:
         waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
         return self.ranks.is_first and time.perf_counter() - self._saved_at > waiting
 
-    def judge(self, accuracy: float) -> bool:
-        """Note the validation `accuracy` of the epoch under way; returns whether it is the best so far."""
-        self.last = {"epoch": self.epoch, "accuracy": accuracy}
+    def judge(self, accuracy: float, val_loss: float) -> bool:
+        """Record the validation metrics of the current epoch.
+
+        Returns:
+            Whether it is the best epoch so far: the highest accuracy, and among equals the lowest loss.
+        """
+        self.last = {"epoch": self.epoch, "accuracy": accuracy, "val_loss": val_loss}
         if accuracy > self.best["accuracy"]:
+            self.improved_at = self.epoch
+        if (accuracy, -val_loss) > (self.best["accuracy"], -self.best["val_loss"]):
             self.best = self.last
         return self.best is self.last
 
     def has_stalled(self, patience: int) -> bool:
-        """Whether so many epochs, or more, have not been better than the best before them; 0: never."""
-        return patience > 0 and self.last["epoch"] is not None and self.last["epoch"] - self.best["epoch"] >= patience
+        """Whether the accuracy has not risen for `patience` epochs or more; 0: never."""
+        return patience > 0 and self.last["epoch"] is not None and self.last["epoch"] - self.improved_at >= patience
 
     def finish_epoch(self) -> None:
         """Go to the next epoch: write best.pth if the one under way was judged the best so far, and last.pth.
@@ -393,8 +407,15 @@ class Run:
                 {str(name): float(value) for name, value in row.items()} | {"epoch": int(row["epoch"])}
                 for row in resume["history"]
             ]
-            self.best = {"epoch": resume["best"]["epoch"], "accuracy": float(resume["best"]["accuracy"])}
-            self.last = {key: checkpoint[key] for key in self.last}
+            best = resume["best"]
+            self.best = {
+                "epoch": best["epoch"],
+                "accuracy": float(best["accuracy"]),
+                "val_loss": float(best.get("val_loss", math.inf)),
+            }
+            self.improved_at = resume["improved_at"]
+            self.last = {key: checkpoint[key] for key in ("epoch", "accuracy")}
+            self.last["val_loss"] = checkpoint.get("val_loss")
             if self.ranks.is_first:
                 cut_events(self.folder, dict(resume["events"]))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

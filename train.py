@@ -30,8 +30,10 @@ from loaders import (
     FLOWER_PHOTOS,
     Data,
     computes_features,
+    estimates_batch_norm,
     has_single_pixels,
     head_loaders,
+    load_bn_images,
     make_train_loader,
     make_val_loader,
     read_data,
@@ -80,7 +82,14 @@ from run_utils import (
     save_checkpoint,
     write_run,
 )
-from train_eval_utils import EmptyLoaderError, Evaluation, collect_logits, of_all_shares, train_one_epoch
+from train_eval_utils import (
+    EmptyLoaderError,
+    Evaluation,
+    collect_logits,
+    estimate_batch_norm,
+    of_all_shares,
+    train_one_epoch,
+)
 
 # How to train: values of flags, each of which a flag on the command line overrides, and below the line of what has no
 # flag. The tutorial's is the default.
@@ -101,11 +110,12 @@ RECIPES = {
         "last_size": 1.0,
         "backbone_rate": 1.0,  # of all layers but fc, as a part of the learning rate
         "feature_views": 0,  # with --freeze-layers: how often each image is seen, once and for all; 0: in every epoch
+        "bn_images": 0,  # training images that re-estimate BatchNorm's statistics before validation; 0: off
     },
     "scratch": {
         "epochs": 30,
         "batch_size": 64,
-        "lr": 0.05,
+        "lr": 0.005,
         "lrf": 0.0,
         "warmup": 0.2,
         "weight_decay": 0.002,
@@ -113,11 +123,12 @@ RECIPES = {
         # ---
         "rate_by_step": True,
         "nesterov": True,
-        "muon_rate": 0.4,
+        "muon_rate": 3.0,
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
         "feature_views": 0,
+        "bn_images": 128,
     },
     "finetune": {
         "epochs": 10,
@@ -135,6 +146,7 @@ RECIPES = {
         "last_size": 0.85,
         "backbone_rate": 0.5,
         "feature_views": 2,
+        "bn_images": 128,
     },
 }
 
@@ -187,7 +199,9 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     # The schedule, and the images in the sizes that it asks for.
     evaluation_seconds = 0.0
     if args.time_budget and not resumed:
-        args.img_size, evaluation_seconds = plan(args, model, train_set, len(val_set), device, amp_dtype, ranks)
+        args.img_size, evaluation_seconds = plan(
+            args, model, train_set, len(val_set) + args.bn_images, device, amp_dtype, ranks
+        )
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay
     train_set.transform = TrainTransform(args.img_size)
@@ -259,6 +273,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 train_loader, val_loader = head_loaders(
                     model, train_set, batches, val_loader, args, device, ranks, **options
                 )
+            bn_images = load_bn_images(train_set, args, device, ranks) if estimates_batch_norm(args) else None
             learner = ranks.parallel(learner, device)
             while not run.over:
                 stop.agree()
@@ -282,6 +297,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 )
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
+                if bn_images is not None and not schedule.is_settling(epoch):
+                    estimate_batch_norm(model, bn_images, device, batch_size=args.batch_size, amp_dtype=amp_dtype)
                 ranks.share_weights(model)
                 evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
                 logits, numbers = of_all_shares(ranks, functools.partial(evaluate, on_features=report.see))
@@ -299,7 +316,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                         )
                     )
 
-                is_best = run.judge(validation.accuracy)
+                is_best = run.judge(validation.accuracy, validation.loss)
                 schedule.reserve_time(*ranks.largest(time.perf_counter() - trained))
                 run.over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
                 if run.over:
@@ -507,8 +524,8 @@ def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespa
     changed = ("epochs", "patience", "data_path", "val_path")
     changed = [flag for flag in changed if getattr(args, flag) != getattr(before, flag)]
     over = bool(progress.get("over"))
-    best = progress["best"]["epoch"]
-    has_stalled = best is not None and 0 < args.patience <= progress["epoch"] - 1 - best
+    improved_at = progress["improved_at"]
+    has_stalled = improved_at is not None and 0 < args.patience <= progress["epoch"] - 1 - improved_at
     more_patient = before.patience > 0 and not 0 < args.patience <= before.patience
     stalled = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
     if over and args.time_budget and not more_patient:

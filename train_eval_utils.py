@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -305,6 +306,31 @@ def collect_logits(
     if not all_logits:
         raise EmptyLoaderError("there is nothing to evaluate: the data loader gives no image")
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
+
+
+def estimate_batch_norm(
+    model: nn.Module,
+    images: Tensor,
+    device: torch.device | str,
+    *,
+    batch_size: int = 64,
+    amp_dtype: torch.dtype | None = None,
+) -> None:
+    """Replace the running statistics of every BatchNorm by averages over `images`, computed with the current weights.
+
+    Running averages lag behind weights that change fast, and belong to the image size of the training:
+    Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, sections 3 and 4.
+
+    Args:
+        images: (N, 3, H, W), uint8 or normalised float. Those of one class may lie next to each other: every batch
+            takes images from all over the tensor.
+        batch_size: the smallest number of images in a batch, if there are that many.
+        amp_dtype: mixed precision, see `compute_logits`.
+    """
+    number = max(1, len(images) // batch_size)
+    batches = (prepare_batch(images[start::number], device) for start in range(number))
+    with torch.autocast(torch.device(device).type, amp_dtype, enabled=amp_dtype is not None):
+        update_bn(batches, model)
 
 
 def collect_features(

@@ -19,9 +19,10 @@ import train
 from data_utils import find_split
 from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet
-from my_dataset import EpochSampler, MyDataSet, TrainTransform, prepare_batch
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import PLANNED_SIZES, Schedule, make_optimizer, plan, set_learning_rate
 from ranks import Ranks
+from train_eval_utils import Evaluation, estimate_batch_norm
 
 pytestmark = pytest.mark.usefixtures("small_network")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--batch-size", "5"]
@@ -117,6 +118,21 @@ def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
     }
 
 
+def test_validation_uses_batch_norm_statistics_of_the_current_weights_while_these_change_fast(two_classes):
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "64", "--epochs", "5"]
+    assert train.main([*flags, "--save-every", "1", "--amp", "off"]) == 0
+    split, _ = find_split(two_classes)
+    images = MyDataSet(split.train_paths, split.train_labels, EvalTransform(64))
+    pixels = torch.stack([image for image, _ in images])
+    for epoch in range(5):
+        state = torch.load(RUN / "weights" / f"model-{epoch}.pth", weights_only=True)
+        model = MODELS["resnet18"](num_classes=2)
+        model.load_state_dict(state)
+        estimate_batch_norm(model, pixels, "cpu", batch_size=5)
+        are_current = torch.allclose(model.bn1.running_var, state["bn1.running_var"], rtol=1e-3)
+        assert are_current == (epoch < 4), epoch  # at the end the rate is low and running averages are less noisy
+
+
 def test_a_run_by_steps_goes_on_as_if_never_stopped(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "64", "--epochs", "3"]
     assert train.main([*flags, "--name", "undisturbed"]) == 0
@@ -128,6 +144,33 @@ def test_a_run_by_steps_goes_on_as_if_never_stopped(two_classes):
         for name in ("undisturbed", "flower_experiment")
     ]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+# --- the best epoch ---------------------------------------------------------------------------------------------
+
+
+def test_of_epochs_with_equal_accuracy_the_one_with_the_lowest_loss_is_the_best(two_classes, monkeypatch, capsys):
+    metrics_by_epoch = [(0.6, 2.0), (0.8, 1.5), (0.8, 1.0), (0.8, 1.2), (0.6, 0.1), (0.8, 1.0)]
+    pending = iter(metrics_by_epoch)
+
+    class Scripted(Evaluation):
+        def __init__(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+            super().__init__(logits, labels)
+            self.scripted = next(pending)
+
+        accuracy = property(lambda self: self.scripted[0])
+        loss = property(lambda self: self.scripted[1])
+
+    monkeypatch.setattr(train, "Evaluation", Scripted)
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--patience", "4"]
+    assert train.main([*flags, "--epochs", "3"]) == 0
+    assert train.main(["--resume", "--epochs", "9"]) == 0  # the best epoch is remembered
+    best = torch.load(RUN / "weights" / "best.pth", weights_only=True)
+    assert (best["epoch"], best["accuracy"], best["val_loss"]) == (2, 0.8, 1.0)
+    assert "best accuracy 0.800 at epoch 2" in capsys.readouterr().out
+    assert len(metrics()) == 6  # a lower loss is no better accuracy: patience counts from epoch 1
+    assert train.main(["--resume"]) == 0
+    assert "is complete: 4 epochs without a better accuracy" in capsys.readouterr().out
 
 
 # --- the end of a training --------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_last_holds_what_a_resume_needs(run):
     resume = last["resume"]
     assert (resume["epoch"], resume["progress"]["steps"]) == (3, 0)
     assert resume["optimizer"]["state"]
-    assert resume["best"].keys() == {"accuracy", "epoch"}
+    assert resume["best"].keys() == {"accuracy", "epoch", "val_loss"}
     assert resume["scaler"] == {}  # of float16 alone
     plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()

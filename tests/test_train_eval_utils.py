@@ -17,6 +17,7 @@ from train_eval_utils import (
     Progress,
     collect_features,
     collect_logits,
+    estimate_batch_norm,
     evaluate,
     train_one_epoch,
 )
@@ -284,6 +285,34 @@ def test_metrics_agree_with_their_definitions():
     assert found.loss == pytest.approx(sum(losses) / 6)
     assert torch.allclose(found.probabilities, probabilities)
     assert found.worst(4) == [4, 2, 5, 1]  # the two mistakes, and then the highest losses of the others
+
+
+def test_estimated_batch_norm_statistics_belong_to_the_current_weights():
+    model = tiny_resnet()
+    with torch.no_grad():  # as after steps so large that the running averages lag far behind
+        model.conv1.weight *= 100
+        model.layer2[0].conv1.weight *= 10
+    images = torch.cat([batch for batch, _ in loader(count=64, batch_size=64)])
+    prepared = prepare_batch(images, CPU)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).train()(prepared)  # normalised by the batch's own statistics
+    lagging, _ = collect_logits(model.eval(), DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU)
+    estimate_batch_norm(model, images, CPU, batch_size=64)
+    assert not any(module.training for module in model.modules())
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+    estimated, _ = collect_logits(model, DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU)
+    assert (estimated - expected).abs().max() < 0.1 * (lagging - expected).abs().max()
+
+
+def test_batches_for_batch_norm_statistics_mix_the_classes():
+    model = tiny_resnet()
+    images, labels = loader(count=64).dataset.tensors
+    by_class = images[labels.argsort(stable=True)]
+    estimate_batch_norm(model, by_class, CPU, batch_size=64)
+    together = model.bn1.running_var.clone()
+    estimate_batch_norm(model, by_class, CPU, batch_size=24)  # two batches of 32 images
+    assert model.bn1.num_batches_tracked == 2
+    torch.testing.assert_close(model.bn1.running_var, together, rtol=0.1, atol=0)
 
 
 def test_features_are_what_the_classifier_sees(sample):
