@@ -24,7 +24,6 @@ from train_eval_utils import Progress, train_one_epoch
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
 MOMENTUM = 0.9
 BLOCK, TINY = 64, 1e-7  # rows of a kernel that are made orthogonal together; what keeps 0 / 0 away
-GROWTH = 0.8  # fraction of the training in which the images grow
 NEARLY = 0.97  # of the time: the learning rate is down by then
 SMOOTHING, RISEN = 11, 2  # of the range test: steps; times the least loss
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # of --img-size, for a time budget
@@ -197,14 +196,10 @@ class Schedule:
         fall = (progress - self.warmup) / (1 - self.warmup)
         return self.lr * ((1 + math.cos(math.pi * fall)) / 2 * (1 - self.lrf) + self.lrf)
 
-    def is_settling(self, epoch: int) -> bool:
-        """Whether the images have their final size in this epoch, and the learning rate is low."""
-        return self.progress(epoch) >= GROWTH
-
     def img_size(self, epoch: int) -> int:
         """Of the images of an epoch: it grows evenly over the first four fifths."""
         first, last = self.img_sizes
-        grown = min(1.0, self.progress(epoch) / GROWTH)
+        grown = min(1.0, self.progress(epoch) / 0.8)
         return last if grown == 1 else first + round(grown * (last - first) / GRAIN) * GRAIN
 
     def reserve_time(self, seconds: float) -> None:
@@ -407,7 +402,7 @@ def plan(
 
     for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
         first, last = training_sizes(args, img_size)
-        pixels = GROWTH * (first**2 + first * last + last**2) / 3 + (1 - GROWTH) * last**2  # of an image, in the mean
+        pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # of an image, in the mean
         evaluation = forward_images * (per_image + per_pixel * img_size**2) / 3  # without a backward pass
         epochs = 0.95 * seconds / (len(images) * (per_image + per_pixel * pixels) + evaluation)
         if epochs >= args.epochs:

@@ -115,7 +115,7 @@ RECIPES = {
     "scratch": {
         "epochs": 30,
         "batch_size": 64,
-        "lr": 0.005,
+        "lr": 0.001,
         "lrf": 0.0,
         "warmup": 0.2,
         "weight_decay": 0.002,
@@ -123,7 +123,7 @@ RECIPES = {
         # ---
         "rate_by_step": True,
         "nesterov": True,
-        "muon_rate": 3.0,
+        "muon_rate": 10.0,
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
@@ -297,7 +297,7 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 )
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
-                if bn_images is not None and not schedule.is_settling(epoch):
+                if bn_images is not None:
                     estimate_batch_norm(model, bn_images, device, batch_size=args.batch_size, amp_dtype=amp_dtype)
                 ranks.share_weights(model)
                 evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model import MODELS, BasicBlock, ResNet
 from sample_flowers import draw_sample
@@ -36,6 +37,13 @@ def write_classes(root: Path, counts: dict[str, int]) -> Path:
         for index in range(count):
             write_image(root / name / f"{name} {index:02d}.png", seed=1000 * label + index)
     return root
+
+
+def read_events(run: Path) -> EventAccumulator:
+    """All the events of a run."""
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    events.Reload()
+    return events
 
 
 @pytest.fixture(scope="module")

@@ -102,12 +102,12 @@ def test_processes_see_the_images_of_one_process():
         assert steps_of(count, batch_size, accumulate) == alone
 
 
-@pytest.mark.parametrize(("recipe", "epochs", "lr"), [("tutorial", 4, 0.002), ("scratch", 1, 0.02)])
+@pytest.mark.parametrize(("recipe", "epochs", "lr"), [("tutorial", 2, 0.004), ("scratch", 1, 0.03)])
 def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, epochs, lr):
     """In float64: in so small a network a single ReLU that float32's rounding flips can show in the fourth digit."""
     split, _ = find_split(sample, val_rate=0.1)
-    images = MyDataSet(split.train_paths, split.train_labels)
-    assert len(images) == 90  # the last step of an epoch is smaller
+    images = MyDataSet(split.train_paths[::2], split.train_labels[::2])
+    assert len(images) == 45  # the last step of an epoch is smaller
 
     def train_epochs(name: str, batch_size: int, accumulate: int = 1) -> None:
         flags = [*SMALL, "--recipe", recipe, "--lr", str(lr)]
@@ -136,7 +136,7 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, ep
         "compute_logits",
         lambda model, images, device, _: model(prepare_batch(images, device).double()),
     )
-    train_epochs("alone", 16)  # six steps an epoch
+    train_epochs("alone", 16)  # three steps per epoch
     train_epochs("accumulated", 8, accumulate=2)
     for count in (2, 4):
         assert run_ranks(count, functools.partial(train_epochs, f"by {count}", 16 // count)) == [0] * count
