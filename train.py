@@ -115,7 +115,7 @@ RECIPES = {
     "scratch": {
         "epochs": 30,
         "batch_size": 64,
-        "lr": 0.001,
+        "lr": 0.0003,
         "lrf": 0.0,
         "warmup": 0.2,
         "weight_decay": 0.002,
@@ -123,7 +123,7 @@ RECIPES = {
         # ---
         "rate_by_step": True,
         "nesterov": True,
-        "muon_rate": 10.0,
+        "muon_rate": 50.0,
         "first_size": 0.5,
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
