@@ -2,8 +2,10 @@
 
 import functools
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +23,11 @@ matplotlib.use("Agg")
 # Tests run side by side, and so do the programs that they start: a thread each, or they wait for one another's.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are cores: some tests wait for other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
@@ -60,6 +67,42 @@ def open_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+def run_in_fork(main: Callable[[], int], stdout: int | None) -> tuple[int, str]:
+    """Run a program's `main` in a fork of this process, which has imported all modules already.
+
+    Args:
+        stdout: the file descriptor that becomes its standard output, or None: it is closed.
+
+    Returns:
+        The exit status, and what was written to standard error.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            os.dup2(writer, 2)
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            if stdout is None:
+                os.close(1)
+                sys.stdout = None
+            else:
+                os.dup2(stdout, 1)
+                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            status = main()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # as the interpreter does at its end
+        except BaseException:  # noqa: BLE001 - the child must not return to pytest
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(writer)
+    with open(reader) as complaints:
+        said = complaints.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 @contextmanager

@@ -7,13 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_another_user, write_image
+from conftest import as_another_user, run_in_fork, write_image
 from PIL import Image
 
+import check_data
 import plot_utils
 import predict
 from data_utils import list_images_below, write_class_indices
@@ -21,6 +23,7 @@ from model import resnet18
 from my_dataset import EvalTransform, MyDataSet, prepare_batch
 from train_eval_utils import collect_logits
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
 
 
@@ -253,13 +256,17 @@ def test_no_photograph_is_overwritten(capsys, weights, sample, tmp_path):
         assert run(capsys, image, "--weights", weights, "--save-plot", tmp_path / out)[0] == 0
 
 
+@needs_fork
 def test_the_csv_goes_into_a_pipe(weights, sample, tmp_path):
     image, pipe = str(next((sample / "roses").iterdir())), tmp_path / "pipe"
     os.mkfifo(pipe)
-    command = [sys.executable, str(Path(predict.__file__)), image, "--weights", str(weights), "--csv", str(pipe)]
-    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+    with (
+        open(os.devnull, "w") as null,
+        subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader,
+    ):
         try:
-            subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=True)
+            arguments = [image, "--weights", str(weights), "--device", "cpu", "--csv", str(pipe)]
+            assert run_in_fork(lambda: predict.main(arguments), null.fileno()) == (0, "")
             assert len(reader.communicate(timeout=10)[0].splitlines()) == 2
         finally:
             reader.kill()  # where nobody has written
@@ -273,29 +280,32 @@ def test_no_argument_is_the_current_folder_by_mistake(capsys, weights, tmp_path,
     assert run(capsys, "", "--weights", weights) == (1, [], ["predict.py: '': no such file or folder"])
 
 
-def test_programs_run_without_an_output(weights, sample):
+def main_of(program: str, weights: Path, images: Path) -> Callable[[], int]:
+    """What `python PROGRAM IMAGES ...` runs."""
+    if program == "predict.py":
+        return lambda: predict.main([str(images), "--weights", str(weights), "--device", "cpu"])
+    return lambda: check_data.main([str(images), "--save-plot", "", "--workers", "0"])
+
+
+@needs_fork
+@pytest.mark.parametrize("program", ["predict.py", "check_data.py"])
+def test_programs_run_without_an_output(weights, sample, program):
     """As services do, and pythonw."""
-    for program, *flags in (("predict.py", "--weights", str(weights)), ("check_data.py", "--save-plot", "")):
-        command = [sys.executable, str(Path(predict.__file__).with_name(program)), str(sample), *flags]
-        done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+    assert run_in_fork(main_of(program, weights, sample), stdout=None) == (0, "")
 
 
+@needs_fork
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(("program", "status"), [("predict.py", 1), ("check_data.py", 2)])
 def test_output_that_nobody_takes_is_one_line(weights, sample, program, status):
-    script = str(Path(predict.__file__).with_name(program))
-    command = [sys.executable, script, str(sample)]
-    command += ["--weights", str(weights)] if program == "predict.py" else ["--save-plot", "", "--workers", "0"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    main = main_of(program, weights, sample)
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (status, f"{program}: [Errno 28] No space left on device\n")
+        said = run_in_fork(main, full.fileno())
+    assert said == (status, f"{program}: [Errno 28] No space left on device\n")
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    assert run_in_fork(main, writer) == (status, "")
     os.close(writer)
-    assert (done.returncode, done.stderr) == (status, "")
 
 
 @pytest.mark.parametrize(

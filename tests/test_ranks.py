@@ -30,7 +30,7 @@ from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, Tra
 from optimization import make_optimizer
 from program_utils import UsageError
 from ranks import Ranks, is_lost
-from run_utils import Run
+from run_utils import Run, StopRequest, StopSignals
 from train_eval_utils import collect_logits, of_all_shares, train_one_epoch
 
 pytestmark = [
@@ -529,13 +529,16 @@ def test_a_restart_is_known_by_any_of_the_machines_that_began_the_run():
 
 def test_a_process_that_gets_a_signal_twice_under_torchrun_still_saves():
     """From torchrun, and from what started torchrun."""
-    program = "import os, signal; from ranks import Ranks; from run_utils import StopRequest, StopSignals\n"
-    program += "with StopSignals(Ranks()) as stop:\n    [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"
-    program += "    try: stop.check()\n    except StopRequest as request: print('saves', request.number)"
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    environment["PYTHONPATH"] = str(Path(train.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout == "saves 15\n", done.stderr
+
+    def get_two_signals() -> int:
+        with StopSignals(Ranks()) as stop:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(StopRequest) as raised:
+                stop.check()
+            return raised.value.number
+
+    assert run_ranks(1, get_two_signals) == [signal.SIGTERM]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -3,11 +3,10 @@
 import errno
 import itertools
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,15 +247,27 @@ def test_a_file_that_has_moved_to_the_other_side_is_named(pets, tmp_path, capsys
     assert "cat/cat 00.png has moved between training and validation" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the other process is forked")
 def test_a_run_is_trained_by_one_process_at_a_time(undisturbed, capsys):
     shutil.copytree(undisturbed, "runs/a")
-    holder = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run_utils; from pathlib import Path\n"
-    holder += "lock = run_utils.lock_run(Path('runs/a')); print('locked', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+    fork = multiprocessing.get_context("fork")
+    is_locked = fork.Event()
+
+    def hold() -> None:
+        lock = lock_run(Path("runs/a"))
+        is_locked.set()
+        time.sleep(60)
+        lock.close()
+
+    holder = fork.Process(target=hold)
+    holder.start()
+    try:
+        assert is_locked.wait(30)
         assert train.main(["--resume", "a", "--epochs", "4"]) == 1
         assert "another process" in capsys.readouterr().err
-        process.kill()
+    finally:
+        holder.kill()
+        holder.join()
     lock_run(Path("runs/a")).close()
 
 
