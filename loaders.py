@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from data_utils import DataError, Split, download_flower_photos, file_checksum, find_split
+from distributed import Distributed
 from model import ResNet
 from my_dataset import (
     MAX_ASPECT_RATIO,
@@ -29,9 +30,8 @@ from my_dataset import (
     read_image,
 )
 from program_utils import UsageError, available_cores, leave_with_the_run, read_json
-from ranks import Ranks
 from sample_flowers import draw_sample
-from train_eval_utils import collect_features, of_all_shares
+from train_eval_utils import collect_features, gather_evaluation
 
 T = TypeVar("T")
 
@@ -231,7 +231,9 @@ def read_data(args: argparse.Namespace, known_images: Path) -> Data:
 # --- batches of it ------------------------------------------------------------------------------------------------
 
 
-def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
+def make_train_loader(
+    train_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed
+) -> DataLoader:
     """The batches of this process, in the order of each epoch; an image that cannot be read is replaced.
 
     Raises:
@@ -240,8 +242,8 @@ def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: to
     batches = ShareSampler(
         EpochSampler(len(train_set), args.seed),
         args.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=dist.rank,
+        world_size=dist.world_size,
         accumulate=args.accumulate,
         # A batch of one image, where it would end as a single pixel, leaves BatchNorm nothing to average over.
         drop_single=has_single_pixels(args) and not args.freeze_layers,
@@ -249,17 +251,19 @@ def make_train_loader(train_set: MyDataSet, args: argparse.Namespace, device: to
     )
     if not batches.steps():
         few, needed = len(train_set), batches.global_batch
-        ranks.fail(UsageError(f"{few} images for training are too few: a step of all processes takes {needed}"))
-    return make_loader(Tolerant(train_set, replace=True), batches, args, device, ranks)
+        dist.fail(UsageError(f"{few} images for training are too few: a step of all processes takes {needed}"))
+    return make_loader(Tolerant(train_set, replace=True), batches, args, device, dist)
 
 
-def make_val_loader(val_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> DataLoader:
+def make_val_loader(
+    val_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed
+) -> DataLoader:
     """The evaluation batches of this process, in the folder's order, of images with their numbers."""
-    batches = share_of(range(len(val_set)), args.batch_size, ranks)
-    return make_loader(Tolerant(Numbered(val_set), replace=False), batches, args, device, ranks)
+    batches = share_of(range(len(val_set)), args.batch_size, dist)
+    return make_loader(Tolerant(Numbered(val_set), replace=False), batches, args, device, dist)
 
 
-def load_bn_images(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Tensor:
+def load_bn_images(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed) -> Tensor:
     """Load the training images for `estimate_batch_norm`, preprocessed as for evaluation.
 
     Returns:
@@ -271,7 +275,7 @@ def load_bn_images(train_set: MyDataSet, args: argparse.Namespace, device: torch
     images.keep_images(0)  # the training set's cache holds images for its own transform
     indices = np.linspace(0, len(images) - 1, min(args.bn_images, len(images))).astype(int).tolist()
     batches = BatchSampler(indices, args.batch_size, drop_last=False)
-    loader = make_loader(Tolerant(images, replace=True), batches, args, device, ranks)
+    loader = make_loader(Tolerant(images, replace=True), batches, args, device, dist)
     return torch.cat([batch for batch, _ in loader])
 
 
@@ -282,7 +286,7 @@ def head_loaders(
     val_loader: DataLoader,
     args: argparse.Namespace,
     device: torch.device,
-    ranks: Ranks,
+    dist: Distributed,
     **options: Any,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders, for training `fc` and for validating it, of what it sees of the images, which is computed here.
@@ -294,26 +298,30 @@ def head_loaders(
     """
 
     def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
-        return of_all_shares(ranks, functools.partial(collect_features, model, loader, device, **options))
+        return gather_evaluation(dist, functools.partial(collect_features, model, loader, device, **options))
 
     order, items = train_batches.order, []
     for view in range(args.feature_views):
         order.set_epoch(view, img_size=training_sizes(args)[1])
         items += sorted(order)  # by the images' indices
     images = Tolerant(train_set, replace=True)
-    features, labels = features_of(make_loader(images, share_of(items, args.batch_size, ranks), args, device, ranks))
+    features, labels = features_of(make_loader(images, share_of(items, args.batch_size, dist), args, device, dist))
     views = list(zip(features.split(len(train_set)), labels.split(len(train_set)), strict=True))
     train_features = DataLoader(Features(views), batch_sampler=train_batches, generator=torch.Generator())
     features, numbers = features_of(val_loader)
-    val_batches = share_of(range(len(numbers)), 1024, ranks)
+    val_batches = share_of(range(len(numbers)), 1024, dist)
     return train_features, DataLoader(TensorDataset(features, numbers), batch_sampler=val_batches)
 
 
 def make_loader(
-    dataset: Dataset, batches: Iterable[Sequence[Any]], args: argparse.Namespace, device: torch.device, ranks: Ranks
+    dataset: Dataset,
+    batches: Iterable[Sequence[Any]],
+    args: argparse.Namespace,
+    device: torch.device,
+    dist: Distributed,
 ) -> DataLoader:
     """A loader of batches of images, which other processes read."""
-    workers = number_of_workers(args, ranks.local_world_size)
+    workers = number_of_workers(args, dist.local_world_size)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -326,10 +334,10 @@ def make_loader(
     )
 
 
-def share_of(items: Sequence[T], batch_size: int, ranks: Ranks) -> list[Sequence[T]]:
+def share_of(items: Sequence[T], batch_size: int, dist: Distributed) -> list[Sequence[T]]:
     """The part of this process in the batches that one alone would have."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    first, after = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    first, after = (len(batches) * rank // dist.world_size for rank in (dist.rank, dist.rank + 1))
     return batches[first:after]
 
 

@@ -201,19 +201,19 @@ class MyDataSet(Dataset):
     def keep_images(
         self,
         cache_bytes: int,
-        map_memory: Callable[[int], mmap.mmap] | None = None,
+        shared_memory: Callable[[int], mmap.mmap] | None = None,
         part: int = 0,
         parts: int = 1,
     ) -> None:
         """Start with empty memory of that size: see `cache_bytes`.
 
         Args:
-            map_memory: gives so many bytes; several processes the same ones, of which each fills its part, and all
-                find what is there.
+            shared_memory: maps a number of bytes, shared by several processes. Each fills its own part, and all read
+                everything.
             part: which one this process fills, from 0, of how many.
         """
         images = len(self.images_path)
-        self._cache = _ImageCache(images, cache_bytes, map_memory, part, parts) if cache_bytes > 0 else None
+        self._cache = _ImageCache(images, cache_bytes, shared_memory, part, parts) if cache_bytes > 0 else None
 
     def __len__(self) -> int:
         return len(self.images_path)
@@ -257,10 +257,10 @@ class _ImageCache:
     """Decoded images (3, H, W) uint8, in memory that this process shares with those forked from it."""
 
     def __init__(
-        self, images: int, size: int, map_memory: Callable[[int], mmap.mmap] | None, part: int, parts: int
+        self, images: int, size: int, shared_memory: Callable[[int], mmap.mmap] | None, part: int, parts: int
     ) -> None:
         # A mapping takes memory when it is written to; torch's shared tensors take all of it at once.
-        memory = (map_memory or functools.partial(mmap.mmap, -1))(24 * images + size)
+        memory = (shared_memory or functools.partial(mmap.mmap, -1))(24 * images + size)
         places = torch.frombuffer(memory, dtype=torch.int64, count=3 * images)
         self._places = places.view(images, 3)  # start, height, width
         self._pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=24 * images)

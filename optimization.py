@@ -15,10 +15,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+from distributed import Distributed
 from loaders import GRAIN, make_loader, make_train_loader, training_sizes
 from model import ResNet, freeze_backbone, load_pretrained
 from my_dataset import MyDataSet, Tolerant, TrainTransform
-from ranks import Ranks
 from train_eval_utils import Progress, train_one_epoch
 
 FIRST_RATE = 1 / 25  # of the highest: PyTorch's default for 1cycle
@@ -33,11 +33,11 @@ PROBE_SIZES = (64, 128)  # at which speed is measured, to plan by
 # --- weights and optimizer ----------------------------------------------------------------------------------------
 
 
-def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, ranks: Ranks) -> str:
+def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, dist: Distributed) -> str:
     """Load and freeze as the flags say; a few words for the header. A run that goes on loads its own weights later."""
     words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
     if args.weights and not resumed:
-        left_out = ranks.one_a_machine_first(lambda: load_pretrained(model, args.weights, args.model))
+        left_out = dist.local_rank_zero_first(lambda: load_pretrained(model, args.weights, args.model))
         if left_out:
             words += f" but for {', '.join(left_out)}, made for another number of classes"
     if args.freeze_layers:
@@ -255,12 +255,12 @@ class TimedSchedule(Schedule):
         self.reserve = float(state["reserve"])
 
 
-def make_schedule(args: argparse.Namespace, steps: int, ranks: Ranks) -> Schedule:
+def make_schedule(args: argparse.Namespace, steps: int, dist: Distributed) -> Schedule:
     """The learning rate and the size of the images: for epochs of so many steps, or for a time that has begun."""
     options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "by_step": args.rate_by_step}
     options |= {"img_sizes": training_sizes(args)}
     if args.time_budget:
-        return TimedSchedule(60 * args.time_budget, ranks.seconds, **options)
+        return TimedSchedule(60 * args.time_budget, dist.elapsed, **options)
     return Schedule(args.epochs, steps, **options)
 
 
@@ -282,7 +282,7 @@ def find_lr(
     model: ResNet,
     optimizer: Optimizer,
     device: torch.device,
-    ranks: Ranks,
+    dist: Distributed,
     **options: Any,
 ) -> RangeTest:
     """Find a learning rate, and say which. `options`: as `find_learning_rate`'s."""
@@ -291,7 +291,7 @@ def find_lr(
     images = Tolerant(train_set, replace=True)
     generator = torch.Generator().manual_seed(args.seed)
     sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
-    loader = make_loader(images, BatchSampler(sampler, args.batch_size, drop_last=False), args, device, ranks)
+    loader = make_loader(images, BatchSampler(sampler, args.batch_size, drop_last=False), args, device, dist)
     result = find_learning_rate(
         model,
         optimizer,
@@ -374,7 +374,7 @@ def plan(
     forward_images: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
-    ranks: Ranks,
+    dist: Distributed,
 ) -> tuple[int, float]:
     """Plan for a time budget, by the speed of a few steps.
 
@@ -387,7 +387,7 @@ def plan(
     """
     images = copy.copy(train_set)  # which keeps no images: these are small ones
     images.transform = TrainTransform(PROBE_SIZES[-1])
-    loader = make_train_loader(images, args, device, ranks)
+    loader = make_train_loader(images, args, device, dist)
     model = copy.deepcopy(model)
     optimizer = make_optimizer(model, args, device, amp_dtype)
     set_learning_rate(optimizer, 0.0)
@@ -395,7 +395,7 @@ def plan(
     for size in PROBE_SIZES:
         loader.batch_sampler.order.set_epoch(0, img_size=size)
         took.append(1 / measure_speed(model, optimizer, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
-    took = [slowest / ranks.world_size for slowest in ranks.largest(*took)]
+    took = [slowest / dist.world_size for slowest in dist.all_reduce_max(*took)]
     small, large = (size**2 for size in PROBE_SIZES)
     per_image = min(max(0.0, (took[0] * large - took[1] * small) / (large - small)), took[1])  # whatever its size is
     per_pixel = (took[1] - per_image) / large

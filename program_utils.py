@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ranks import Ranks
+from distributed import Distributed
 
 try:
     import resource
@@ -42,7 +42,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line; argparse's own prints the whole usage first."""
         said = f"{self.prog}: error: {printable(message)} (--help explains the flags)\n"
-        self.exit(2, said if Ranks().is_first else None)
+        self.exit(2, said if Distributed().is_main else None)
 
 
 def _hyphens(flag: re.Match) -> str:
@@ -70,10 +70,10 @@ def tolerate_any_name() -> None:
 
 
 @contextlib.contextmanager
-def only_first_speaks(ranks: Ranks) -> Iterator[None]:
-    """What the other processes print goes nowhere, but for their errors."""
+def silence_other_ranks(dist: Distributed) -> Iterator[None]:
+    """Discard the standard output of all ranks but the main process."""
     with contextlib.ExitStack() as stack:
-        if not ranks.is_first:
+        if not dist.is_main:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield
@@ -92,11 +92,11 @@ def shorten(text: str, width: int = 100) -> str:
 # --- device -------------------------------------------------------------------------------------------------------
 
 
-def select_device(name: str, ranks: Ranks | None = None) -> torch.device:
+def select_device(name: str, dist: Distributed | None = None) -> torch.device:
     """`cuda`, `cuda:1`, `1`, `mps` or `cpu` -> the device; the CPU, with a line that says so, where there is none.
 
     Args:
-        ranks: of several processes on a machine, each has the GPU of its number there.
+        dist: each of several ranks on a machine takes the GPU with the number of its local rank.
 
     Raises:
         UsageError: no such kind of device, or fewer of them than that.
@@ -105,21 +105,21 @@ def select_device(name: str, ranks: Ranks | None = None) -> torch.device:
     if match is None:
         raise UsageError(f"--device {name}: choose cuda, cuda:1 (or just 1), mps or cpu")
     index = int(match[2] or 0)
-    if ranks is not None and ranks.local_world_size > 1 and name != "cpu":
+    if dist is not None and dist.local_world_size > 1 and name != "cpu":
         if name != "cuda":
             raise UsageError(f"--device {name}: with several processes on a machine choose cuda or cpu")
-        index = ranks.local_rank
+        index = dist.local_rank
     if name == "cpu":
         return torch.device("cpu")
     available = torch.backends.mps.is_available() if name == "mps" else torch.cuda.is_available()
     if not available:
-        if ranks is None or ranks.is_first:
+        if dist is None or dist.is_main:
             print(f"no {'MPS' if name == 'mps' else 'CUDA'} device is available: using the CPU", file=sys.stderr)
         return torch.device("cpu")
     if name == "mps":
         return torch.device("mps")
     if index >= torch.cuda.device_count():
-        where = f"--device {name}" if match[2] else f"{ranks.local_world_size} processes on this machine"
+        where = f"--device {name}" if match[2] else f"{dist.local_world_size} processes on this machine"
         raise UsageError(f"{where}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device("cuda", index)
 
@@ -131,9 +131,9 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def describe_ranks(ranks: Ranks) -> str:
-    """For people: how many processes there are, if this one is not alone; an end of a line."""
-    return f", {ranks.world_size} processes" if ranks.world_size > 1 else ""
+def describe_processes(dist: Distributed) -> str:
+    """Return ", N processes" for a status line, or "" for a single process."""
+    return f", {dist.world_size} processes" if dist.world_size > 1 else ""
 
 
 def select_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:

@@ -23,11 +23,11 @@ from torch.utils.tensorboard.summary import hparams
 
 import plot_utils
 from data_utils import choose_figure_images
+from distributed import Distributed
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
 from optimization import RangeTest
 from program_utils import peak_memory, printable, whole_file, write_csv
-from ranks import Ranks
 from run_utils import Run, event_errors
 from train_eval_utils import Evaluation, Progress, compute_logits
 
@@ -109,9 +109,9 @@ class Silence:
         places = (numbers % self.every == 0).nonzero().flatten()
         self.features.append((features[places.to(features.device, non_blocking=True)], numbers[places]))
 
-    def gather(self, ranks: Ranks) -> None:
+    def gather(self, dist: Distributed) -> None:
         """Keep what all processes have seen, as if it was one's."""
-        shares = ranks.gather([(features.cpu(), numbers) for features, numbers in self.features])
+        shares = dist.gather([(features.cpu(), numbers) for features, numbers in self.features])
         self.features = list(itertools.chain(*shares))
 
     def start(self, card: str) -> None:

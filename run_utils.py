@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from data_utils import write_class_indices
+from distributed import Distributed
 from loaders import Data, Files
 from model import WeightsError, is_finite, read_torch_file
 from optimization import Schedule
 from program_utils import UsageError, command_line, printable, read_json, write_json
-from ranks import Ranks
 from train_eval_utils import Progress
 
 try:
@@ -67,11 +67,11 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def run_of(launches: set[str], root: str | os.PathLike = "runs") -> str | None:
-    """The folder of the run that one of these began (see `Ranks.launches`), if it has a last.pth to go on from."""
-    for mark in Path(root).glob(f"*/{LAUNCH}") if launches else ():
+def run_of(launch_ids: set[str], root: str | os.PathLike = "runs") -> str | None:
+    """Return the folder of the run that one of these launches started, if it has a last.pth to resume from."""
+    for mark in Path(root).glob(f"*/{LAUNCH}") if launch_ids else ():
         begun = mark.read_text(encoding="utf-8").splitlines()
-        if not launches.isdisjoint(begun) and (mark.parent / "weights" / "last.pth").exists():
+        if not launch_ids.isdisjoint(begun) and (mark.parent / "weights" / "last.pth").exists():
             return str(mark.parent)
     return None
 
@@ -263,7 +263,7 @@ class Run:
         command: the words of its command line.
         recipe: the values of its recipe, which may have others in another version of the program.
         global_batch: the images of a step.
-        ranks: the processes that train it, of which the first writes, and all call `save`, `finish_epoch` and `load`.
+        dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
 
     `epoch` is the one under way, `progress` that of its steps so far, `images_before` how many of its images had been
     taken before an interruption, `history` the metrics of those before it; `over`
@@ -281,10 +281,10 @@ class Run:
         command: list[str],
         recipe: Mapping[str, float],
         global_batch: int,
-        ranks: Ranks,
+        dist: Distributed,
     ) -> None:
-        self.folder, self.global_batch, self.ranks = folder, global_batch, ranks
-        self._lock = lock_run(folder) if ranks.is_first else None
+        self.folder, self.global_batch, self.dist = folder, global_batch, dist
+        self._lock = lock_run(folder) if dist.is_main else None
         self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
         self.info, self.command, self.recipe = info, command, recipe
         self.epoch = 0
@@ -313,8 +313,8 @@ class Run:
         """
         start = time.perf_counter()
         self.progress.read()
-        progress = self.progress.of_all(self.ranks)
-        if not self.ranks.is_first:
+        progress = self.progress.all_reduce(self.dist)
+        if not self.dist.is_main:
             return
         state = self.state_dict()
         resume = {
@@ -339,7 +339,7 @@ class Run:
     def save_is_due(self) -> bool:
         """Whether, for the first process, a minute has passed since it wrote last.pth, and 100 times what that took."""
         waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
-        return self.ranks.is_first and time.perf_counter() - self._saved_at > waiting
+        return self.dist.is_main and time.perf_counter() - self._saved_at > waiting
 
     def judge(self, accuracy: float, val_loss: float) -> bool:
         """Record the validation metrics of the current epoch.
@@ -363,7 +363,7 @@ class Run:
 
         Raises as `save`.
         """
-        if self.best is self.last and self.ranks.is_first:
+        if self.best is self.last and self.dist.is_main:
             save_checkpoint(self.info | self.last | {"state_dict": self.state_dict()}, self.weights / "best.pth")
         self.epoch += 1
         self.progress = Progress()
@@ -402,7 +402,7 @@ class Run:
             total, *counts = float(counted["sum"]), *(int(counted[key]) for key in ("images", "steps", "right"))
             self.images_before = counts[0]
             # What has been counted is the first's: later the processes' are added up.
-            self.progress = Progress(total, *counts) if self.ranks.is_first else Progress(steps=counts[1])
+            self.progress = Progress(total, *counts) if self.dist.is_main else Progress(steps=counts[1])
             self.history = [
                 {str(name): float(value) for name, value in row.items()} | {"epoch": int(row["epoch"])}
                 for row in resume["history"]
@@ -416,7 +416,7 @@ class Run:
             self.improved_at = resume["improved_at"]
             self.last = {key: checkpoint[key] for key in ("epoch", "accuracy")}
             self.last["val_loss"] = checkpoint.get("val_loss")
-            if self.ranks.is_first:
+            if self.dist.is_main:
                 cut_events(self.folder, dict(resume["events"]))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
@@ -440,8 +440,8 @@ def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path
     if args.resume is None:
         write_args(args, run.folder / "args.json")
         write_class_indices(data.class_names, run.folder / "class_indices.json")
-    if run.ranks.launches:
-        (run.folder / LAUNCH).write_text("\n".join(sorted(run.ranks.launches)), encoding="utf-8")
+    if run.dist.launch_ids:
+        (run.folder / LAUNCH).write_text("\n".join(sorted(run.dist.launch_ids)), encoding="utf-8")
     write_json(data.files, run.folder / "files.json")
     write_json(data.known, known_images)
     if data.problems:
@@ -513,16 +513,16 @@ class StopSignals:
     A second one exits at once, but not under torchrun.
 
     Args:
-        ranks: several processes agree on it, see `agree`; one that has not ended after 10 seconds exits.
+        dist: all ranks stop after the same step, see `sync`. A rank that has not ended after 10 seconds exits.
     """
 
-    def __init__(self, ranks: Ranks | None = None) -> None:
+    def __init__(self, dist: Distributed | None = None) -> None:
         self.received: int | None = None
-        self.ranks = ranks or Ranks()
+        self.dist = dist or Distributed()
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        if self.ranks.world_size > 1:
+        if self.dist.world_size > 1:
             noted, self._wakeup = socket.socketpair()
             self._wakeup.setblocking(False)
             # The signal itself is not seen by Python while it waits for another process.
@@ -531,29 +531,29 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.ranks.world_size > 1:
+        if self.dist.world_size > 1:
             signal.set_wakeup_fd(-1)
             self._wakeup.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises `StopRequest` when a signal has come; several processes wait for `agree`."""
-        if self.ranks.world_size == 1:
+        """Raise `StopRequest` if a signal has arrived; several ranks do so in `sync` only."""
+        if self.dist.world_size == 1:
             self._raise(self.received or 0)
 
-    def agree(self, *wishes: float) -> list[float]:
-        """The largest of each wish of all processes; raises `StopRequest` in all of them when one has got a signal."""
-        number, *wishes = self.ranks.agree(self.received or 0, *wishes)
+    def sync(self, *flags: float) -> list[float]:
+        """Take the maximum of each flag over all ranks; raise `StopRequest` on all if one has received a signal."""
+        number, *flags = self.dist.sync_flags(self.received or 0, *flags)
         self._raise(int(number))
-        return wishes
+        return flags
 
     def _raise(self, number: int) -> None:
         if number:
             raise StopRequest(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.ranks.are_launched:  # each gets it from torchrun, and perhaps from others too
+        if self.dist.is_launched:  # each gets it from torchrun, and perhaps from others too
             self.received = self.received or number
             return
         if self.received is not None:

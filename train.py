@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from data_utils import KNOWN_IMAGES, DataError
+from distributed import Distributed, OtherRankFailed, is_connection_lost
 from loaders import (
     FLOWER_PHOTOS,
     Data,
@@ -56,18 +57,17 @@ from program_utils import (
     available_memory,
     command_line,
     describe_device,
-    describe_ranks,
-    only_first_speaks,
+    describe_processes,
     printable,
     select_device,
     select_precision,
     settle_output,
     shorten,
+    silence_other_ranks,
     tolerate_any_name,
     true_or_false,
     what_is_lacking,
 )
-from ranks import OtherRankFailed, Ranks, is_lost
 from report import Report, Silence
 from run_utils import (
     Run,
@@ -87,7 +87,7 @@ from train_eval_utils import (
     Evaluation,
     collect_logits,
     estimate_batch_norm,
-    of_all_shares,
+    gather_evaluation,
     train_one_epoch,
 )
 
@@ -159,21 +159,21 @@ MAY_CHANGE = {  # when a run goes on
 }
 
 
-def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
+def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> None:
     """Train as the flags say.
 
     Args:
         args: `resume` is the folder of the run to go on with, or None.
         command: the words of the command line, for `--resume`.
-        ranks: the processes that do it together, or this one alone. All take the same way through this function.
+        dist: the process group. All ranks take the same path through this function.
 
     Raises:
         StopRequest: a signal came; the run has been saved.
     """
     matplotlib.use("Agg")  # figures go to files, also where there is a screen
-    device = select_device(args.device, ranks)
+    device = select_device(args.device, dist)
     amp_dtype, precision = select_precision(args.amp, device)
-    check_ranks(args, device, amp_dtype, ranks)
+    check_processes(args, device, amp_dtype, dist)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # batches have few shapes: try the kernels once, take the fastest
@@ -183,15 +183,15 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     # The data: what to train on, and what to validate on.
     resumed = args.resume is not None
     runs = Path(args.resume).absolute().parent if resumed else Path("runs")
-    data = ranks.from_first(lambda: read_data(args, runs / KNOWN_IMAGES), takes_long=True)
+    data = dist.broadcast_from_main(lambda: read_data(args, runs / KNOWN_IMAGES), no_timeout=True)
     train_set, val_set, class_names = data.train_set, data.val_set, data.class_names
-    (cache_bytes,) = ranks.smallest(available_memory() // 8)  # for each set to keep its large images in, decoded
+    (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)  # for each set to keep its large images in, decoded
     for images in (train_set, val_set):
-        images.keep_images(int(cache_bytes), ranks.map_memory, ranks.local_rank, ranks.local_world_size)
+        images.keep_images(int(cache_bytes), dist.shared_memory, dist.local_rank, dist.local_world_size)
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))
-    weights_line = prepare_weights(model, args, resumed, ranks)
+    weights_line = prepare_weights(model, args, resumed, dist)
     to_device(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     optimizer = make_optimizer(model, args, device, amp_dtype)
@@ -200,34 +200,34 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     evaluation_seconds = 0.0
     if args.time_budget and not resumed:
         args.img_size, evaluation_seconds = plan(
-            args, model, train_set, len(val_set) + args.bn_images, device, amp_dtype, ranks
+            args, model, train_set, len(val_set) + args.bn_images, device, amp_dtype, dist
         )
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay
     train_set.transform = TrainTransform(args.img_size)
     val_set.transform = EvalTransform(args.img_size)
-    train_loader = make_train_loader(train_set, args, device, ranks)
-    val_loader = make_val_loader(val_set, args, device, ranks)
+    train_loader = make_train_loader(train_set, args, device, dist)
+    val_loader = make_val_loader(val_set, args, device, dist)
     batches = train_loader.batch_sampler
-    schedule = make_schedule(args, len(batches.steps()), ranks)
+    schedule = make_schedule(args, len(batches.steps()), dist)
     schedule.reserve_time(evaluation_seconds)
 
     # The run. Nothing has been written up to here, in case a flag or the data was wrong.
-    folder = ranks.from_first(lambda: Path(args.resume) if resumed else create_run_folder(args.name))
+    folder = dist.broadcast_from_main(lambda: Path(args.resume) if resumed else create_run_folder(args.name))
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     recipe = {name: getattr(args, name) for name in RECIPES[args.recipe]}
-    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.global_batch, ranks)
-    ranks.agree()  # on the time that has been spent
+    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.global_batch, dist)
+    dist.sync_flags()  # on the time that has been spent
     if resumed:  # from here on no other process can change its last.pth
-        run.load(ranks.from_first(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
+        run.load(dist.broadcast_from_main(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
         # The flags may allow more by now.
         run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
-    if ranks.is_first:
+    if dist.is_main:
         write_run(run, data, args, runs / KNOWN_IMAGES)
-    report = Report(run, args, train_loader, val_loader, device, amp_dtype) if ranks.is_first else Silence(len(val_set))
+    report = Report(run, args, train_loader, val_loader, device, amp_dtype) if dist.is_main else Silence(len(val_set))
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"device       {describe_device(device)}{describe_ranks(ranks)}")
+    print(f"device       {describe_device(device)}{describe_processes(dist)}")
     print(f"precision    {precision}")
     print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
     print(f"recipe       {describe_recipe(args)}")
@@ -252,31 +252,31 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
         return run.progress.taken == 0 or schedule.progress(run.epoch, run.progress.taken) < 1
 
     def after_step() -> None:
-        if ranks.is_time_to_agree():
-            (save_is_due,) = stop.agree(run.save_is_due())
+        if dist.is_time_to_sync():
+            (save_is_due,) = stop.sync(run.save_is_due())
             if save_is_due:
                 save()
 
-    with report, StopSignals(ranks) as stop:
+    with report, StopSignals(dist) as stop:
         options = {"amp_dtype": amp_dtype, "after_step": stop.check}
         if args.find_lr:
-            found = find_lr(args, train_set, model, optimizer, device, ranks, scaler=scaler, **options)
+            found = find_lr(args, train_set, model, optimizer, device, dist, scaler=scaler, **options)
             return report.range_test(found)
         try:
             if not resumed:
-                hardware = f"{describe_device(device)}{describe_ranks(ranks)}, {precision}"
+                hardware = f"{describe_device(device)}{describe_processes(dist)}, {precision}"
                 report.start(run_card(command, args, data.counts, hardware))
                 save()
             learner, val_learner = model, model
             if computes_features(args):  # then all that training needs is what fc sees of each image
                 learner = val_learner = model.fc
                 train_loader, val_loader = head_loaders(
-                    model, train_set, batches, val_loader, args, device, ranks, **options
+                    model, train_set, batches, val_loader, args, device, dist, **options
                 )
-            bn_images = load_bn_images(train_set, args, device, ranks) if estimates_batch_norm(args) else None
-            learner = ranks.parallel(learner, device)
+            bn_images = load_bn_images(train_set, args, device, dist) if estimates_batch_norm(args) else None
+            learner = dist.wrap_ddp(learner, device)
             while not run.over:
-                stop.agree()
+                stop.sync()
                 epoch, start = run.epoch, time.perf_counter()
                 batches.order.set_epoch(epoch, start=run.images_before, img_size=schedule.img_size(epoch))
                 run.progress.on_read = report.step
@@ -299,17 +299,17 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                 trained = time.perf_counter()
                 if bn_images is not None:
                     estimate_batch_norm(model, bn_images, device, batch_size=args.batch_size, amp_dtype=amp_dtype)
-                ranks.share_weights(model)
+                dist.broadcast_model(model)
                 evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
-                logits, numbers = of_all_shares(ranks, functools.partial(evaluate, on_features=report.see))
-                stop.agree()
-                progress = run.progress.of_all(ranks)
+                logits, numbers = gather_evaluation(dist, functools.partial(evaluate, on_features=report.see))
+                stop.sync()
+                progress = run.progress.all_reduce(dist)
                 if len(numbers) < len(val_set):
                     left_out = len(val_set) - len(numbers)
                     print(f"[epoch {epoch}] {left_out} of {len(val_set)} validation images left out")
                 validation = Evaluation(logits, torch.tensor(val_set.images_class)[numbers])
                 if not math.isfinite(validation.loss):  # before it is drawn or saved: the checkpoints are from before
-                    ranks.fail(
+                    dist.fail(
                         FloatingPointError(
                             f"the validation loss is {validation.loss} after epoch {epoch}, with learning rate "
                             f"{learning_rate:g}: training diverged, a lower rate may help"
@@ -317,15 +317,15 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
                     )
 
                 is_best = run.judge(validation.accuracy, validation.loss)
-                schedule.reserve_time(*ranks.largest(time.perf_counter() - trained))
+                schedule.reserve_time(*dist.all_reduce_max(time.perf_counter() - trained))
                 run.over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
                 if run.over:
-                    report.gather(ranks)
+                    report.gather(dist)
                 seconds = time.perf_counter() - start
                 report.epoch(progress, validation, numbers, learning_rate, seconds, is_best, run.over)
                 if run.over:  # what is drawn later than this would be taken back when more epochs follow
                     report.flush()
-                if args.save_every and (epoch + 1) % args.save_every == 0 and ranks.is_first:
+                if args.save_every and (epoch + 1) % args.save_every == 0 and dist.is_main:
                     save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()
                 print(
@@ -338,8 +338,8 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
             save()
             where = f"epoch {run.epoch}, step {run.progress.steps}"
             again = command_line(["python", "train.py", "--resume", str(folder)])
-            if ranks.is_first:
-                under = "under torchrun as before, " if ranks.world_size > 1 else ""
+            if dist.is_main:
+                under = "under torchrun as before, " if dist.world_size > 1 else ""
                 with contextlib.suppress(OSError):  # nobody may read it any more
                     print(f"train.py: stopped at {where}; to go on: {under}{again}", file=sys.stderr)
             raise
@@ -349,15 +349,17 @@ def train(args: argparse.Namespace, command: list[str], ranks: Ranks) -> None:
     print(f"next: {command_line(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}", flush=True)
 
 
-def check_ranks(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, ranks: Ranks) -> None:
-    """Raises UsageError where the flags do not go with the processes, or these are not alike."""
+def check_processes(
+    args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, dist: Distributed
+) -> None:
+    """Raise UsageError if the ranks differ, or if a flag does not fit the number of processes."""
     own = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "timeout", "workers")}
-    if any(other != (own, device.type, amp_dtype) for other in ranks.gather((own, device.type, amp_dtype))):
-        ranks.fail(UsageError("the processes are not alike: they need the same flags, kind of device and precision"))
-    if args.find_lr and ranks.world_size > 1:
-        ranks.fail(UsageError("--find-lr: for one process, without torchrun"))
-    if args.sync_bn and not (device.type == "cuda" and ranks.are_launched):
-        ranks.fail(UsageError("--sync-bn: for several GPUs, under torchrun"))
+    if any(other != (own, device.type, amp_dtype) for other in dist.gather((own, device.type, amp_dtype))):
+        dist.fail(UsageError("the processes are not alike: they need the same flags, kind of device and precision"))
+    if args.find_lr and dist.world_size > 1:
+        dist.fail(UsageError("--find-lr: for one process, without torchrun"))
+    if args.sync_bn and not (device.type == "cuda" and dist.is_launched):
+        dist.fail(UsageError("--sync-bn: for several GPUs, under torchrun"))
 
 
 def read_checkpoint_of(run: Run, data: Data, may_differ: bool) -> Mapping[str, Any]:
@@ -561,20 +563,20 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_any_name()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    ranks = Ranks(args.timeout)
+    dist = Distributed(args.timeout)
     try:
-        with ranks, only_first_speaks(ranks):
-            begun = ranks.from_first(lambda: run_of(ranks.launches))  # where torchrun has restarted it
+        with dist, silence_other_ranks(dist):
+            begun = dist.broadcast_from_main(lambda: run_of(dist.launch_ids))  # where torchrun has restarted it
             if begun is not None:
                 args.resume, args.download = begun, False
             command = argv + as_words(args, ("data_path", "val_path"))
             if args.resume is not None:
-                args, command, complete = ranks.from_first(lambda: resume(args, argv))
+                args, command, complete = dist.broadcast_from_main(lambda: resume(args, argv))
                 if complete:
                     print(f"{printable(args.resume)} is complete: {complete}", flush=True)
                     return 0
             try:
-                train(args, command, ranks)
+                train(args, command, dist)
             except StopRequest as stop:
                 return 128 + stop.number
     except OtherRankFailed:
@@ -584,8 +586,8 @@ def main(argv: list[str] | None = None) -> int:
             print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        if ranks.are_launched and is_lost(error):
-            who, why = f"process {ranks.rank} of {ranks.world_size}", printable(str(error).partition("\n")[0])
+        if dist.is_launched and is_connection_lost(error):
+            who, why = f"process {dist.rank} of {dist.world_size}", printable(str(error).partition("\n")[0])
             lost = f"{who} has lost the others, which have ended or cannot be reached: {why}"
             print(f"train.py: error: {lost}", file=sys.stderr)
             return 1
@@ -599,7 +601,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if ranks.is_first:
+        if dist.is_main:
             print("train.py: stopped before the first step", file=sys.stderr)
         return 130
     finally:

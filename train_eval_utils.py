@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -19,9 +19,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from distributed import Distributed
 from model import ResNet, evaluation_mode, fold_batch_norm
 from my_dataset import prepare_batch
-from ranks import Ranks
 
 READ_SECONDS = 0.5  # between two looks at the loss
 
@@ -76,12 +76,12 @@ class Progress:
         """What `Progress` takes to go on from here."""
         return {"sum": self.sum, "images": self.images, "steps": self.steps, "right": self.right}
 
-    def of_all(self, ranks: Ranks) -> "Progress":
-        """That of all processes together, which all have taken the same steps, and read their losses."""
-        if ranks.world_size == 1:
+    def all_reduce(self, dist: Distributed) -> "Progress":
+        """Sum the progress of all ranks, which must have taken the same steps and read their losses."""
+        if dist.world_size == 1:
             return self
         together = copy.copy(self)
-        counts = ranks.add_up(self.sum, self.images, self.right, self.images_before)
+        counts = dist.all_reduce_sum(self.sum, self.images, self.right, self.images_before)
         together.sum, (together.images, together.right, together.images_before) = counts[0], map(int, counts[1:])
         return together
 
@@ -225,7 +225,7 @@ def _together(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Te
 
 def _no_bar() -> bool | None:
     """For tqdm's `disable`: of several processes only the first draws a bar; None: on a terminal."""
-    return True if dist.is_initialized() and dist.get_rank() > 0 else None
+    return True if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0 else None
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -351,19 +351,19 @@ def collect_features(
     return torch.cat(features), labels
 
 
-def of_all_shares(ranks: Ranks, collect: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def gather_evaluation(dist: Distributed, collect: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """What `collect_logits` or `collect_features` gives each of several processes for its share, one after the other.
 
     Raises:
         EmptyLoaderError: a ValueError; there is no image in any of them.
     """
-    if ranks.world_size == 1:
+    if dist.world_size == 1:
         return collect()
     try:
         share = collect()
     except EmptyLoaderError:  # more processes than batches
         share = None
-    shares = [share for share in ranks.gather(share) if share is not None]
+    shares = [share for share in dist.gather(share) if share is not None]
     if not shares:
         raise EmptyLoaderError("there is nothing to evaluate: the data loader gives no image")
     values, labels = (torch.cat(column) for column in zip(*shares, strict=True))

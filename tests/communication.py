@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from distributed import Distributed
 from model import MODELS
-from ranks import Ranks
 
 STEPS = 8
 
@@ -31,9 +31,9 @@ def main() -> None:
     args = parser.parse_args()
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(5, (args.batch_size,))
-    with Ranks() as ranks:
+    with Distributed() as dist:
         model = MODELS[args.model](num_classes=5).to(memory_format=torch.channels_last)
-        learner = ranks.parallel(model, torch.device("cpu"))
+        learner = dist.wrap_ddp(model, torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
 
         def steps(mode: contextlib.AbstractContextManager) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
         reduced = [event for event in profiler.events() if event.name == "gloo:all_reduce"]
         found["all-reduce"] = sum(event.time_range.elapsed_us() for event in reduced) / 1e6 / STEPS
         found["bytes"] = 4 * sum(parameter.numel() for parameter in model.parameters())
-        if ranks.is_first:
+        if dist.is_main:
             print(json.dumps(found), flush=True)
 
 

@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from data_utils import find_split
+from distributed import Distributed
 from loaders import find_data, make_loader, make_val_loader
 from model import MODELS, to_device
 from my_dataset import EpochSampler, MyDataSet, ShareSampler, TrainTransform
 from optimization import make_optimizer
 from program_utils import available_cores, available_memory, describe_device, select_precision
-from ranks import Ranks
 from train_eval_utils import collect_logits, train_one_epoch
 
 
@@ -211,11 +211,11 @@ class Ours:
     def loader(self, train_set: MyDataSet) -> DataLoader:
         """Of training batches, in the order of the first epoch."""
         batches = ShareSampler(EpochSampler(len(train_set)), self.args.batch_size)
-        return make_loader(train_set, batches, self.args, self.device, Ranks())
+        return make_loader(train_set, batches, self.args, self.device, Distributed())
 
     def val_loader(self, images: MyDataSet) -> DataLoader:
         """Of evaluation batches."""
-        return make_val_loader(images, self.args, self.device, Ranks())
+        return make_val_loader(images, self.args, self.device, Distributed())
 
     def train(self, loader) -> float:
         """An epoch of `loader`; the mean loss."""

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 import train
 from data_utils import find_split
+from distributed import Distributed
 from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet, to_device
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import PLANNED_SIZES, Schedule, make_optimizer, plan, set_learning_rate
-from ranks import Ranks
 from train_eval_utils import Evaluation, estimate_batch_norm
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -260,7 +260,7 @@ def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes
     for recipe in ("scratch", "finetune"):  # 30 epochs, and 10
         args = train.parse_args([*TINY, "--recipe", recipe, "--time-budget", "0.0147"])
         planned[recipe], _ = plan(
-            args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Ranks()
+            args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Distributed()
         )
     assert planned == {"scratch": 128, "finetune": 224}
 
@@ -271,7 +271,7 @@ def test_planning_leaves_the_network_alone(two_classes):
     args = train.parse_args([*TINY, "--recipe", "scratch", "--time-budget", "0.01"])
     model = MODELS["resnet18"](num_classes=2)
     before = copy.deepcopy(model.state_dict())
-    plan(args, model, images, 5, torch.device("cpu"), None, Ranks())
+    plan(args, model, images, 5, torch.device("cpu"), None, Distributed())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -399,11 +399,11 @@ def test_features_are_in_the_order_of_the_images(two_classes):
     args = train.parse_args(["--recipe", "finetune", "--freeze-layers", *TINY, "--img-size", "64"])
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(64))
-    device, ranks = torch.device("cpu"), Ranks()
-    batches = make_train_loader(images, args, device, ranks).batch_sampler
-    val_loader = make_val_loader(images, args, device, ranks)
+    device, dist = torch.device("cpu"), Distributed()
+    batches = make_train_loader(images, args, device, dist).batch_sampler
+    val_loader = make_val_loader(images, args, device, dist)
     model = MODELS["resnet18"](num_classes=2)
-    head, _ = head_loaders(model, images, batches, val_loader, args, device, ranks)
+    head, _ = head_loaders(model, images, batches, val_loader, args, device, dist)
     sampler = EpochSampler(len(images))
     for view in range(args.feature_views):
         sampler.set_epoch(view, img_size=training_sizes(args)[1])

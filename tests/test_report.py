@@ -9,10 +9,10 @@ import torch
 from conftest import write_classes
 from torch.utils.data import DataLoader
 
+from distributed import Distributed
 from model import MODELS
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, Numbered, ShareSampler, Tolerant, TrainTransform
 from optimization import Schedule
-from ranks import Ranks
 from report import Report, Silence
 from run_utils import Run
 from train_eval_utils import Evaluation, Progress
@@ -47,7 +47,7 @@ def report(tmp_path, monkeypatch, small_network):
         command=[],
         recipe={},
         global_batch=2,
-        ranks=Ranks(),
+        dist=Distributed(),
     )
     run.progress = Progress(sum=1.0, images=2, steps=1, right=1)
     with Report(

@@ -12,10 +12,10 @@ import loaders
 import report
 import train
 from data_utils import choose_figure_images, find_split
+from distributed import Distributed
 from loaders import make_train_loader
 from model import MODELS, named_convolutions
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
-from ranks import Ranks
 from sample_flowers import draw_sample
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -74,11 +74,11 @@ def test_workers_that_are_spawned_give_the_same(sample):
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
     batches = []
     for context in ("fork", "spawn") if os.name == "posix" else ("spawn",):
-        loader = make_train_loader(images, args, torch.device("cpu"), Ranks())
+        loader = make_train_loader(images, args, torch.device("cpu"), Distributed())
         loader.multiprocessing_context = context
         batches.append(list(loader))
     args.workers = 0
-    batches.append(list(make_train_loader(images, args, torch.device("cpu"), Ranks())))
+    batches.append(list(make_train_loader(images, args, torch.device("cpu"), Distributed())))
     for others in batches[1:]:
         for (pixels, labels), (others_pixels, others_labels) in zip(batches[0], others, strict=True):
             assert torch.equal(pixels, others_pixels)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.distributed
 from conftest import write_classes, write_image
 from torch import nn
 
@@ -25,13 +25,13 @@ import run_utils
 import train
 import train_eval_utils
 from data_utils import find_split
+from distributed import Distributed, is_connection_lost
 from loaders import make_train_loader, make_val_loader
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
 from optimization import make_optimizer
 from program_utils import UsageError
-from ranks import Ranks, is_lost
 from run_utils import Run, StopRequest, StopSignals
-from train_eval_utils import collect_logits, of_all_shares, train_one_epoch
+from train_eval_utils import collect_logits, gather_evaluation, train_one_epoch
 
 pytestmark = [
     pytest.mark.usefixtures("small_network"),
@@ -117,13 +117,13 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, ep
         model = train.MODELS["resnet18"](num_classes=5).double()
         model.load_state_dict(before)
         optimizer = make_optimizer(model, args, device)
-        with Ranks() as ranks:
-            loader, learner = make_train_loader(images, args, device, ranks), ranks.parallel(model, device)
+        with Distributed() as dist:
+            loader, learner = make_train_loader(images, args, device, dist), dist.wrap_ddp(model, device)
             for epoch in range(epochs):
                 loader.batch_sampler.order.set_epoch(epoch)
                 steps = loader.batch_sampler.steps()
                 train_one_epoch(learner, optimizer, loader, device, epoch, steps=steps)
-            if ranks.is_first:
+            if dist.is_main:
                 torch.save(model.state_dict(), f"{name}.pth")
 
     flags = ["--data-path", str(sample), *SMALL, "--val-rate", "0.1", "--epochs", "2", "--lr", "0.01"]
@@ -153,12 +153,12 @@ def test_all_go_on_from_the_weights_of_the_first():
     """Two kinds of machine may round differently, and only gradients are averaged."""
 
     def share() -> None:
-        with Ranks() as ranks:
+        with Distributed() as dist:
             model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
             for value in model.state_dict().values():
-                value.fill_(ranks.rank)
-            ranks.share_weights(model)
-            torch.save(model.state_dict(), f"{ranks.rank}.pth")
+                value.fill_(dist.rank)
+            dist.broadcast_model(model)
+            torch.save(model.state_dict(), f"{dist.rank}.pth")
 
     assert run_ranks(2, share) == [0, 0]
     assert not any(value.any() for value in torch.load("1.pth").values())
@@ -170,10 +170,10 @@ def test_too_few_images_for_a_step(two_classes):
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
     args = train.parse_args([*SMALL, "--batch-size", "16"])
     args.sync_bn = True
-    assert len(make_train_loader(images, args, torch.device("cpu"), Ranks())) == 1  # of 20 images
+    assert len(make_train_loader(images, args, torch.device("cpu"), Distributed())) == 1  # of 20 images
     args.accumulate = 2
     with pytest.raises(UsageError, match=r"20 images .* too few: .* 32"):
-        make_train_loader(images, args, torch.device("cpu"), Ranks())
+        make_train_loader(images, args, torch.device("cpu"), Distributed())
 
 
 @pytest.mark.parametrize("images", [587, 2])
@@ -185,12 +185,12 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(images, tmp_path)
     model = train.MODELS["resnet18"](num_classes=2)
 
     def evaluate_share() -> None:
-        with Ranks() as ranks:
+        with Distributed() as dist:
             args = train.parse_args([*SMALL, "--batch-size", "16"])
             val_set = MyDataSet(paths, labels, EvalTransform(32))
-            loader = make_val_loader(val_set, args, torch.device("cpu"), ranks)
-            found = of_all_shares(ranks, lambda: collect_logits(model, loader, "cpu"))
-            torch.save(found, f"{ranks.world_size}-{ranks.rank}.pth")
+            loader = make_val_loader(val_set, args, torch.device("cpu"), dist)
+            found = gather_evaluation(dist, lambda: collect_logits(model, loader, "cpu"))
+            torch.save(found, f"{dist.world_size}-{dist.rank}.pth")
 
     for count in (1, 2, 3):
         assert run_ranks(count, evaluate_share) == [0] * count
@@ -207,17 +207,17 @@ def test_what_one_process_has_decoded_the_others_need_not(tmp_path):
     paths = [write_image(tmp_path / f"{number}.png", (300, 300), seed=number) for number in range(6)]
 
     def read() -> None:
-        with Ranks() as ranks:
+        with Distributed() as dist:
             images = MyDataSet(paths, range(6), EvalTransform(32))
-            images.keep_images(2**20, ranks.map_memory, ranks.local_rank, ranks.local_world_size)
-            own = [images[index][0] for index in range(ranks.rank, 6, 2)]
-            ranks.gather(None)
-            if ranks.is_first:
+            images.keep_images(2**20, dist.shared_memory, dist.local_rank, dist.local_world_size)
+            own = [images[index][0] for index in range(dist.rank, 6, 2)]
+            dist.gather(None)
+            if dist.is_main:
                 for path in paths:
                     path.unlink()
-            ranks.gather(None)
-            others = [images[index][0] for index in range(1 - ranks.rank, 6, 2)]
-            torch.save((own, others), f"{ranks.rank}.pth")
+            dist.gather(None)
+            others = [images[index][0] for index in range(1 - dist.rank, 6, 2)]
+            torch.save((own, others), f"{dist.rank}.pth")
 
     assert run_ranks(2, read) == [0, 0]
     (even, odd), (its_odd, its_even) = torch.load("0.pth"), torch.load("1.pth")
@@ -345,8 +345,8 @@ def test_one_process_downloads_and_the_others_find_it():
         assert Path("weights").exists()
 
     def load() -> None:
-        with Ranks() as ranks:
-            ranks.one_a_machine_first(download)
+        with Distributed() as dist:
+            dist.local_rank_zero_first(download)
 
     assert run_ranks(2, load) == [0, 0]
 
@@ -387,7 +387,7 @@ def test_a_time_budget_of_several_processes(sample):
 
 def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, capfd):
     flags = ["--data-path", str(sample), *SMALL, "--epochs", "2", "--batch-size", "4"]
-    monkeypatch.setattr("ranks.SECONDS_BETWEEN_AGREEMENTS", 0)  # after each step
+    monkeypatch.setattr("distributed.SECONDS_BETWEEN_SYNCS", 0)  # after each step
     save = run_utils.save_checkpoint
 
     def note(content: dict, path: Path) -> None:
@@ -405,7 +405,7 @@ def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, ca
     def die(run: Run) -> bool:
         if run.epoch == 1 and run.progress.taken == 7:
             raise OSError("pulled the plug")
-        return run.ranks.is_first and run.progress.taken == 5
+        return run.dist.is_main and run.progress.taken == 5
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save_is_due", die)
@@ -426,18 +426,18 @@ def test_every_wait_for_a_process_that_is_silent_says_that_it_is_lost():
     """The first that runs out of time ends the others, with words of their own."""
 
     def lose_the_other() -> int:
-        with Ranks(timeout=2) as ranks:
-            if not ranks.is_first:
+        with Distributed(timeout=2) as dist:
+            if not dist.is_main:
                 time.sleep(5)
                 os._exit(0)
             waits = []
             for _ in range(3):
-                waits.append(dist.all_reduce(torch.ones(1), async_op=True))
+                waits.append(torch.distributed.all_reduce(torch.ones(1), async_op=True))
                 time.sleep(0.5)
             for wait in waits:
                 with pytest.raises(RuntimeError) as raised:
                     wait.wait()
-                assert is_lost(raised.value), raised.value
+                assert is_connection_lost(raised.value), raised.value
             os._exit(0)  # nobody is left to say goodbye to
 
     assert run_ranks(2, lose_the_other) == [0, 0]
@@ -518,9 +518,9 @@ def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_host
 
 def test_a_restart_is_known_by_any_of_the_machines_that_began_the_run():
     """Another machine may be the first by then."""
-    for name, launches in {"a": "id one 1 5\nid two 1 7", "b": "id three 1 8", "c": "id four 1 9"}.items():
+    for name, launch_ids in {"a": "id one 1 5\nid two 1 7", "b": "id three 1 8", "c": "id four 1 9"}.items():
         Path("runs", name, "weights").mkdir(parents=True)
-        Path("runs", name, run_utils.LAUNCH).write_text(launches)
+        Path("runs", name, run_utils.LAUNCH).write_text(launch_ids)
         if name != "c":
             Path("runs", name, "weights", "last.pth").touch()
     assert run_utils.run_of({"id two 1 7", "id five 1 3"}) == str(Path("runs", "a"))
@@ -531,7 +531,7 @@ def test_a_process_that_gets_a_signal_twice_under_torchrun_still_saves():
     """From torchrun, and from what started torchrun."""
 
     def get_two_signals() -> int:
-        with StopSignals(Ranks()) as stop:
+        with StopSignals(Distributed()) as stop:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(StopRequest) as raised:
