@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data_utils import DataError, Split, file_checksum, find_split
-from my_dataset import MAX_ASPECT_RATIO, ImageError, read_header, read_image
+from image_io import ImageError, read_header, read_image
+from my_dataset import MAX_ASPECT_RATIO
 from program_utils import (
     FlagParser,
     UsageError,
@@ -162,7 +163,7 @@ class _Pictures(Dataset):
         path = self.paths[index]
         try:
             header = read_header(path)
-            thumbnail = make_thumbnail(read_image(path, least_side=8 * THUMBNAIL))
+            thumbnail = make_thumbnail(read_image(path, min_side=8 * THUMBNAIL))
             checksum = file_checksum(path)
             if checksum is None:
                 raise ImageError(f"cannot read image {path!r}: it has vanished")
@@ -432,7 +433,7 @@ def save_figure(split: Split, sizes: Sequence[tuple[int, int]], groups: Sequence
         first = group.members[0]
         pair = (first, next(member for member in group.members if member.label != first.label))
         with contextlib.suppress(ImageError):  # gone since it was read
-            images = [np.asarray(read_image(member.path, least_side=SMALL_SIDE)) for member in pair]
+            images = [np.asarray(read_image(member.path, min_side=SMALL_SIDE)) for member in pair]
             pairs.append((images, [split.class_names[m.label] for m in pair], [Path(m.path).name for m in pair]))
     classes = len(split.class_names)
     counts = [

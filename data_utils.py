@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.utils import download_url
 
+from image_io import ImageError, read_image
 from model import evaluation_mode
-from my_dataset import ImageError, MyDataSet, prepare_batch, read_image, to_pixels
+from my_dataset import MyDataSet, prepare_batch, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,18 +16,17 @@ from tqdm import tqdm
 
 from data_utils import DataError, Split, download_flower_photos, file_checksum, find_split
 from distributed import Distributed
+from image_io import ImageError, read_image
 from model import ResNet
 from my_dataset import (
     MAX_ASPECT_RATIO,
     EpochSampler,
     EvalTransform,
     Features,
-    ImageError,
     MyDataSet,
     Numbered,
     ShareSampler,
     Tolerant,
-    read_image,
 )
 from program_utils import UsageError, available_cores, leave_with_the_run, read_json
 from sample_flowers import draw_sample
@@ -86,7 +85,7 @@ class _Checks(Dataset):
     def __getitem__(self, index: int) -> tuple[str | None, str | None]:
         path = self.paths[index]
         try:
-            read_image(path, least_side=16)  # all of the file is read, next to nothing is kept
+            read_image(path, min_side=16)  # all of the file is read, next to nothing is kept
         except ImageError as error:
             return file_checksum(path), str(error)
         return file_checksum(path), None

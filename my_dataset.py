@@ -1,4 +1,4 @@
-"""One image file becomes one (image, label): reading, transforms, normalisation, collation, the order of an epoch."""
+"""Images and labels as a data set: transforms, normalisation, collation, and the order of an epoch."""
 
 import contextlib
 import functools
@@ -6,151 +6,25 @@ import itertools
 import math
 import mmap
 import os
-import stat
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from image_io import ImageError, aspect_ratio, decode, read_image
 
 # Of the images of ImageNet, in RGB, on a scale of 0 to 1: what torchvision's weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 MAX_ASPECT_RATIO = 10
-STRIP_PIXELS = 2**22  # of a large image that are worked on at a time
-
-
-class ImageError(OSError):
-    """An image file that cannot be read; the message names the file and says why, in one line."""
-
-    def __str__(self) -> str:
-        # A DataLoader puts its worker's traceback in front of the message.
-        return super().__str__().rstrip().rpartition("\n")[-1].rpartition("ImageError: ")[-1]
-
-
-def read_image(path: str | os.PathLike, least_side: int | None = None) -> Image.Image:
-    """Read an image file, of any mode that Pillow knows, as RGB with 8 bits a channel.
-
-    A photograph's orientation tag is obeyed, 16-bit grey is scaled down (not clipped), what is transparent becomes
-    white, and of an animation the first frame is taken.
-
-    Args:
-        least_side: the pixels that are needed of the shorter side. A larger image comes back at 1/2, 1/3, 1/4, ... of
-            its size, with no fewer than that; libjpeg scales by powers of 2 as it decodes, in a fraction of the time.
-
-    Raises:
-        ImageError: the file is missing, unreadable, damaged or no image.
-    """
-    return _read(path, least_side)[0]
-
-
-def _read(path: str | os.PathLike, least_side: int | None) -> tuple[Image.Image, bool]:
-    """`read_image`, and whether the image has been scaled."""
-    with _errors_named(path), _open(path) as file:
-        full_size = min(file.size)
-        if least_side is not None:
-            factor = max(1, full_size // least_side)
-            file.draft(None, (math.ceil(file.width / factor), math.ceil(file.height / factor)))
-        file.load()  # a TIFF file is turned upright by it
-        image = _to_rgb(file, max(1, min(file.size) // least_side) if least_side is not None else 1)
-        image.info.clear()
-        image.getexif()[ExifTags.Base.Orientation] = _orientation(file)
-        ImageOps.exif_transpose(image, in_place=True)
-        return image, min(image.size) < full_size
-
-
-def read_header(path: str | os.PathLike) -> tuple[str, str, tuple[int, int]]:
-    """The format of an image file, its mode, and its width and height in pixels, upright: what its header tells.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    with _errors_named(path), _open(path) as file:
-        size = file.size
-        if file.format == "TIFF":  # newer versions of Pillow turn it upright themselves, and others do not
-            size = file.tag_v2[ExifTags.Base.ImageWidth], file.tag_v2[ExifTags.Base.ImageLength]
-        size = size[::-1] if _orientation(file) >= 5 else size  # held sideways
-        return file.format or "unknown", file.mode, size
-
-
-def _open(path: str | os.PathLike) -> Image.Image:
-    if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for who writes into it
-        raise ValueError("not a file")
-    image = Image.open(path)
-    if image.format == "EPS":  # Pillow would have Ghostscript run it
-        image.close()
-        raise ValueError("a PostScript program")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """How the camera was held, from 1 to 8 as EXIF has it; 1, upright, where that is missing or damaged."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001 - damaged tags raise nearly anything, and the picture is there nevertheless
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-@contextmanager
-def _errors_named(path: str | os.PathLike) -> Iterator[None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an image is used, or it is an error
-            yield
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise ImageError(f"cannot read image {os.fspath(path)!r}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of an unknown format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
-    """RGB at 1/factor of the size. A strip at a time: a huge image must not be in memory in several modes at once."""
-    rows = factor * max(1, STRIP_PIXELS // (image.width * factor))
-    strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    has_any_scale = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
-    white = max(_white(image.crop(strip)) for strip in strips) if has_any_scale else 65535
-    if len(strips) == 1:
-        return _strip_to_rgb(image, white).reduce(factor)
-    result = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-    for strip in strips:
-        result.paste(_strip_to_rgb(image.crop(strip), white).reduce(factor), (0, strip[1] // factor))
-    return result
-
-
-def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        # Grey in integers of 16 bits or in floats -> 8 bits; Pillow itself would clip everything above 255.
-        image = Image.fromarray((_finite(image) / white * 255).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _white(image: Image.Image) -> float:
-    """Floats span 0..1 or 0..255 by convention, and integers of 32 bits 0..65535 as well; or else whatever is there."""
-    largest, tops = _finite(image).max(initial=0), (1, 255) if image.mode == "F" else (1, 255, 65535)
-    return next((top for top in tops if largest <= top), largest)
-
-
-def _finite(image: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
 
 
 class MyDataSet(Dataset):
@@ -160,8 +34,8 @@ class MyDataSet(Dataset):
         images_path: the image files.
         images_class: the label of each, an int from 0.
         transform: takes a PIL RGB image; without one the PIL image itself is the item. One with an attribute
-            `least_side`, as this module's have, takes a uint8 tensor (3, H, W): the image that `read_image` gives.
-        cache_bytes: keep images that `least_side` made smaller, for the epochs to come, in this much memory at most.
+            `min_side`, as this module's have, takes a uint8 tensor (3, H, W): the image that `read_image` gives.
+        cache_bytes: keep images that `min_side` made smaller, for the epochs to come, in this much memory at most.
             It fills as they are read; the workers of a DataLoader share it, where they are forked (as on Linux).
 
     Images whose width/height is above 10 or below 0.1 are left out, with a line that says so; the lists given are not
@@ -232,14 +106,14 @@ class MyDataSet(Dataset):
         return self.__dict__ | {"_cache": None}  # memory can be inherited, not sent: spawned workers do without
 
     def _image(self, index: int) -> Image.Image | Tensor:
-        path, least_side = self.images_path[index], getattr(self.transform, "least_side", None)
-        if least_side is None:
+        path, min_side = self.images_path[index], getattr(self.transform, "min_side", None)
+        if min_side is None:
             return read_image(path)
         pixels = self._cache.get(index) if self._cache else None
         if pixels is None:
-            image, scaled = _read(path, least_side)
+            image, is_reduced = decode(path, min_side)
             pixels = F.pil_to_tensor(image)
-            if self._cache and scaled:
+            if self._cache and is_reduced:
                 self._cache.put(index, pixels)
         return pixels
 
@@ -367,10 +241,9 @@ class Tolerant(Dataset):
 
 def _is_extreme(path: str | os.PathLike) -> bool:
     try:
-        with _errors_named(path), _open(path) as file:  # not how it was held: that would decode a PNG
-            return max(file.size) > MAX_ASPECT_RATIO * min(file.size)
+        return aspect_ratio(path) > MAX_ASPECT_RATIO
     except ImageError:
-        return False  # read_image will say so again
+        return False  # reported when the image is read
 
 
 class EpochSampler(Sampler):
@@ -490,13 +363,13 @@ class TrainTransform:
     Args:
         img_size: pixels.
 
-    `least_side`: more pixels than that the image need not have on its shorter side. At 224 px it makes photographs
+    `min_side`: more pixels than that the image need not have on its shorter side. At 224 px it makes photographs
     the size of ImageNet's, whose smallest crops are enlarged likewise.
     """
 
     def __init__(self, img_size: int = 224) -> None:
         self.img_size = img_size
-        self.least_side = math.ceil(1.5 * img_size)
+        self.min_side = math.ceil(1.5 * img_size)
         self.crop = v2.RandomResizedCrop(img_size, antialias=True)
         self.flip = v2.RandomHorizontalFlip()
 
@@ -509,11 +382,11 @@ class TrainTransform:
 class EvalTransform:
     """RGB image -> uint8 (3, img_size, img_size): the shorter side to 256/224 of the size, then the centre.
 
-    `least_side`: as `TrainTransform`'s.
+    `min_side`: as `TrainTransform`'s.
     """
 
     def __init__(self, img_size: int = 224) -> None:
-        self.least_side = math.ceil(1.5 * img_size)
+        self.min_side = math.ceil(1.5 * img_size)
         self.img_size = img_size
         self.shorter_side = round(img_size * 256 / 224)
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_utils import DataError, list_images_below, read_class_indices
+from image_io import ImageError, read_image
 from model import MODELS, ResNet, WeightsError, evaluation_mode, fold_batch_norm, grad_cam, load_model
-from my_dataset import EvalTransform, ImageError, prepare_batch, read_image, stack_images, to_pixels
+from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
 from program_utils import (
     FlagParser,
     UsageError,
@@ -181,7 +182,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
         try:
-            return self.transform(read_image(self.files[index].path, self.transform.least_side))
+            return self.transform(read_image(self.files[index].path, self.transform.min_side))
         except ImageError as error:
             return error
 

@@ -33,9 +33,9 @@ from data_utils import (
     read_pickle,
     split_folder,
 )
+from image_io import ImageError, read_image
 from loaders import check_images
 from model import WeightsError, load_model, load_pretrained, resnet18
-from my_dataset import ImageError, read_image
 from run_utils import read_checkpoint
 from sample_flowers import draw_flower
 
@@ -228,7 +228,7 @@ def mutate(content: bytes, generator: random.Random) -> bytes:
 def outcome(path: Path) -> str:
     """What reading it comes to: "used", "reported" in one line, or what it should not have been."""
     try:
-        image = read_image(path, least_side=48)
+        image = read_image(path, min_side=48)
     except ImageError as error:
         return (
             "reported" if len(str(error).splitlines()) == 1 and repr(str(path)) in str(error) else f"unclear: {error}"

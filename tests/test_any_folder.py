@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 import loaders
 import train
 from data_utils import DataError, find_split, list_images_below, split_folder
+from image_io import ImageError, read_image
 from loaders import check_images, describe_files, leave_out
-from my_dataset import EpochSampler, EvalTransform, ImageError, MyDataSet, Tolerant, TrainTransform, read_image
+from my_dataset import EpochSampler, EvalTransform, MyDataSet, Tolerant, TrainTransform
 from run_utils import Run
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -1,10 +1,7 @@
-"""Reading images of every kind, the data set, the order of an epoch, and normalisation."""
+"""The data set, its transforms and normalisation, and the order of an epoch."""
 
-import itertools
-import math
 import random
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,201 +9,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
-from PIL import ExifTags, Image
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
+from test_image_io import jpeg
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
-import my_dataset
+from image_io import ImageError, read_image
 from my_dataset import (
     MEAN,
     STD,
     EpochSampler,
     EvalTransform,
-    ImageError,
     MyDataSet,
     Tolerant,
     TrainTransform,
     prepare_batch,
-    read_header,
-    read_image,
     to_pixels,
 )
-
-RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
-
-
-def saved(path: Path, image: Image.Image, **options) -> np.ndarray:
-    image.save(path, **options)
-    return np.asarray(read_image(path))
-
-
-WRITABLE = {
-    "png": ["1", "L", "P", "RGB", "RGBA", "LA"],
-    "bmp": ["1", "L", "P", "RGB", "RGBA"],
-    "gif": ["1", "L", "P", "RGB", "RGBA", "LA"],
-    "tif": ["1", "L", "P", "RGB", "RGBA", "CMYK", "LA"],
-    "webp": ["L", "RGB", "RGBA", "LA"],
-    "jpg": ["1", "L", "RGB", "CMYK"],
-}
-
-
-@pytest.mark.parametrize(("extension", "mode"), [(ext, mode) for ext, modes in WRITABLE.items() for mode in modes])
-def test_every_mode_becomes_rgb(tmp_path, extension, mode):
-    colour = Image.fromarray(np.dstack([RAMP, RAMP.T, 255 - RAMP])).resize((64, 64), Image.Resampling.NEAREST)
-    image = colour.convert(mode)
-    image.save(tmp_path / f"a.{extension}", **({"lossless": True} if extension == "webp" else {}))
-    read = read_image(tmp_path / f"a.{extension}")
-    assert (read.mode, read.size) == ("RGB", (64, 64))
-    if extension not in ("jpg", "gif"):
-        expected = image.convert("RGBA" if "A" in mode else "RGB").convert("RGB")
-        assert np.abs(np.asarray(read).astype(int) - np.asarray(expected)).max() <= 2
-
-
-@pytest.mark.parametrize("extension", ["png", "tif"])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, extension):
-    pixels = saved(tmp_path / f"a.{extension}", Image.fromarray(RAMP.astype(np.uint16) * 257))
-    assert np.array_equal(pixels, np.dstack([RAMP] * 3))
-
-
-@pytest.mark.parametrize("white", [1.0, 255.0, 4000.0])
-def test_float_images_are_scaled(tmp_path, white):
-    pixels = saved(tmp_path / "a.tif", Image.fromarray((RAMP / 255 * white).astype(np.float32)))
-    assert np.abs(pixels.astype(int) - RAMP[..., None]).max() <= 1
-
-
-def test_what_is_transparent_becomes_white(tmp_path):
-    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    image.putpixel((0, 0), (255, 0, 0, 255))
-    pixels = saved(tmp_path / "a.png", image)
-    assert pixels[0, 0].tolist() == [255, 0, 0]
-    assert pixels[3, 3].tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("a.jpg", {}), ("a.png", {}), ("a.webp", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"})],
-)
-def test_a_photograph_is_turned_upright(tmp_path, name, options):
-    image = Image.new("RGB", (40, 20), "black")
-    image.paste("white", (0, 0, 20, 20))  # the left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    pixels = saved(tmp_path / name, image, exif=exif, **options)
-    assert pixels.shape == (40, 20, 3)
-    assert pixels[:18].mean() > 250
-    assert pixels[22:].mean() < 5
-
-
-def jpeg(path: Path, size: tuple[int, int] = (1600, 1200), orientation: int = 1) -> Path:
-    """A smooth picture whose every part looks different; as a camera stores it that was held upright or turned."""
-    width, height = size
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    pixels = np.dstack([x, y, 127 + 60 * np.sin(x / 9) * np.cos(y / 7)]).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(pixels).save(path, quality=95, exif=exif)
-    return path
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize(
-    ("least_side", "factor"), [(1300, 1), (601, 1), (600, 2), (301, 2), (300, 4), (100, 8), (75, 16)]
-)
-def test_a_large_image_is_read_at_no_less_than_is_asked_for(tmp_path, orientation, least_side, factor):
-    image = read_image(jpeg(tmp_path / "a.jpg", orientation=orientation), least_side)
-    width, height = (1200, 1600) if orientation in (6, 8) else (1600, 1200)
-    assert image.size == (math.ceil(width / factor), math.ceil(height / factor))
-
-
-def test_libjpeg_scales_a_large_image_while_it_decodes(tmp_path, monkeypatch):
-    decoded = []
-    load = JpegImageFile.load
-    monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(image.size) or load(image))
-    read_image(jpeg(tmp_path / "a.jpg"), 150)
-    assert set(decoded) == {(200, 150)}
-
-
-@pytest.mark.parametrize(("mode", "factor"), [("RGB", 3), ("L", 3), ("P", 3), ("RGBA", 3), ("I;16", 3), ("1", 3)])
-def test_images_of_other_formats_are_scaled_after_decoding(tmp_path, mode, factor):
-    picture = Image.new("RGB", (320, 300), "red").convert("L" if mode == "I;16" else mode).convert(mode)
-    picture.save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png", 100).size == (math.ceil(320 / factor), 100)
-    assert read_image(tmp_path / "a.png", 151).size == (320, 300)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F"])
-@pytest.mark.parametrize("least_side", [None, 40])
-def test_a_huge_image_is_worked_on_in_strips(tmp_path, monkeypatch, mode, least_side):
-    red, green, blue = (np.roll(RAMP.repeat(16, 0).repeat(16, 1), shift, 1) for shift in (0, 31, 77))
-    picture = Image.fromarray(np.dstack([red, green, blue, blue]))
-    if mode in ("I;16", "F"):
-        picture = Image.fromarray(red.astype(np.uint16) * 257 if mode == "I;16" else red.astype(np.float32) * 9)
-    picture = picture.convert(mode) if mode != "P" else picture.quantize(50)
-    picture.save(tmp_path / "a.tif")
-    whole = read_image(tmp_path / "a.tif", least_side)
-    modes = []
-    convert = Image.Image.convert
-    monkeypatch.setattr(my_dataset, "STRIP_PIXELS", 1000)
-    monkeypatch.setattr(Image.Image, "convert", lambda image, *mode: modes.append(image.size) or convert(image, *mode))
-    strips = read_image(tmp_path / "a.tif", least_side)
-    assert max(height for _, height in modes) < whole.height
-    assert np.array_equal(np.asarray(strips), np.asarray(whole))
-    assert np.asarray(whole).std() > 10
-
-
-def test_grey_in_32_bits_spans_what_there_is(tmp_path):
-    for largest, white in ((200, 255), (40_000, 65535), (10**6, 10**6)):
-        Image.fromarray(np.full((8, 8), largest, dtype=np.int32)).save(tmp_path / "a.tif")
-        assert np.asarray(read_image(tmp_path / "a.tif")).max() == int(largest / white * 255)
-
-
-def test_a_data_set_is_made_without_decoding_its_images(tmp_path, monkeypatch):
-    paths = [write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", (440, 40))]
-    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
-    assert MyDataSet(paths, [0, 1]).images_path == paths[:1]
-
-
-def test_the_header_tells_the_size_of_the_upright_image(tmp_path):
-    for name, orientation in itertools.product(("a.jpg", "a.png", "a.tif"), (1, 6)):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        Image.new("RGB", (40, 20)).save(tmp_path / name, exif=exif)
-        assert read_header(tmp_path / name)[2] == read_image(tmp_path / name).size
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
-@pytest.mark.parametrize("exif", [b"Exif\0\0damaged", b"MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\1\x36\0\0\0\0\0\0\0"])
-def test_a_damaged_note_of_the_orientation_spoils_nothing(tmp_path, name, exif):
-    Image.new("RGB", (40, 20), "red").save(tmp_path / name, exif=exif)
-    assert read_image(tmp_path / name).size == (40, 20)
-
-
-def test_what_pillow_warns_of_is_not_printed(tmp_path):
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff")
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        with Image.open(tmp_path / "a.jpg") as image:
-            image.getexif()
-        assert shown
-        shown.clear()
-        assert read_image(tmp_path / "a.jpg").size == (40, 20)
-        assert not shown
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_a_scaled_image_gives_the_same_picture(tmp_path, orientation):
-    path, transform = jpeg(tmp_path / "a.jpg", orientation=orientation), EvalTransform(64)
-    full, scaled = read_image(path), read_image(path, transform.least_side)
-    assert scaled.width == full.width / 8
-    assert (transform(full).int() - transform(scaled).int()).abs().float().mean() < 2
-
-
-def test_of_an_animation_the_first_frame_is_taken(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    pixels = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert pixels[0, 0].tolist() == [255, 0, 0]
 
 
 def broken_files(folder: Path) -> dict[str, Path]:
@@ -234,6 +54,20 @@ def test_an_unreadable_file_raises_an_error_of_one_line_that_names_it(tmp_path, 
     assert str(caught.value).startswith("cannot read image ")
     assert name in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_data_set_is_made_without_decoding_its_images(tmp_path, monkeypatch):
+    paths = [write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", (440, 40))]
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert MyDataSet(paths, [0, 1]).images_path == paths[:1]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_scaled_image_gives_the_same_picture(tmp_path, orientation):
+    path, transform = jpeg(tmp_path / "a.jpg", orientation=orientation), EvalTransform(64)
+    full, scaled = read_image(path), read_image(path, transform.min_side)
+    assert scaled.width == full.width / 8
+    assert (transform(full).int() - transform(scaled).int()).abs().float().mean() < 2
 
 
 def test_items_and_attributes(tmp_path):
