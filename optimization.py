@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from distributed import Distributed
@@ -136,6 +137,20 @@ def make_optimizer(
         nesterov=args.nesterov,
         fused=fused,
     )
+
+
+def make_average(model: ResNet, args: argparse.Namespace) -> AveragedModel | None:
+    """Create the exponential moving average of the weights, which is what is validated and saved as best.pth.
+
+    While the learning rate is high the weights fluctuate from step to step, and their average is the better network
+    (Polyak & Juditsky 1992, https://doi.org/10.1137/0330046).
+
+    Returns:
+        None if the recipe has no average, or if only `fc` is trained.
+    """
+    if args.ema_decay == 0 or args.freeze_layers:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

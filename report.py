@@ -283,8 +283,8 @@ class Report(Silence):
 
     def predictions(self) -> Painter:
         """The tutorial's figure: what the network says to a few images, the same ones after each epoch."""
-        with evaluation_mode(self.run.model):
-            logits = compute_logits(self.run.model, self.example_images, self.device, self.amp_dtype)
+        with evaluation_mode(self.run.eval_model):
+            logits = compute_logits(self.run.eval_model, self.example_images, self.device, self.amp_dtype)
         probabilities, predicted = logits.softmax(dim=1).cpu().max(dim=1)
         names = [self.class_names[index] for index in predicted.tolist()]
         pixels = to_pixels(self.example_images)
@@ -299,7 +299,9 @@ class Report(Silence):
             return {}
         images = stack_images([image for image, _ in filter(None, items)])
         predicted = validation.predicted[places]
-        heats = grad_cam(self.run.model, prepare_batch(images, self.device), predicted.to(self.device)).cpu().numpy()
+        heats = (
+            grad_cam(self.run.eval_model, prepare_batch(images, self.device), predicted.to(self.device)).cpu().numpy()
+        )
         probabilities = validation.probabilities[places].amax(dim=1).tolist()
         names, labels = (
             [self.class_names[index] for index in column.tolist()] for column in (predicted, validation.labels[places])

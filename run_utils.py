@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from data_utils import write_class_indices
 from distributed import Distributed
@@ -263,6 +264,7 @@ class Run:
         command: the words of its command line.
         recipe: the values of its recipe, which may have others in another version of the program.
         global_batch: the images of a step.
+        average: the averaged weights, if there are any.
         dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
 
     `epoch` is the one under way, `progress` that of its steps so far, `images_before` how many of its images had been
@@ -282,9 +284,11 @@ class Run:
         recipe: Mapping[str, float],
         global_batch: int,
         dist: Distributed,
+        average: AveragedModel | None = None,
     ) -> None:
         self.folder, self.global_batch, self.dist = folder, global_batch, dist
         self._lock = lock_run(folder) if dist.is_main else None
+        self.average = average
         self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
         self.info, self.command, self.recipe = info, command, recipe
         self.epoch = 0
@@ -302,6 +306,11 @@ class Run:
         """The folder of its checkpoints."""
         return self.folder / "weights"
 
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network that is validated and saved as best.pth: the averaged one, if there is one."""
+        return self.model if self.average is None else self.average.module
+
     def save(self) -> None:
         """Write last.pth: the epoch under way, after the steps that `progress` counts.
 
@@ -316,7 +325,8 @@ class Run:
         progress = self.progress.all_reduce(self.dist)
         if not self.dist.is_main:
             return
-        state = self.state_dict()
+        state = self.state_dict(self.model)
+        average = {} if self.average is None else self.state_dict(self.average)
         resume = {
             "command": self.command,
             "recipe": dict(self.recipe),
@@ -326,6 +336,7 @@ class Run:
             "history": self.history,
             "best": self.best,
             "improved_at": self.improved_at,
+            "average": average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -364,19 +375,21 @@ class Run:
         Raises as `save`.
         """
         if self.best is self.last and self.dist.is_main:
-            save_checkpoint(self.info | self.last | {"state_dict": self.state_dict()}, self.weights / "best.pth")
+            save_checkpoint(
+                self.info | self.last | {"state_dict": self.state_dict(self.eval_model)}, self.weights / "best.pth"
+            )
         self.epoch += 1
         self.progress = Progress()
         self.images_before = 0
         self.save()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's, on the CPU, so that the files load on a machine without a GPU.
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a model's state_dict on the CPU, so that the files load on a machine without a GPU.
 
         Raises:
             FloatingPointError: training has diverged.
         """
-        state = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
         if not is_finite(state):
             raise FloatingPointError(
                 f"weights are infinite or not a number in epoch {self.epoch}: training diverged, a lower rate may help"
@@ -392,6 +405,8 @@ class Run:
         try:
             resume = checkpoint["resume"]
             self.model.load_state_dict(checkpoint["state_dict"])
+            if self.average is not None:
+                self.average.load_state_dict(resume["average"])
             self._load_optimizer(resume["optimizer"])
             if resume["scaler"]:  # not where the run computed in another number format before
                 self.scaler.load_state_dict(resume["scaler"])

@@ -45,6 +45,7 @@ from my_dataset import EvalTransform, TrainTransform
 from optimization import (
     PROBE_SIZES,
     find_lr,
+    make_average,
     make_optimizer,
     make_schedule,
     plan,
@@ -110,6 +111,7 @@ RECIPES = {
         "last_size": 1.0,
         "backbone_rate": 1.0,  # of all layers but fc, as a part of the learning rate
         "feature_views": 0,  # with --freeze-layers: how often each image is seen, once and for all; 0: in every epoch
+        "ema_decay": 0.0,  # per step, of the averaged weights that are validated and saved as best.pth; 0: no average
         "bn_images": 0,  # training images that re-estimate BatchNorm's statistics before validation; 0: off
     },
     "scratch": {
@@ -128,6 +130,7 @@ RECIPES = {
         "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
         "feature_views": 0,
+        "ema_decay": 0.9,
         "bn_images": 128,
     },
     "finetune": {
@@ -146,6 +149,7 @@ RECIPES = {
         "last_size": 0.85,
         "backbone_rate": 0.5,
         "feature_views": 2,
+        "ema_decay": 0.9,
         "bn_images": 128,
     },
 }
@@ -204,6 +208,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
         )
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay
+    average = make_average(model, args)
     train_set.transform = TrainTransform(args.img_size)
     val_set.transform = EvalTransform(args.img_size)
     train_loader = make_train_loader(train_set, args, device, dist)
@@ -216,7 +221,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
     folder = dist.broadcast_from_main(lambda: Path(args.resume) if resumed else create_run_folder(args.name))
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     recipe = {name: getattr(args, name) for name in RECIPES[args.recipe]}
-    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.global_batch, dist)
+    run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.global_batch, dist, average)
     dist.sync_flags()  # on the time that has been spent
     if resumed:  # from here on no other process can change its last.pth
         run.load(dist.broadcast_from_main(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
@@ -252,6 +257,8 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
         return run.progress.taken == 0 or schedule.progress(run.epoch, run.progress.taken) < 1
 
     def after_step() -> None:
+        if average is not None:
+            average.update_parameters(model)
         if dist.is_time_to_sync():
             (save_is_due,) = stop.sync(run.save_is_due())
             if save_is_due:
@@ -267,7 +274,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 hardware = f"{describe_device(device)}{describe_processes(dist)}, {precision}"
                 report.start(run_card(command, args, data.counts, hardware))
                 save()
-            learner, val_learner = model, model
+            learner, val_learner = model, run.eval_model
             if computes_features(args):  # then all that training needs is what fc sees of each image
                 learner = val_learner = model.fc
                 train_loader, val_loader = head_loaders(
@@ -298,8 +305,9 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
                 trained = time.perf_counter()
                 if bn_images is not None:
-                    estimate_batch_norm(model, bn_images, device, batch_size=args.batch_size, amp_dtype=amp_dtype)
-                dist.broadcast_model(model)
+                    estimate_batch_norm(val_learner, bn_images, device, batch_size=args.batch_size, amp_dtype=amp_dtype)
+                for each in (model,) if average is None else (model, average):
+                    dist.broadcast_model(each)
                 evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
                 logits, numbers = gather_evaluation(dist, functools.partial(evaluate, on_features=report.see))
                 stop.sync()
@@ -326,7 +334,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 if run.over:  # what is drawn later than this would be taken back when more epochs follow
                     report.flush()
                 if args.save_every and (epoch + 1) % args.save_every == 0 and dist.is_main:
-                    save_checkpoint(run.state_dict(), run.weights / f"model-{epoch}.pth")
+                    save_checkpoint(run.state_dict(run.eval_model), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()
                 print(
                     f"[epoch {epoch}] train_loss {progress.loss:.3f}  val_loss {validation.loss:.3f}  "

@@ -21,7 +21,7 @@ from distributed import Distributed
 from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet, to_device
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from optimization import PLANNED_SIZES, Schedule, make_optimizer, plan, set_learning_rate
+from optimization import PLANNED_SIZES, Muon, Schedule, make_optimizer, plan, set_learning_rate
 from train_eval_utils import Evaluation, estimate_batch_norm
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -136,7 +136,7 @@ def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
 def test_validation_uses_batch_norm_statistics_of_the_current_weights(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--epochs", "2"]
     assert train.main([*flags, "--amp", "off"]) == 0
-    state = torch.load(RUN / "weights" / "last.pth", weights_only=True)["state_dict"]
+    state = torch.load(RUN / "weights" / "best.pth", weights_only=True)["state_dict"]
     model = to_device(MODELS["resnet18"](num_classes=2), "cpu")
     model.load_state_dict(state)
     split, _ = find_split(two_classes)
@@ -146,17 +146,42 @@ def test_validation_uses_batch_norm_statistics_of_the_current_weights(two_classe
         torch.testing.assert_close(value, state[name], msg=name)
 
 
+def test_the_average_of_the_weights_is_validated_and_saved(two_classes, monkeypatch):
+    weights = []
+    step = Muon.step
+
+    def note(optimizer: Muon) -> None:
+        step(optimizer)
+        weights.append(optimizer.param_groups[-1]["params"][0].detach().clone())
+
+    monkeypatch.setattr(Muon, "step", note)
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--epochs", "1"]
+    assert train.main(flags) == 0
+    expected = weights[0]
+    for value in weights[1:]:
+        expected = 0.9 * expected + 0.1 * value
+    last, best = (torch.load(RUN / "weights" / f"{name}.pth", weights_only=True) for name in ("last", "best"))
+    (name,) = (name for name, value in last["state_dict"].items() if torch.equal(value, weights[-1]))
+    torch.testing.assert_close(best["state_dict"][name], expected)
+    assert not torch.equal(best["state_dict"][name], weights[-1])
+
+
 def test_a_run_by_steps_goes_on_as_if_never_stopped(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "64", "--epochs", "3"]
     assert train.main([*flags, "--name", "undisturbed"]) == 0
     with after_steps(6, send(signal.SIGTERM)):
         assert train.main(flags) == 143
     assert train.main(["--resume", "flower_experiment"]) == 0
-    states = [
-        torch.load(Path("runs", name, "weights", "last.pth"), weights_only=True)["state_dict"]
+    undisturbed, resumed = (
+        torch.load(Path("runs", name, "weights", "last.pth"), weights_only=True)
         for name in ("undisturbed", "flower_experiment")
-    ]
-    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    )
+    for state, expected in [
+        (resumed["state_dict"], undisturbed["state_dict"]),
+        (resumed["resume"]["average"], undisturbed["resume"]["average"]),
+    ]:
+        assert len(state) > 50
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 # --- the best epoch ---------------------------------------------------------------------------------------------
