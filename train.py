@@ -69,7 +69,6 @@ from program_utils import (
     true_or_false,
     what_is_lacking,
 )
-from report import Report, Silence
 from run_utils import (
     Run,
     StopRequest,
@@ -83,6 +82,7 @@ from run_utils import (
     save_checkpoint,
     write_run,
 )
+from tensorboard_logger import NullLogger, ProjectorFeatures, TensorBoardLogger
 from train_eval_utils import (
     EmptyLoaderError,
     Evaluation,
@@ -229,7 +229,10 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
         run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
     if dist.is_main:
         write_run(run, data, args, runs / KNOWN_IMAGES)
-    report = Report(run, args, train_loader, val_loader, device, amp_dtype) if dist.is_main else Silence(len(val_set))
+    features = ProjectorFeatures(len(val_set))
+    logger = NullLogger()
+    if dist.is_main:
+        logger = TensorBoardLogger(run, args, train_loader, val_loader, device, amp_dtype)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device       {describe_device(device)}{describe_processes(dist)}")
@@ -249,7 +252,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
 
     def save() -> None:
         run.progress.read()
-        report.flush()
+        logger.flush()
         run.save()
 
     def before_step() -> bool:
@@ -264,15 +267,15 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
             if save_is_due:
                 save()
 
-    with report, StopSignals(dist) as stop:
+    with logger, StopSignals(dist) as stop:
         options = {"amp_dtype": amp_dtype, "after_step": stop.check}
         if args.find_lr:
             found = find_lr(args, train_set, model, optimizer, device, dist, scaler=scaler, **options)
-            return report.range_test(found)
+            return logger.log_range_test(found)
         try:
             if not resumed:
                 hardware = f"{describe_device(device)}{describe_processes(dist)}, {precision}"
-                report.start(run_card(command, args, data.counts, hardware))
+                logger.log_start(run_card(command, args, data.counts, hardware))
                 save()
             learner, val_learner = model, run.eval_model
             if computes_features(args):  # then all that training needs is what fc sees of each image
@@ -286,7 +289,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 stop.sync()
                 epoch, start = run.epoch, time.perf_counter()
                 batches.order.set_epoch(epoch, start=run.images_before, img_size=schedule.img_size(epoch))
-                run.progress.on_read = report.step
+                run.progress.on_read = logger.log_step
                 train_one_epoch(
                     learner,
                     optimizer,
@@ -309,7 +312,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 for each in (model,) if average is None else (model, average):
                     dist.broadcast_model(each)
                 evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
-                logits, numbers = gather_evaluation(dist, functools.partial(evaluate, on_features=report.see))
+                logits, numbers = gather_evaluation(dist, functools.partial(evaluate, on_features=features.add))
                 stop.sync()
                 progress = run.progress.all_reduce(dist)
                 if len(numbers) < len(val_set):
@@ -328,11 +331,12 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 schedule.reserve_time(*dist.all_reduce_max(time.perf_counter() - trained))
                 run.over = schedule.is_over(epoch + 1) or run.has_stalled(args.patience)
                 if run.over:
-                    report.gather(dist)
+                    features.gather(dist)
                 seconds = time.perf_counter() - start
-                report.epoch(progress, validation, numbers, learning_rate, seconds, is_best, run.over)
+                logger.log_epoch(progress, validation, numbers, features, learning_rate, seconds, is_best, run.over)
+                features.clear()
                 if run.over:  # what is drawn later than this would be taken back when more epochs follow
-                    report.flush()
+                    logger.flush()
                 if args.save_every and (epoch + 1) % args.save_every == 0 and dist.is_main:
                     save_checkpoint(run.state_dict(run.eval_model), run.weights / f"model-{epoch}.pth")
                 run.finish_epoch()

@@ -60,13 +60,13 @@ from tutorial_loop import (
 )
 
 import predict
-import report
 import run_utils
 import train
 from model import MODELS
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from program_utils import select_device
 from sample_flowers import CLASS_NAMES, draw_flower
+from tensorboard_logger import TensorBoardLogger
 
 
 def bench_train(args: argparse.Namespace) -> None:
@@ -145,7 +145,7 @@ def drawn_large_images(images: int):
 
 
 def bench_logging(args: argparse.Namespace) -> None:
-    """The part of the epochs that the report (TensorBoard, files, figures) and the checkpoints take, in train.py.
+    """The fraction of the epochs that the logger (TensorBoard, files, figures) and the checkpoints take, in train.py.
 
     With --epochs 2 or less every epoch draws all figures, which longer runs do after the 1st, 2nd, 4th, 8th, ... only.
     """
@@ -161,8 +161,8 @@ def bench_logging(args: argparse.Namespace) -> None:
 
         return wrapper
 
-    for name in ("step", "epoch", "flush"):
-        setattr(report.Report, name, timed(getattr(report.Report, name)))
+    for name in ("log_step", "log_epoch", "flush"):
+        setattr(TensorBoardLogger, name, timed(getattr(TensorBoardLogger, name)))
     for name in ("save_checkpoint", "event_sizes"):
         setattr(run_utils, name, timed(getattr(run_utils, name)))
     comparison = Comparison(args, "part of an epoch", "epochs", "logging")

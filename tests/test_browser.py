@@ -148,7 +148,7 @@ def test_custom_scalars(browser):
     card = "tf-custom-scalar-multi-line-chart-card"
     browser.until(lambda: len(browser.find(card)) == 3)
     browser.until(lambda: {"Matches (2)", "Matches (5)"} <= set(re.findall(r"Matches \(\d\)", browser.text(card))))
-    assert "recall of each class" in browser.text(card)
+    assert "recall per class" in browser.text(card)
     browser.until(lambda: browser.curves(card))
     browser.look("custom_scalars")
 

@@ -18,10 +18,11 @@ from conftest import write_classes, write_image
 from fault_harness import accumulated, differences
 
 import loaders
-import report
 import run_utils
+import tensorboard_logger
 import train
 from run_utils import Run, lock_run, save_checkpoint
+from tensorboard_logger import BackgroundWriter, TensorBoardLogger
 
 pytestmark = pytest.mark.usefixtures("small_network")
 ROOT = Path(train.__file__).parent
@@ -71,10 +72,9 @@ def fail(run: Run) -> None:
 
 def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw figures beside the training, as for a GPU, and slowly."""
-    draw = report.Report.draw
-    aside = report.Aside
-    monkeypatch.setattr(report, "Aside", lambda at_once: aside(at_once=False))
-    monkeypatch.setattr(report.Report, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
+    draw = TensorBoardLogger.draw
+    monkeypatch.setattr(tensorboard_logger, "BackgroundWriter", lambda synchronous: BackgroundWriter(synchronous=False))
+    monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
 
 
 # --- it goes on ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from conftest import read_events, write_classes, write_image
 
 import loaders
-import report
+import tensorboard_logger
 import train
 from data_utils import choose_figure_images, find_split
 from distributed import Distributed
@@ -132,12 +132,12 @@ def test_folders_of_ones_own(tmp_path, capsys):
 def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_classes, sample):
     split, _ = find_split(sample)
     data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
-    images, names = choose_figure_images(data_set, split.class_names, report.PLOT_IMG)
+    images, names = choose_figure_images(data_set, split.class_names, tensorboard_logger.PLOT_IMG)
     assert images.shape == (5, 3, 32, 32)
     assert sorted(names) == split.class_names
     split, _ = find_split(two_classes)
     data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
-    images, names = choose_figure_images(data_set, split.class_names, report.PLOT_IMG)
+    images, names = choose_figure_images(data_set, split.class_names, tensorboard_logger.PLOT_IMG)
     assert images.shape == (2, 3, 32, 32)
     assert names == ["cat", "dog"]
 
@@ -148,7 +148,7 @@ def test_a_damaged_file_in_plot_img_ends_no_training(two_classes, tmp_path, monk
     (tmp_path / "plot_img" / "label.txt").write_text("a.png cat", encoding="utf-16" if damage == "label.txt" else None)
     if damage == "photograph":
         picture.write_bytes(b"")
-    monkeypatch.setattr(report, "PLOT_IMG", tmp_path / "plot_img")
+    monkeypatch.setattr(tensorboard_logger, "PLOT_IMG", tmp_path / "plot_img")
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 0
     assert "shows images of the data instead" in capsys.readouterr().out
     assert len(read_events(Path("runs/flower_experiment")).Images("predictions vs. actuals")) == 1

@@ -1,4 +1,4 @@
-"""What a run tells of itself, over more epochs than anyone makes."""
+"""What a run writes to TensorBoard and its folder, over many epochs."""
 
 import argparse
 import gc
@@ -13,8 +13,8 @@ from distributed import Distributed
 from model import MODELS
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, Numbered, ShareSampler, Tolerant, TrainTransform
 from optimization import Schedule
-from report import Report, Silence
 from run_utils import Run
+from tensorboard_logger import ProjectorFeatures, TensorBoardLogger
 from train_eval_utils import Evaluation, Progress
 
 CLASSES, SIZE, EPOCHS = ["cat", "dog"], 32, 100
@@ -26,9 +26,9 @@ def resident_mib() -> float:
 
 
 @pytest.fixture
-def report(tmp_path, monkeypatch, small_network):
-    """Of a run with one image that has not begun."""
-    monkeypatch.setattr("report.PLOT_IMG", tmp_path)  # no images of flowers
+def logger(tmp_path, monkeypatch, small_network):
+    """The logger of a run that has not started, with one image."""
+    monkeypatch.setattr("tensorboard_logger.PLOT_IMG", tmp_path)  # no images of flowers
     paths = sorted(write_classes(tmp_path / "pets", {"cat": 1}).rglob("*.png"))
     labels = [CLASSES.index(path.parent.name) for path in paths]
     train_set = Tolerant(MyDataSet(paths, labels, TrainTransform(SIZE)), replace=True)
@@ -50,73 +50,73 @@ def report(tmp_path, monkeypatch, small_network):
         dist=Distributed(),
     )
     run.progress = Progress(sum=1.0, images=2, steps=1, right=1)
-    with Report(
+    with TensorBoardLogger(
         run,
         argparse.Namespace(batch_size=2, histograms="first"),
         DataLoader(train_set, batch_sampler=ShareSampler(sampler, batch_size=2)),
         DataLoader(val_set, batch_size=2),
         torch.device("cpu"),
         None,
-    ) as report:
-        yield report
+    ) as logger:
+        yield logger
 
 
-def test_a_file_that_is_open_on_windows_stays_as_it_is(report, monkeypatch, capsys):
+def test_a_file_that_is_open_on_windows_stays_as_it_is(logger, monkeypatch, capsys):
     """A spreadsheet that shows metrics.csv ends no training there; elsewhere the same error has other reasons."""
 
     def refuse(path: Path, target: Path) -> Path:
         raise PermissionError(13, "Permission denied")
 
-    path = report.run.folder / "metrics.csv"
+    path = logger.run.folder / "metrics.csv"
     path.write_text("before")
     validation = Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0]))
-    arguments = [report.run.progress, validation, torch.arange(1), 0.1, 1.0]
+    arguments = [logger.run.progress, validation, torch.arange(1), ProjectorFeatures(1), 0.1, 1.0]
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", refuse)
         with pytest.raises(PermissionError):
-            report.epoch(*arguments, is_best=False, is_last=False)
-        patched.setattr("report.os", argparse.Namespace(name="nt"))
-        report.epoch(*arguments, is_best=True, is_last=False)
-        report.flush()
+            logger.log_epoch(*arguments, is_best=False, is_last=False)
+        patched.setattr("tensorboard_logger.os", argparse.Namespace(name="nt"))
+        logger.log_epoch(*arguments, is_best=True, is_last=False)
+        logger.flush()
     assert path.read_text() == "before"
     assert "metrics.csv open" in capsys.readouterr().out
-    report.epoch(*arguments, is_best=False, is_last=False)
+    logger.log_epoch(*arguments, is_best=False, is_last=False)
     assert len(path.read_text().splitlines()) == 4
 
 
-def test_no_checkpoint_is_written_of_a_diverged_network(report):
+def test_no_checkpoint_is_written_of_a_diverged_network(logger):
     """An infinite variance in BatchNorm can leave the losses finite."""
-    report.run.weights.mkdir()
-    assert report.run.judge(0.5, 1.0)
-    report.run.model.bn1.running_var.fill_(torch.inf)
+    logger.run.weights.mkdir()
+    assert logger.run.judge(0.5, 1.0)
+    logger.run.model.bn1.running_var.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="training diverged"):
-        report.run.finish_epoch()
-    assert list(report.run.weights.iterdir()) == []
+        logger.run.finish_epoch()
+    assert list(logger.run.weights.iterdir()) == []
 
 
 def test_the_projector_shows_images_of_all_classes(monkeypatch):
     """Class follows class in the validation set."""
-    monkeypatch.setattr("report.PROJECTED", 10)
-    silence = Silence(25)
+    monkeypatch.setattr("tensorboard_logger.PROJECTED", 10)
+    collected = ProjectorFeatures(25)
     for numbers in torch.arange(25).split(8):
-        silence.see(numbers[:, None].float(), numbers)
-    features, numbers = (torch.cat(column) for column in zip(*silence.features, strict=True))
+        collected.add(numbers[:, None].float(), numbers)
+    features, numbers = collected.concatenated()
     assert numbers.tolist() == features.flatten().tolist() == list(range(0, 25, 3))
 
 
-def test_hundreds_of_epochs_of_figures_leave_nothing_in_memory(report):
+def test_hundreds_of_epochs_of_figures_leave_nothing_in_memory(logger):
     """The figures with many images and the curves are drawn eight times on the way, the predictions each time."""
     numbers, labels = torch.arange(1), torch.tensor([0])
     generator = torch.Generator().manual_seed(0)
-    seen = []
+    seen, features = [], ProjectorFeatures(1)
     for epoch in range(EPOCHS):
-        report.run.epoch = epoch
+        logger.run.epoch = epoch
         validation = Evaluation(torch.randn(1, len(CLASSES), generator=generator), labels)
-        report.epoch(report.run.progress, validation, numbers, 0.1, 1.0, is_best=False, is_last=False)
+        logger.log_epoch(logger.run.progress, validation, numbers, features, 0.1, 1.0, is_best=False, is_last=False)
         if epoch in (EPOCHS // 6, EPOCHS - 1):
             gc.collect()
             seen.append((len(gc.get_objects()), resident_mib()))
     objects, mib = (after - before for before, after in zip(*seen, strict=True))
     assert objects < 5000  # a figure alone has more than 300
     assert mib < 40  # figures that stay take more than 70
-    assert len(report.run.history) == EPOCHS
+    assert len(logger.run.history) == EPOCHS

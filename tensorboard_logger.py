@@ -1,0 +1,388 @@
+"""Everything that a run writes to TensorBoard and, for those who open no browser, to files in its folder."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import math
+import os
+import shutil
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+import plot_utils
+from data_utils import choose_figure_images
+from distributed import Distributed
+from model import evaluation_mode, grad_cam, named_convolutions
+from my_dataset import prepare_batch, stack_images, to_pixels
+from optimization import RangeTest
+from program_utils import peak_memory, printable, whole_file, write_csv
+from run_utils import Run, event_errors
+from train_eval_utils import Evaluation, Progress, compute_logits
+
+PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
+WORST = 8  # images in the figure of the worst mistakes
+HIDDEN_FLAGS = (  # flags that HPARAMS leaves out, as they have no effect on what a network learns
+    *("allow_changed_data", "download", "find_lr", "histograms", "name"),
+    *("num_classes", "resume", "save_every", "strict", "timeout", "workers"),
+)
+PROJECTED, THUMBNAIL = 1000, 32  # validation images in the projector, about; pixels of their thumbnails
+STEPS_LOGGED = 50  # per epoch, at most
+
+MakeFigure = Callable[[], Figure]  # called later, in the background where there is a GPU
+
+
+class BackgroundWriter:
+    """Run functions in order in a background thread, or immediately if `synchronous`."""
+
+    def __init__(self, synchronous: bool) -> None:
+        self._executor = None if synchronous else ThreadPoolExecutor(max_workers=1)
+        self._pending: list[Future] = []
+
+    def submit(self, function: Callable[..., None], *arguments: object) -> None:
+        """Start a function once the one before has finished; re-raise what that has raised."""
+        if self._executor is None:
+            function(*arguments)
+        else:
+            self.wait()
+            self._pending.append(self._executor.submit(function, *arguments))
+
+    def wait(self) -> None:
+        """Wait until everything has finished; re-raise what it has raised."""
+        while self._pending:
+            self._pending.pop().result()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+        if kind is None:
+            self.wait()
+
+
+class ProjectorFeatures:
+    """The penultimate features of about `PROJECTED` validation images, collected on every rank during evaluation.
+
+    Args:
+        images: the size of the validation set.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.every = math.ceil(images / PROJECTED)  # as the validation set is sorted by class
+
+    def add(self, features: Tensor, numbers: Tensor) -> None:
+        """Keep some of a batch: features (N, F) and the indices (N,) of their images in the validation set."""
+        kept = (numbers % self.every == 0).nonzero().flatten()
+        self.batches.append((features[kept.to(features.device, non_blocking=True)], numbers[kept]))
+
+    def gather(self, dist: Distributed) -> None:
+        """Replace the features of this rank by those of all ranks."""
+        shards = dist.gather([(features.cpu(), numbers) for features, numbers in self.batches])
+        self.batches = list(itertools.chain(*shards))
+
+    def concatenated(self) -> tuple[Tensor, Tensor]:
+        """Return the features (N, F) and indices (N,) of all batches."""
+        features, numbers = (torch.cat(column) for column in zip(*self.batches, strict=True))
+        return features, numbers
+
+    def clear(self) -> None:
+        """Drop the features of an epoch."""
+        self.batches.clear()
+
+
+class NullLogger:
+    """The logger of all ranks but the main process: a no-op."""
+
+    def __enter__(self) -> "NullLogger":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+    def log_start(self, card: str) -> None:
+        """Do nothing."""
+
+    def log_step(self, step: int, loss: float) -> None:
+        """Do nothing."""
+
+    def log_epoch(self, *arguments: object) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
+class TensorBoardLogger:
+    """Write a run's metrics and figures to TensorBoard and to its folder.
+
+    Everything is computed from the results of training and evaluation. Slow figures and precision-recall curves follow
+    the 1st, 2nd, 4th, 8th, ... and the last epoch, the projector the last epoch only.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        args: Namespace,
+        train_loader: DataLoader,
+        val_loader: DataLoader,
+        device: torch.device,
+        amp_dtype: torch.dtype | None,
+    ) -> None:
+        with event_errors(run.folder):
+            self.writer = SummaryWriter(log_dir=str(run.folder))
+        self.run, self.args = run, args
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.steps_per_epoch = len(train_loader.batch_sampler.steps())
+        self.device, self.amp_dtype = device, amp_dtype
+        self.class_names = run.info["class_names"]
+        self.tag_names = [printable(name) for name in self.class_names]  # event files are UTF-8
+        self.val_set = val_loader.dataset.images.images
+        self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
+        self.background = BackgroundWriter(synchronous=device.type == "cpu")  # whose cores are busy with training
+
+    def __enter__(self) -> "TensorBoardLogger":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(event_errors(self.run.folder))
+            stack.enter_context(contextlib.closing(self.writer))
+            stack.enter_context(self.background)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)
+
+    # --- what is logged, and when ---------------------------------------------------------------------------------
+
+    def log_start(self, card: str) -> None:
+        """Write what is known before the first step: the graph, the layout of the charts, the flags, the run's card."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # add_graph uses torch.jit.trace, which is deprecated
+            # A copy, because tracing runs the model and updates BatchNorm's running statistics.
+            self.writer.add_graph(copy.deepcopy(self.run.model).cpu(), torch.zeros(1, 3, 224, 224))
+        charts = {
+            "loss": ["Multiline", ["^train_loss$", "^val_loss$"]],
+            "accuracy": ["Multiline", ["^train_accuracy$", "^accuracy$"]],
+            "recall per class": ["Multiline", ["^recall/"]],
+        }
+        self.writer.add_custom_scalars({"training and validation": charts})
+        self.writer.add_text("run", card)
+        flags = {flag: value for flag, value in vars(self.args).items() if flag not in HIDDEN_FLAGS}
+        flags = {flag: value if type(value) in (int, float) else printable(str(value)) for flag, value in flags.items()}
+        results = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "train_loss", "best_accuracy"), 0)
+        for summary in hparams(flags, results)[:2]:  # add_hparams would create a run of its own
+            self.writer.file_writer.add_summary(summary)
+
+    def log_range_test(self, result: RangeTest) -> None:
+        """Draw the result of --find-lr."""
+        make_figure = functools.partial(plot_utils.range_test, *result)
+        self.background.submit(self.draw, {"learning rate finder": make_figure}, {"find_lr.png": make_figure}, 0)
+        self.flush()
+
+    def log_step(self, step: int, loss: float) -> None:
+        """Write a step's loss on the main process; every few steps only, the same ones after a resume."""
+        if step % math.ceil(self.steps_per_epoch / STEPS_LOGGED) == 0:
+            self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps_per_epoch + step)
+
+    def log_epoch(
+        self,
+        progress: Progress,
+        validation: Evaluation,
+        numbers: Tensor,
+        features: ProjectorFeatures,
+        learning_rate: float,
+        seconds: float,
+        is_best: bool,
+        is_last: bool,
+    ) -> None:
+        """Write an epoch's metrics and figures, before its checkpoint is saved.
+
+        Args:
+            progress: the training metrics.
+            numbers: (N,) int64, the indices of the images in `validation` in the validation set.
+            features: of the validation images; gathered from all ranks if `is_last`.
+            seconds: the time that training and evaluation took.
+            is_best: whether it is the best epoch so far.
+            is_last: whether no other epoch follows.
+        """
+        epoch = self.run.epoch
+        scalars = self.scalars(progress, validation, learning_rate, seconds)
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, epoch)
+        self.add_histograms(epoch)
+        self.run.history.append({"epoch": epoch} | scalars)
+        with replaceable(self.run.folder / "metrics.csv") as path:
+            write_csv(self.run.history, path)
+
+        confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
+        files, figures = {}, {"predictions vs. actuals": self.predictions()}
+        if is_best:
+            with replaceable(self.run.folder / "mistakes.csv") as path:
+                write_csv(self.rows_by_loss(validation, numbers), path)
+            files["confusion_matrix.png"] = confusion
+        if (epoch + 1).bit_count() == 1 or is_last:  # a power of two
+            files["curves.png"] = functools.partial(plot_utils.curves, list(self.run.history))
+            figures |= {"confusion matrix": confusion, "training batch": self.training_batch()}
+            figures |= self.worst_mistakes(validation, numbers)
+            for index, name in enumerate(self.tag_names):
+                is_class, probability = validation.labels == index, validation.probabilities[:, index]
+                self.writer.add_pr_curve(f"class/{name}", is_class, probability, epoch)
+        if is_last:
+            self.add_projector(validation, numbers, *features.concatenated())
+            self.writer.file_writer.add_summary(hparams({}, {})[2])
+        self.background.submit(self.draw, figures, files, epoch)
+        self.writer.flush()
+
+    def flush(self) -> None:
+        """Wait until everything has been written."""
+        self.background.wait()
+        self.writer.flush()
+
+    # --- scalars, histograms, projector ---------------------------------------------------------------------------
+
+    def scalars(
+        self, progress: Progress, validation: Evaluation, learning_rate: float, seconds: float
+    ) -> dict[str, float]:
+        """Return an epoch's metrics by tag, without those that are unknown."""
+        scalars = {
+            "train_loss": progress.loss,
+            "val_loss": validation.loss,
+            "train_accuracy": progress.accuracy,
+            "accuracy": validation.accuracy,
+            "best_accuracy": self.run.best["accuracy"],
+            "macro_f1": validation.macro_f1,
+            "learning_rate": learning_rate,
+            "speed/images_per_second": progress.speed,
+            "speed/seconds_per_epoch": seconds,
+            "memory/peak_GiB": peak_memory(self.device),
+        }
+        recalls = validation.recalls.tolist()
+        scalars |= {f"recall/{name}": recall for name, recall in zip(self.tag_names, recalls, strict=True)}
+        return {tag: value for tag, value in scalars.items() if value is not None and not math.isnan(value)}
+
+    def add_histograms(self, epoch: int) -> None:
+        """Write the weights of two convolutions, or with --histograms all the weights and gradients of all."""
+        for tag, convolution in named_convolutions(self.run.model).items():
+            if self.args.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
+                self.writer.add_histogram(tag, convolution.weight, epoch)
+            gradient = convolution.weight.grad if self.args.histograms == "all" else None
+            if gradient is not None and gradient.isfinite().all():  # otherwise float16's scaler has skipped the step
+                self.writer.add_histogram(f"gradients/{tag}", gradient, epoch)
+
+    def add_projector(self, validation: Evaluation, numbers: Tensor, features: Tensor, feature_numbers: Tensor) -> None:
+        """Write the features of validation images, with their labels, predictions and thumbnails."""
+        points, rows, thumbnails = [], [], []
+        positions = {number: position for position, number in enumerate(numbers.tolist())}
+        for feature, number in zip(features, feature_numbers.tolist(), strict=True):
+            position, item = positions[number], self.val_loader.dataset[number]
+            if item is not None:  # the file still exists
+                label, guess = int(validation.labels[position]), int(validation.predicted[position])
+                points.append(feature)
+                rows.append([self.tag_names[label], self.tag_names[guess], "right" if guess == label else "wrong"])
+                pixels = torch.from_numpy(to_pixels(item[0][None])).permute(0, 3, 1, 2) / 255
+                thumbnails.append(F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="area"))
+        if not rows:
+            return
+        before = self.run.folder / f"{self.run.epoch:05d}"
+        if before.exists():  # from before a resume
+            shutil.rmtree(before)
+        self.writer.add_embedding(
+            torch.stack(points),
+            rows,
+            torch.cat(thumbnails),
+            self.run.epoch,
+            "validation",
+            metadata_header=["class", "predicted", "right or wrong"],
+        )
+
+    def rows_by_loss(self, validation: Evaluation, numbers: Tensor) -> list[dict[str, str | float]]:
+        """Return the rows of mistakes.csv: all validation images, the highest loss first."""
+        paths, names = self.val_set.images_path, self.class_names
+        confidence = validation.probabilities.amax(dim=1)
+        columns = (numbers, validation.labels, validation.predicted, confidence, validation.losses)
+        rows = sorted(zip(*(column.tolist() for column in columns), strict=True), key=lambda row: -row[-1])
+        return [
+            {
+                "path": paths[number],
+                "true": names[label],
+                "predicted": names[predicted],
+                "probability": f"{probability:.6f}",
+                "loss": f"{loss:.6f}",
+            }
+            for number, label, predicted, probability, loss in rows
+        ]
+
+    # --- figures --------------------------------------------------------------------------------------------------
+
+    def draw(self, figures: dict[str, MakeFigure], files: dict[str, MakeFigure], epoch: int) -> None:
+        """Draw figures for TensorBoard, by tag, and for the run's folder, by file name."""
+        drawn = {make_figure: make_figure() for make_figure in [*figures.values(), *files.values()]}  # each once
+        for tag, make_figure in figures.items():
+            self.writer.add_figure(tag, drawn[make_figure], epoch)
+        for name, make_figure in files.items():
+            with replaceable(self.run.folder / name) as path, whole_file(path) as unfinished:
+                drawn[make_figure].savefig(unfinished)
+
+    def predictions(self) -> MakeFigure:
+        """Predict the same few images after every epoch: the tutorial's figure."""
+        with evaluation_mode(self.run.eval_model):
+            logits = compute_logits(self.run.eval_model, self.example_images, self.device, self.amp_dtype)
+        probabilities, predicted = logits.softmax(dim=1).cpu().max(dim=1)
+        names = [self.class_names[index] for index in predicted.tolist()]
+        pixels = to_pixels(self.example_images)
+        return functools.partial(plot_utils.predictions, pixels, names, probabilities.tolist(), self.example_names)
+
+    def worst_mistakes(self, validation: Evaluation, numbers: Tensor) -> dict[str, MakeFigure]:
+        """Show the mistakes with the highest loss, with Grad-CAM; nothing if their files no longer exist."""
+        positions = validation.worst(WORST)
+        items = [self.val_loader.dataset[number] for number in numbers[positions].tolist()]
+        positions = [position for position, item in zip(positions, items, strict=True) if item is not None]
+        if not positions:
+            return {}
+        images = stack_images([image for image, _ in filter(None, items)])
+        predicted, labels = validation.predicted[positions], validation.labels[positions]
+        inputs = prepare_batch(images, self.device)
+        heats = grad_cam(self.run.eval_model, inputs, predicted.to(self.device)).cpu().numpy()
+        probabilities = validation.probabilities[positions].amax(dim=1).tolist()
+        names, label_names = ([self.class_names[index] for index in column.tolist()] for column in (predicted, labels))
+        return {
+            "worst mistakes": functools.partial(
+                plot_utils.mistakes, to_pixels(images), heats, names, probabilities, label_names
+            )
+        }
+
+    def training_batch(self) -> MakeFigure:
+        """Show up to 16 images of the epoch's first batch, augmented as in training.
+
+        With --freeze-layers and features that were computed once, training has used other augmentations.
+        """
+        train_set, sampler = self.train_loader.dataset, self.train_loader.batch_sampler.order
+        sampler.set_epoch(self.run.epoch, img_size=sampler.img_size)
+        items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]
+        images, labels = train_set.collate_fn(items)
+        names = [self.class_names[label] for label in labels.tolist()]
+        return functools.partial(plot_utils.training_batch, to_pixels(images), names)
+
+
+@contextlib.contextmanager
+def replaceable(path: Path) -> Iterator[Path]:
+    """Yield `path` to be replaced; if another program has it open on Windows, print a warning and leave it."""
+    try:
+        yield path
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        print(f"warning: another program has {printable(str(path))} open, so it has not been updated")
