@@ -21,21 +21,21 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from cli_utils import (
+    FlagParser,
+    UsageError,
+    atomic_file,
+    available_cores,
+    escape_unprintable_output,
+    explain_resource_error,
+    flush_stdout,
+    printable,
+    worker_init,
+    write_csv,
+)
 from data_utils import DataError, Split, file_checksum, find_split
 from image_io import ImageError, read_header, read_image
 from my_dataset import MAX_ASPECT_RATIO
-from program_utils import (
-    FlagParser,
-    UsageError,
-    available_cores,
-    leave_with_the_run,
-    printable,
-    settle_output,
-    tolerate_any_name,
-    what_is_lacking,
-    whole_file,
-    write_csv,
-)
 
 # What is near-identical. Measured on photographs and drawn flowers of 64 px or more: copies (encoded again at quality
 # 30 or more, resized smoothly to between a half and the double) differ in 5 bits, 3.6 luma and 9.2 chroma at most; of
@@ -180,7 +180,7 @@ def read_pictures(paths: Sequence[str], workers: int | None = None) -> list[Pict
         batch_size=16,
         num_workers=workers if len(paths) > MANY_IMAGES else 0,
         collate_fn=list,
-        worker_init_fn=leave_with_the_run,
+        worker_init_fn=worker_init,
         generator=torch.Generator(),  # its own: looking at files moves no global generator
     )
     pictures = itertools.chain.from_iterable(loader)
@@ -439,7 +439,7 @@ def save_figure(split: Split, sizes: Sequence[tuple[int, int]], groups: Sequence
     counts = [
         np.bincount(np.array(labels, dtype=int), minlength=classes) for labels in (split.train_labels, split.val_labels)
     ]
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         data_health(split.class_names, *counts, np.array(sizes), pairs).savefig(unfinished)
 
 
@@ -470,7 +470,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
-    tolerate_any_name()
+    escape_unprintable_output()
     args = parse_args(argv)
     try:
         status = check_data(args)
@@ -479,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `check_data.py folder | head`
         return 2
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        reason = what_is_lacking(error, "free some, or try --workers 0", "try --workers 0")
+        reason = explain_resource_error(error, "free some, or try --workers 0", "try --workers 0")
         if reason is None:
             raise
         complain(UsageError(reason))
@@ -490,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        settle_output()
+        flush_stdout()
 
 
 if __name__ == "__main__":

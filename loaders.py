@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
+from cli_utils import UsageError, available_cores, read_json, worker_init
 from data_utils import DataError, Split, download_flower_photos, file_checksum, find_split
 from distributed import Distributed
 from image_io import ImageError, read_image
@@ -28,7 +29,6 @@ from my_dataset import (
     ShareSampler,
     Tolerant,
 )
-from program_utils import UsageError, available_cores, leave_with_the_run, read_json
 from sample_flowers import draw_sample
 from train_eval_utils import collect_features, gather_evaluation
 
@@ -117,7 +117,7 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
         batch_size=16,
         num_workers=workers if len(unknown) > 100 else 0,  # which take a while to start
         collate_fn=list,
-        worker_init_fn=leave_with_the_run,
+        worker_init_fn=worker_init,
         generator=torch.Generator(),  # its own: looking at files moves no global generator
     )
     with tqdm(total=len(unknown), desc="checking images", leave=False, disable=None, dynamic_ncols=True) as bar:
@@ -328,7 +328,7 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         collate_fn=dataset.collate_fn,
-        worker_init_fn=leave_with_the_run,
+        worker_init_fn=worker_init,
         generator=torch.Generator(),  # its own: loading data moves no global generator
     )
 

@@ -20,24 +20,24 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cli_utils import (
+    FlagParser,
+    UsageError,
+    atomic_file,
+    available_cores,
+    escape_unprintable_output,
+    explain_resource_error,
+    flush_stdout,
+    printable,
+    select_device,
+    select_precision,
+    worker_init,
+    write_csv,
+)
 from data_utils import DataError, list_images_below, read_class_indices
 from image_io import ImageError, read_image
 from model import MODELS, ResNet, WeightsError, evaluation_mode, fold_batch_norm, grad_cam, load_model
 from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
-from program_utils import (
-    FlagParser,
-    UsageError,
-    available_cores,
-    leave_with_the_run,
-    printable,
-    select_device,
-    select_precision,
-    settle_output,
-    tolerate_any_name,
-    what_is_lacking,
-    whole_file,
-    write_csv,
-)
 from run_utils import newest_weights
 from train_eval_utils import compute_logits
 
@@ -193,7 +193,7 @@ def predict_images(
     """Each of `files` with its image (3, H, W) uint8 and its probabilities (classes,), or why it cannot be read."""
     workers = min(available_cores(), 8) if len(files) > MANY_IMAGES else 0
     images = _Images(files, img_size)
-    loader = DataLoader(images, BATCH_SIZE, num_workers=workers, collate_fn=list, worker_init_fn=leave_with_the_run)
+    loader = DataLoader(images, BATCH_SIZE, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
     model = fold_batch_norm(model)
     blank = torch.zeros(3, img_size, img_size, dtype=torch.uint8)
     waiting = iter(files)
@@ -243,7 +243,7 @@ def save_figure(model: ResNet, shown: list[Shown], path: Path, device: torch.dev
         [prediction.file.label for prediction in shown],
     )
     is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         figure.savefig(unfinished, **({"pil_kwargs": {"comment": SIGNATURE}} if is_jpeg else {}))
 
 
@@ -275,7 +275,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
-    tolerate_any_name()
+    escape_unprintable_output()
     args = parse_args(argv)
     try:
         status = predict(args)
@@ -284,7 +284,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `predict.py folder | head`
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        reason = what_is_lacking(error, "free some, or try --device cpu", f"try at most {MANY_IMAGES} images at a time")
+        reason = explain_resource_error(
+            error, "free some, or try --device cpu", f"try at most {MANY_IMAGES} images at a time"
+        )
         if reason is None:
             raise
         complain(UsageError(reason))
@@ -295,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        settle_output()
+        flush_stdout()
 
 
 if __name__ == "__main__":

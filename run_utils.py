@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from cli_utils import UsageError, printable, quote_command, read_json, write_json
 from data_utils import write_class_indices
 from distributed import Distributed
 from loaders import Data, Files
 from model import WeightsError, is_finite, read_torch_file
 from optimization import Schedule
-from program_utils import UsageError, command_line, printable, read_json, write_json
 from train_eval_utils import Progress
 
 try:
@@ -124,7 +124,7 @@ def run_card(command: list[str], args: argparse.Namespace, data: Mapping[str, tu
 
     sums = [sum(column) for column in zip(*data.values(), strict=True)]
     counts = [(name, *numbers) for name, numbers in data.items()]
-    lines = [f"    {command_line(['python', 'train.py', *command])}", "", f"On {printable(hardware)}.", ""]
+    lines = [f"    {quote_command(['python', 'train.py', *command])}", "", f"On {printable(hardware)}.", ""]
     lines += table(("class", "training", "validation"), *counts, ("all", *sums))
     lines += table(("flag", "value"), *vars(args).items())
     lines += table(("package", "version"), *versions().items())
@@ -572,7 +572,7 @@ class StopSignals:
             self.received = self.received or number
             return
         if self.received is not None:
-            os._exit(128 + number)  # workers notice; see `leave_with_the_run`
+            os._exit(128 + number)  # workers notice; see `worker_init`
         self.received = number
         with contextlib.suppress(OSError):  # nobody may read it any more: `train.py 2>&1 | tee log`
             os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not for signal handlers

@@ -22,14 +22,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 import plot_utils
+from cli_utils import atomic_file, peak_memory, printable, write_csv
 from data_utils import choose_figure_images
 from distributed import Distributed
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
-from optimization import RangeTest
-from program_utils import peak_memory, printable, whole_file, write_csv
 from run_utils import Run, event_errors
 from train_eval_utils import Evaluation, Progress, compute_logits
+from tuning import RangeTest
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
 WORST = 8  # images in the figure of the worst mistakes
@@ -333,7 +333,7 @@ class TensorBoardLogger:
         for tag, make_figure in figures.items():
             self.writer.add_figure(tag, drawn[make_figure], epoch)
         for name, make_figure in files.items():
-            with replaceable(self.run.folder / name) as path, whole_file(path) as unfinished:
+            with replaceable(self.run.folder / name) as path, atomic_file(path) as unfinished:
                 drawn[make_figure].savefig(unfinished)
 
     def predictions(self) -> MakeFigure:

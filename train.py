@@ -25,6 +25,23 @@ import matplotlib
 import torch
 from torch import nn
 
+from cli_utils import (
+    FlagParser,
+    UsageError,
+    available_memory,
+    describe_device,
+    describe_processes,
+    escape_unprintable_output,
+    explain_resource_error,
+    flush_stdout,
+    parse_bool,
+    printable,
+    quote_command,
+    select_device,
+    select_precision,
+    shorten,
+    silence_other_ranks,
+)
 from data_utils import KNOWN_IMAGES, DataError
 from distributed import Distributed, OtherRankFailed, is_connection_lost
 from loaders import (
@@ -42,33 +59,7 @@ from loaders import (
 )
 from model import MODELS, WeightsError, to_device
 from my_dataset import EvalTransform, TrainTransform
-from optimization import (
-    PROBE_SIZES,
-    find_lr,
-    make_average,
-    make_optimizer,
-    make_schedule,
-    plan,
-    prepare_weights,
-    set_learning_rate,
-)
-from program_utils import (
-    FlagParser,
-    UsageError,
-    available_memory,
-    command_line,
-    describe_device,
-    describe_processes,
-    printable,
-    select_device,
-    select_precision,
-    settle_output,
-    shorten,
-    silence_other_ranks,
-    tolerate_any_name,
-    true_or_false,
-    what_is_lacking,
-)
+from optimization import make_average, make_optimizer, make_schedule, prepare_weights, set_learning_rate
 from run_utils import (
     Run,
     StopRequest,
@@ -91,6 +82,7 @@ from train_eval_utils import (
     gather_evaluation,
     train_one_epoch,
 )
+from tuning import PROBE_SIZES, find_lr, plan
 
 # How to train: values of flags, each of which a flag on the command line overrides, and below the line of what has no
 # flag. The tutorial's is the default.
@@ -349,7 +341,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
         except StopRequest:
             save()
             where = f"epoch {run.epoch}, step {run.progress.steps}"
-            again = command_line(["python", "train.py", "--resume", str(folder)])
+            again = quote_command(["python", "train.py", "--resume", str(folder)])
             if dist.is_main:
                 under = "under torchrun as before, " if dist.world_size > 1 else ""
                 with contextlib.suppress(OSError):  # nobody may read it any more
@@ -358,7 +350,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
 
     best = str(run.weights / "best.pth")
     print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {printable(best)}")
-    print(f"next: {command_line(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}", flush=True)
+    print(f"next: {quote_command(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}", flush=True)
 
 
 def check_processes(
@@ -412,7 +404,7 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
     add("--num-classes", type=int, help="only checked: the folder tells how many there are")
     add("--model", choices=MODELS, default="resnet34", help="default: %(default)s")
     add("--weights", default="", help="a weights file to start from, or imagenet (default: from scratch)")
-    add("--freeze-layers", nargs="?", const=True, default=False, type=true_or_false, help="train fc only")
+    add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train fc only")
     size_help = "pixels of the square that the network sees (default: 224, or what --time-budget allows)"
     add("--img-size", type=int, help=size_help)
     add("--recipe", choices=RECIPES, default="tutorial", help="what the seven flags below are (default: %(default)s)")
@@ -572,7 +564,7 @@ def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit status."""
-    tolerate_any_name()
+    escape_unprintable_output()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     dist = Distributed(args.timeout)
@@ -604,7 +596,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {lost}", file=sys.stderr)
             return 1
         sizes = f"--batch-size, now {args.batch_size}, or --img-size, now {args.img_size or PROBE_SIZES[-1]}"
-        reason = what_is_lacking(error, f"lower {sizes}", "try --workers 0")
+        reason = explain_resource_error(error, f"lower {sizes}", "try --workers 0")
         if reason is None:
             raise
         print(f"train.py: error: {reason}", file=sys.stderr)
@@ -617,7 +609,7 @@ def main(argv: list[str] | None = None) -> int:
             print("train.py: stopped before the first step", file=sys.stderr)
         return 130
     finally:
-        settle_output()
+        flush_stdout()
     return 0
 
 

@@ -62,9 +62,9 @@ from tutorial_loop import (
 import predict
 import run_utils
 import train
+from cli_utils import select_device
 from model import MODELS
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from program_utils import select_device
 from sample_flowers import CLASS_NAMES, draw_flower
 from tensorboard_logger import TensorBoardLogger
 

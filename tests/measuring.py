@@ -22,13 +22,13 @@ BENCH, ROOT = Path(__file__).with_name("bench.py"), Path(__file__).resolve().par
 sys.path.insert(0, str(ROOT))
 
 import train
+from cli_utils import available_cores, available_memory, describe_device, select_precision
 from data_utils import find_split
 from distributed import Distributed
 from loaders import find_data, make_loader, make_val_loader
 from model import MODELS, to_device
 from my_dataset import EpochSampler, MyDataSet, ShareSampler, TrainTransform
 from optimization import make_optimizer
-from program_utils import available_cores, available_memory, describe_device, select_precision
 from train_eval_utils import collect_logits, train_one_epoch
 
 

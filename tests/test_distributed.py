@@ -24,12 +24,12 @@ import loaders
 import run_utils
 import train
 import train_eval_utils
+from cli_utils import UsageError
 from data_utils import find_split
 from distributed import Distributed, is_connection_lost
 from loaders import make_train_loader, make_val_loader
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
 from optimization import make_optimizer
-from program_utils import UsageError
 from run_utils import Run, StopRequest, StopSignals
 from train_eval_utils import collect_logits, gather_evaluation, train_one_epoch
 

@@ -1,14 +1,12 @@
-"""The schedule, the range test, and what is measured to plan by."""
+"""Schedules and Muon."""
 
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
-from test_train_eval_utils import CPU, loader, tiny_resnet
 
-from optimization import Muon, Schedule, TimedSchedule, find_learning_rate, measure_speed, orthogonalize
+from optimization import Muon, Schedule, TimedSchedule, orthogonalize
 
 
 def test_the_tutorials_rate_changes_by_epoch():
@@ -60,34 +58,6 @@ def test_a_timed_schedule_follows_the_clock():
     assert other.is_over(5)
     assert other.learning_rate(5) == pytest.approx(0.004)
     assert other.img_size(5) == 128
-
-
-def test_a_range_test_of_a_valley():
-    """The loss falls with the rate's logarithm up to 0.1, and rises four times as fast from there."""
-    half_lost = 0.1 * math.exp(math.log(0.1 / 1e-4) / 2 / 4)
-    weight = torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-
-    class Valley(torch.nn.Module):
-        def forward(self, images):
-            beyond = math.log(optimizer.param_groups[0]["lr"]) - math.log(0.1)
-            loss = 2 + max(-beyond, 4 * beyond)
-            return torch.stack([torch.zeros(len(images)), torch.full((len(images),), loss)], dim=1) + 0 * weight
-
-    def set_rate(rate: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-
-    rates = np.geomspace(1e-4, 100, 60)
-    batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))] * 60
-    found = find_learning_rate(Valley(), optimizer, batches, "cpu", set_rate, rates)
-    assert found.losses.argmin() == pytest.approx(30, abs=1)
-    assert found.suggestion == pytest.approx(half_lost, rel=0.3)
-
-
-def test_measuring_the_speed():
-    model = tiny_resnet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    assert measure_speed(model, optimizer, loader(), CPU, seconds=0.01) > 0
 
 
 # --- Muon -------------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from distributed import Distributed
 from loaders import head_loaders, make_train_loader, make_val_loader, training_sizes
 from model import MODELS, ResNet, to_device
 from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from optimization import PLANNED_SIZES, Muon, Schedule, make_optimizer, plan, set_learning_rate
+from optimization import Muon, Schedule, make_optimizer, set_learning_rate
 from train_eval_utils import Evaluation, estimate_batch_norm
+from tuning import PLANNED_SIZES, plan
 
 pytestmark = pytest.mark.usefixtures("small_network")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--batch-size", "5"]
@@ -278,7 +279,7 @@ def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes
     def speed(model: ResNet, optimizer: Optimizer, loader: DataLoader, *_: object, **options: object) -> float:
         return 1e7 / loader.batch_sampler.order.img_size**2  # images a second
 
-    monkeypatch.setattr("optimization.measure_speed", speed)
+    monkeypatch.setattr("tuning.measure_speed", speed)
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels)
     planned = {}

@@ -21,10 +21,10 @@ from torchvision.models import resnet18 as torchvision_resnet18
 from torchvision.transforms import v2
 
 import train
+from cli_utils import select_precision
 from data_utils import find_split
 from model import load_model, resnet18
 from my_dataset import EvalTransform, MyDataSet
-from program_utils import select_precision
 from train_eval_utils import evaluate
 
 PROGRAM = Path(train.__file__)

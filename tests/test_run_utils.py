@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from program_utils import UsageError
+from cli_utils import UsageError
 from run_utils import create_run_folder, newest_weights, save_checkpoint, write_args
 
 

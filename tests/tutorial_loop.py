@@ -17,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
 from tqdm import tqdm
 
+from cli_utils import select_device
 from data_utils import find_split, plot_class_preds, write_class_indices
 from model import MODELS
 from my_dataset import MEAN, STD, MyDataSet
-from program_utils import select_device
 
 PLOT_IMG = Path(__file__).resolve().parents[1] / "plot_img"
 

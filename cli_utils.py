@@ -1,4 +1,4 @@
-"""What the programs share: their command lines, the device that they compute on, their workers and files."""
+"""What the programs share: argument parsing, device and precision, DataLoader workers, error messages and files."""
 
 import argparse
 import contextlib
@@ -28,19 +28,19 @@ except ImportError:  # Windows
 
 
 class UsageError(ValueError):
-    """The value of a flag that cannot be used here; the message says which, why, and what to do."""
+    """A flag with an unsupported value. The message says which flag, why, and what to do."""
 
 
 class FlagParser(argparse.ArgumentParser):
-    """`argparse` that takes --both-spellings and --both_spellings, and says in one line what is wrong."""
+    """An ArgumentParser that accepts --both-spellings and --both_spellings, and reports errors in one line."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
-        """As argparse's, with the underscores of flags taken for hyphens."""
+        """Parse arguments, with underscores in the names of flags replaced by hyphens."""
         args = sys.argv[1:] if args is None else args
         return super().parse_args([re.sub(r"^--\w[\w-]*", _hyphens, arg) for arg in args], namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line; argparse's own prints the whole usage first."""
+        """Exit with status 2 and one line, without argparse's usage message."""
         said = f"{self.prog}: error: {printable(message)} (--help explains the flags)\n"
         self.exit(2, said if Distributed().is_main else None)
 
@@ -49,8 +49,8 @@ def _hyphens(flag: re.Match) -> str:
     return flag[0].replace("_", "-")
 
 
-def true_or_false(text: str) -> bool:
-    """The value of a flag such as `--freeze-layers False`; `bool("False")` would be True."""
+def parse_bool(text: str) -> bool:
+    """Parse the value of a flag such as `--freeze-layers False`: `bool("False")` would be True."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -58,12 +58,12 @@ def true_or_false(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """A name from somewhere else, for a line of output: control characters and the like are written as escapes."""
+    """Escape unprintable characters, such as control characters in a file name, for output on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def tolerate_any_name() -> None:
-    """Escape what the terminal or the pipe cannot show: a file's name must not end the program."""
+def escape_unprintable_output() -> None:
+    """Let standard output and error escape the characters that their encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -79,13 +79,13 @@ def silence_other_ranks(dist: Distributed) -> Iterator[None]:
         yield
 
 
-def command_line(words: list[str]) -> str:
-    """For people to copy, quoted as their shell wants it."""
+def quote_command(words: list[str]) -> str:
+    """Quote a command for the user's shell."""
     return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
 
 
 def shorten(text: str, width: int = 100) -> str:
-    """`text` cut to a line's length."""
+    """Truncate `text` to `width` characters."""
     return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
@@ -93,13 +93,13 @@ def shorten(text: str, width: int = 100) -> str:
 
 
 def select_device(name: str, dist: Distributed | None = None) -> torch.device:
-    """`cuda`, `cuda:1`, `1`, `mps` or `cpu` -> the device; the CPU, with a line that says so, where there is none.
+    """Return the device for `cuda`, `cuda:1`, `1`, `mps` or `cpu`; fall back to the CPU, with a message.
 
     Args:
         dist: each of several ranks on a machine takes the GPU with the number of its local rank.
 
     Raises:
-        UsageError: no such kind of device, or fewer of them than that.
+        UsageError: an unknown device, or an index that does not exist.
     """
     match = re.fullmatch(r"(?:(cuda):)?(\d+)|cuda|mps|cpu", name)
     if match is None:
@@ -125,7 +125,7 @@ def select_device(name: str, dist: Distributed | None = None) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """For people: the GPU's name, or the CPU's threads."""
+    """Describe a device for the header: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
@@ -137,10 +137,13 @@ def describe_processes(dist: Distributed) -> str:
 
 
 def select_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The number format of mixed precision, None for float32 throughout; and for people: which, and why.
+    """Choose the dtype of mixed precision.
 
     Args:
-        amp: "auto": where the device computes in bfloat16 or float16 itself; "on": also where it is emulated; "off".
+        amp: "auto" (if the device supports bfloat16 or float16 natively), "on" (also where it is emulated) or "off".
+
+    Returns:
+        The dtype, None for float32, and a description of the choice for the header.
     """
     if amp == "off":
         return None, "float32 (--amp off)"
@@ -170,22 +173,22 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def available_cores() -> int:
-    """The CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux; less than the machine has in a container or under taskset
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_memory() -> int:
-    """The bytes of memory that a program can still take; 0 where nothing tells."""
+    """Return the available memory in bytes; 0 if it is unknown."""
     available = []
     with contextlib.suppress(OSError):
         for kib in re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M):
             available.append(1024 * int(kib))
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:  # of addresses
+        if limit != resource.RLIM_INFINITY:  # ulimit -v
             available.append(limit - resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]))
-    for limit, used, cached in [  # a container's, by version 2 and 1 of control groups
+    for limit, used, cached in [  # a container's, cgroup versions 2 and 1
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ]:
@@ -193,14 +196,14 @@ def available_memory() -> int:
         with contextlib.suppress(OSError):
             limited, taken = (group / limit).read_text().strip(), int((group / used).read_text())
             statistics = (group / limit).with_name("memory.stat").read_text()
-            given_back = int(re.search(rf"^{cached} (\d+)$", statistics, re.M)[1])  # copies of files, at need
+            reclaimable = int(re.search(rf"^{cached} (\d+)$", statistics, re.M)[1])  # page cache
             if limited != "max":
-                available.append(int(limited) - taken + given_back)
+                available.append(int(limited) - taken + reclaimable)
     return max(0, min(available, default=0))
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most memory so far, in GiB: of the GPU by tensors, else of this process (not its workers); None: unknown."""
+    """Return the peak memory in GiB: of tensors on the GPU, else of this process without workers; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
@@ -209,67 +212,67 @@ def peak_memory(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# --- workers, and what they and the machine may lack --------------------------------------------------------------
+# --- DataLoader workers and resource errors ----------------------------------------------------------------------
 
 
-def leave_with_the_run(worker: int) -> None:
-    """For a DataLoader's `worker_init_fn`: a worker leaves signals to the run, and ends with it or at its word."""
-    signal.set_wakeup_fd(-1)  # it would wake the run
+def worker_init(worker: int) -> None:
+    """Initialise a DataLoader worker: it ignores signals from the terminal, and ends with the main process."""
+    signal.set_wakeup_fd(-1)  # inherited from the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A batch that finds no shared memory would be dropped, and waited for without end.
+    # Without shared memory for a batch, the worker must end: the main process would wait for the batch forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
-    def leave(told: Callable[[], None]) -> None:
-        told()
+    def exit_after(wait: Callable[[], None]) -> None:
+        wait()
         os._exit(0)
 
-    def run_has_ended() -> None:
+    def main_process_has_ended() -> None:
         connection.wait([parent_process().sentinel])
 
-    def run_says_so() -> None:
+    def main_process_sends_sigterm() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_process().pid:
-            pass  # a signal to the whole group, for example: the run needs its workers until it has saved
+            pass  # a signal to the whole process group: the main process needs its workers until it has saved
 
-    ways = [run_has_ended]
-    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS, where SIGTERM ends a worker whoever sends it
+    conditions = [main_process_has_ended]
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS, where any SIGTERM ends a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        ways.append(run_says_so)
-    for told in ways:
-        threading.Thread(target=leave, args=[told], daemon=True).start()
+        conditions.append(main_process_sends_sigterm)
+    for wait in conditions:
+        threading.Thread(target=exit_after, args=[wait], daemon=True).start()
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of a GPU, or of the machine, did not suffice."""
+    """Return whether an error means that the GPU or the machine is out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The CPU's allocator, CUDA and MPS, cuBLAS and cuDNN each have their own words for it, in a RuntimeError.
+    # The CPU's allocator, CUDA, MPS, cuBLAS and cuDNN raise RuntimeErrors with different messages.
     said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return any(words in str(error) for words in said) and not is_dead_worker(error)
 
 
 def is_dead_worker(error: Exception) -> bool:
-    """Whether a DataLoader's worker has died, by a signal for example, perhaps while it was handing over a batch."""
+    """Return whether an error means that a DataLoader worker has died."""
     said = ("DataLoader worker (pid", "received 0 items of ancdata", "got end of file during message")
     return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(said)
 
 
-def what_is_lacking(error: Exception, with_little_memory: str, without_workers: str) -> str | None:
-    """For people: what the machine lacks, where that is the reason of an error, and what to do about it.
+def explain_resource_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:
+    """Return a message for an error that means too little memory or a dead worker; None for any other error.
 
-    For programs that end with it: torch would report a dead worker again, anywhere, as each of the others ends.
+    The program must end with it, as it disables torch's handler of dead workers, which would report each again.
     """
     if is_out_of_memory(error):
-        return f"out of memory: {with_little_memory}"
+        return f"out of memory: {memory_advice}"
     if is_dead_worker(error):
         if hasattr(signal, "SIGCHLD"):  # not on Windows, where torch has no such handler
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        why = f"too little memory or /dev/shm ({without_workers}), or a damaged image"
+        why = f"too little memory or /dev/shm ({worker_advice}), or a damaged image"
         return f"a process that reads images died: {why}"
     return None
 
 
-def settle_output() -> None:
-    """Write what is left of standard output, or drop it where nobody takes it: Python would complain as it exits."""
+def flush_stdout() -> None:
+    """Flush standard output, and discard what cannot be written: Python would print an error at exit."""
     try:
         print(end="", flush=True)  # does nothing where there is no output at all
     except OSError:
@@ -280,10 +283,10 @@ def settle_output() -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write a file under, which gets its own when it is finished: it is whole at any instant.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which then replaces `path`: a reader never sees half a file.
 
-    A link stays one, to the new file; what is no file, as a pipe, is written to as it is.
+    A symbolic link is kept, and its target replaced. A pipe or a device is written to directly.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -298,19 +301,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file that is whole at any instant."""
-    with whole_file(path) as unfinished:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as unfinished:
         unfinished.write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
-    """Write a CSV file that is whole at any instant: these columns, and then those of other keys of the rows.
+    """Write a CSV file atomically, with these columns first and then the other keys of the rows.
 
-    What cannot be UTF-8, as in the name of a file, is written as an escape.
+    Characters that UTF-8 cannot encode, as in file names, are escaped.
     """
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     with (
-        whole_file(path) as unfinished,
+        atomic_file(path) as unfinished,
         open(unfinished, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.DictWriter(file, columns)
@@ -319,7 +322,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty where there is no such file, or a damaged one."""
+    """Read a JSON object; an empty one if the file is missing or corrupt."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

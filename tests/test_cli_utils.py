@@ -9,29 +9,29 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from program_utils import (
+from cli_utils import (
     FlagParser,
     UsageError,
+    atomic_file,
     available_cores,
     available_memory,
-    leave_with_the_run,
+    parse_bool,
     printable,
     select_device,
     select_precision,
-    true_or_false,
-    whole_file,
+    worker_init,
 )
 
 
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     link.symlink_to(target)
-    with whole_file(link) as unfinished:
+    with atomic_file(link) as unfinished:
         unfinished.write_text("all of it")
     assert link.is_symlink()
     assert target.read_text() == "all of it"
     os.mkfifo(pipe)
-    with whole_file(pipe) as path:
+    with atomic_file(pipe) as path:
         assert path == pipe
     assert pipe.is_fifo()
 
@@ -40,7 +40,7 @@ def test_a_worker_ends_at_the_word_of_the_run_however_it_was_started():
     loader = DataLoader(
         range(9),
         num_workers=1,
-        worker_init_fn=leave_with_the_run,
+        worker_init_fn=worker_init,
         multiprocessing_context="forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn",
     )
     batches = iter(loader)
@@ -58,7 +58,7 @@ def parser() -> FlagParser:
     flags = FlagParser(prog="p")
     flags.add_argument("--num-classes", type=int)
     flags.add_argument("--data-path")
-    flags.add_argument("--freeze-layers", nargs="?", const=True, default=False, type=true_or_false)
+    flags.add_argument("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool)
     return flags
 
 
