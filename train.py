@@ -84,27 +84,26 @@ from train_eval_utils import (
 )
 from tuning import PROBE_SIZES, find_lr, plan
 
-# How to train: values of flags, each of which a flag on the command line overrides, and below the line of what has no
-# flag. The tutorial's is the default.
+# The recipes. Each gives the defaults of some flags, and below the line the values that have no flag.
 RECIPES = {
     "tutorial": {
         "epochs": 30,
         "batch_size": 16,
         "lr": 0.001,
-        "lrf": 0.1,  # the last rate, as a part of lr
-        "warmup": 0.0,  # the part of the training in which the rate rises
+        "lrf": 0.1,  # final learning rate, as a fraction of lr
+        "warmup": 0.0,  # fraction of the training
         "weight_decay": 0.005,
         "label_smoothing": 0.0,
         # ---
-        "rate_by_step": False,  # or by epoch
+        "rate_by_step": False,  # update the learning rate after every step, not epoch
         "nesterov": False,
-        "muon_rate": 0.0,  # of convolutions, as a part of the learning rate: `optimization.Muon` trains them, if any
-        "first_size": 1.0,  # of the images that are trained on, as parts of --img-size
+        "muon_rate": 0.0,  # train convolutions with Muon, at this multiple of the learning rate; 0: with SGD
+        "first_size": 1.0,  # size of the training images at the start and at the end, as fractions of --img-size
         "last_size": 1.0,
-        "backbone_rate": 1.0,  # of all layers but fc, as a part of the learning rate
-        "feature_views": 0,  # with --freeze-layers: how often each image is seen, once and for all; 0: in every epoch
-        "ema_decay": 0.0,  # per step, of the averaged weights that are validated and saved as best.pth; 0: no average
-        "bn_images": 0,  # training images that re-estimate BatchNorm's statistics before validation; 0: off
+        "backbone_rate": 1.0,  # learning rate of all layers but fc, as a fraction of lr
+        "feature_views": 0,  # --freeze-layers: compute features of so many views per image in advance; 0: never
+        "ema_decay": 0.0,  # moving average of the weights, validated and saved as best.pth; 0: no average
+        "bn_images": 0,  # training images for estimating BatchNorm statistics before validation; 0: running averages
     },
     "scratch": {
         "epochs": 30,
@@ -119,7 +118,7 @@ RECIPES = {
         "nesterov": True,
         "muon_rate": 50.0,
         "first_size": 0.5,
-        "last_size": 0.85,  # objects look smaller in evaluation, which crops less (https://arxiv.org/abs/1906.06423)
+        "last_size": 0.85,  # objects appear smaller at test time (Touvron et al. 2019, https://arxiv.org/abs/1906.06423)
         "backbone_rate": 1.0,
         "feature_views": 0,
         "ema_decay": 0.9,
@@ -146,10 +145,10 @@ RECIPES = {
     },
 }
 
-# Ingredients that there were once, and the values with which a run can go on without them.
+# Recipe values that no longer exist, and the settings with which a run can be resumed without them.
 FORMER = {"zero_init": (False, True), "decay_norms": (True,), "least_area": (0.08,)}
 
-MAY_CHANGE = {  # when a run goes on
+MAY_CHANGE = {  # flags that may change on resume
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("resume", "allow_changed_data", "strict", "timeout"),
 }
@@ -397,46 +396,53 @@ def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = No
     """
     parser = FlagParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data-path", help="a folder with one sub-folder a class (default: the built-in sample)")
-    add("--val-path", help="a folder of the same form to validate on (default: a part of --data-path)")
-    add("--val-rate", type=float, default=0.2, help="the part of each class to validate on (default: %(default)s)")
-    add("--download", action="store_true", help="first fetch the real flower photographs (218 MB) into --data-path")
-    add("--num-classes", type=int, help="only checked: the folder tells how many there are")
-    add("--model", choices=MODELS, default="resnet34", help="default: %(default)s")
-    add("--weights", default="", help="a weights file to start from, or imagenet (default: from scratch)")
-    add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train fc only")
-    size_help = "pixels of the square that the network sees (default: 224, or what --time-budget allows)"
-    add("--img-size", type=int, help=size_help)
-    add("--recipe", choices=RECIPES, default="tutorial", help="what the seven flags below are (default: %(default)s)")
-    add("--epochs", type=int, help="passes over the images")
-    add("--batch-size", type=int, help="images of a batch, in each process")
-    add("--lr", type=float, help="the highest learning rate")
-    add("--lrf", type=float, help="the last one, as a part of --lr")
-    add("--warmup", type=float, help="the part of the training in which the learning rate rises to --lr")
-    add("--weight-decay", type=float, help="times the weight is added to its gradient (with Muon: not of convolutions)")
-    add("--label-smoothing", type=float, help="the part of the probability that all classes share")
-    add("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
-    add("--time-budget", type=float, metavar="MINUTES", help="train for as long as that, instead of --epochs")
-    add("--find-lr", action="store_true", help="train with rising learning rates for a minute, and suggest one")
-    add("--patience", type=int, default=0, help="end after so many epochs without a better accuracy (default: never)")
-    add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, else the CPU)")
-    add("--sync-bn", action="store_true", help="BatchNorm over the GPUs' batches together, under torchrun")
-    add("--timeout", type=float, default=300, help="seconds that processes wait for each other (default: %(default)s)")
-    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
-    add("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    add("--name", default="flower_experiment", help="of the run's folder under runs/ (default: %(default)s)")
+    add("--data-path", help="folder with one sub-folder per class (default: the built-in sample)")
+    add("--val-path", help="validation folder of the same form (default: a fraction of --data-path)")
     add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="go on with a run (default: the newest), as if never stopped",
+        "--val-rate",
+        type=float,
+        default=0.2,
+        help="fraction of each class held out for validation (default: %(default)s)",
     )
-    add("--allow-changed-data", action="store_true", help="--resume: also where files have been added, changed or lost")
-    add("--strict", action="store_true", help="end where an image cannot be used, instead of leaving it out")
-    add("--histograms", choices=("first", "all"), default="first", help="of two convolutions, or of all and gradients")
-    add("--save-every", type=int, default=0, help="also keep a plain state_dict every N epochs")
+    add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
+    add("--num-classes", type=int, help="expected number of classes, checked against the data")
+    add("--model", choices=MODELS, default="resnet34", help="network (default: %(default)s)")
+    add("--weights", default="", help="weights file to start from, or imagenet (default: train from scratch)")
+    add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train the classifier fc only")
+    size_help = "input size in pixels (default: 224, or with --time-budget as large as the time allows)"
+    add("--img-size", type=int, help=size_help)
+    add("--recipe", choices=RECIPES, default="tutorial", help="defaults of the next seven flags (default: %(default)s)")
+    add("--epochs", type=int, help="number of passes over the training images")
+    add("--batch-size", type=int, help="images per batch, in each process")
+    add("--lr", type=float, help="maximum learning rate")
+    add("--lrf", type=float, help="final learning rate, as a fraction of --lr")
+    add("--warmup", type=float, help="fraction of the training in which the learning rate rises to --lr")
+    add("--weight-decay", type=float, help="weight decay (L2 penalty); not applied to convolutions trained by Muon")
+    add("--label-smoothing", type=float, help="label smoothing of the training loss")
+    add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
+    add("--time-budget", type=float, metavar="MINUTES", help="train for this long instead of --epochs")
+    add("--find-lr", action="store_true", help="run a learning-rate range test, suggest a value for --lr, and exit")
+    add(
+        "--patience",
+        type=int,
+        default=0,
+        help="stop after N epochs without a better accuracy (default: never)",
+        metavar="N",
+    )
+    add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, or else the CPU)")
+    add("--sync-bn", action="store_true", help="synchronised BatchNorm over all GPUs, under torchrun")
+    add("--timeout", type=float, default=300, help="seconds to wait for an unreachable rank (default: %(default)s)")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
+    add("--workers", type=int, help="DataLoader workers per process (default: one per core, at most 8)")
+    add("--seed", type=int, default=0, help="random seed for weights, shuffling, augmentation (default: %(default)s)")
+    add("--name", default="flower_experiment", help="name of the run's folder in runs/ (default: %(default)s)")
+    resume_help = "resume a run, given by name, folder or last.pth (default: the most recent one)"
+    add("--resume", nargs="?", const="", metavar="RUN", help=resume_help)
+    add("--allow-changed-data", action="store_true", help="resume even if files were added, changed or removed")
+    add("--strict", action="store_true", help="stop if an image cannot be read, instead of skipping it")
+    histograms_help = "log the weights of two convolutions, or the weights and gradients of all (default: %(default)s)"
+    add("--histograms", choices=("first", "all"), default="first", help=histograms_help)
+    add("--save-every", type=int, default=0, metavar="N", help="also save a plain state_dict every N epochs")
     parser.set_defaults(**RECIPES["tutorial"])
     recipe = recipe or RECIPES[parser.parse_args(argv).recipe]
     parser.set_defaults(**recipe)
