@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from cli_utils import UsageError, available_cores, read_json, worker_init
+from config import has_single_pixels, training_sizes
 from data_utils import DataError, Split, download_flower_photos, file_checksum, find_split
 from distributed import Distributed
 from image_io import ImageError, read_image
@@ -34,13 +35,10 @@ from train_eval_utils import collect_features, gather_evaluation
 
 T = TypeVar("T")
 
-GRAIN = 16  # pixels, by which the images grow
-
 Files = dict[str, list[list[str]]]  # of a data set: see `describe_files`
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_flowers"
-FLOWER_PHOTOS = HERE / "data" / "flower_photos"
 
 
 # --- what to train on ---------------------------------------------------------------------------------------------
@@ -343,26 +341,3 @@ def share_of(items: Sequence[T], batch_size: int, dist: Distributed) -> list[Seq
 def number_of_workers(args: argparse.Namespace, processes: int = 1) -> int:
     """The processes that read images, of each of so many processes on this machine."""
     return min(max(1, available_cores() // processes), 8) if args.workers is None else args.workers
-
-
-def training_sizes(args: argparse.Namespace, img_size: int | None = None) -> tuple[int, int]:
-    """Pixels of the images that are trained on, at the start and at the end, for an `img_size` (--img-size)."""
-    img_size = img_size or args.img_size
-    parts = (args.first_size, args.last_size)
-    first, last = (img_size if part == 1 else max(32, round(part * img_size / GRAIN) * GRAIN) for part in parts)
-    return first, last
-
-
-def has_single_pixels(args: argparse.Namespace) -> bool:
-    """Whether images are so small, at the start, that they end as one pixel in the network."""
-    return args.img_size is not None and min(training_sizes(args)) <= 32
-
-
-def computes_features(args: argparse.Namespace) -> bool:
-    """Whether a frozen backbone looks at the images before the first epoch, once and for all."""
-    return args.freeze_layers and args.feature_views > 0
-
-
-def estimates_batch_norm(args: argparse.Namespace) -> bool:
-    """Whether BatchNorm's statistics are estimated anew before each evaluation: those of a frozen backbone stay."""
-    return args.bn_images > 0 and not args.freeze_layers

@@ -12,8 +12,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from config import GRAIN, training_sizes
 from distributed import Distributed
-from loaders import GRAIN, training_sizes
 from model import ResNet, freeze_backbone, load_pretrained
 
 WARMUP_START = 1 / 25  # of the maximum learning rate: PyTorch's default for 1cycle

@@ -1,23 +1,12 @@
-"""Train a ResNet on a folder of images, one sub-folder a class, and write what happens to TensorBoard.
-
-python train.py                                  # the built-in sample: nothing to download
-python train.py --data-path my_photos            # my_photos/cat/*.jpg, my_photos/dog/*.jpg, ...
-python train.py --data-path flower_photos --download
-python train.py --data-path my_photos --recipe scratch --time-budget 25
-python train.py --data-path my_photos --recipe finetune --weights imagenet
-torchrun --nproc_per_node=8 train.py --data-path my_photos                # eight GPUs; the README has many machines
-tensorboard --logdir=runs                        # beside it; then open http://localhost:6006/
-"""
+"""Train a ResNet on a folder of images: `python train.py --help` shows how."""
 
 import argparse
 import contextlib
 import functools
-import io
-import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +15,6 @@ import torch
 from torch import nn
 
 from cli_utils import (
-    FlagParser,
     UsageError,
     available_memory,
     describe_device,
@@ -34,7 +22,6 @@ from cli_utils import (
     escape_unprintable_output,
     explain_resource_error,
     flush_stdout,
-    parse_bool,
     printable,
     quote_command,
     select_device,
@@ -42,20 +29,24 @@ from cli_utils import (
     shorten,
     silence_other_ranks,
 )
+from config import (
+    RECIPES,
+    as_words,
+    computes_features,
+    describe_recipe,
+    estimates_batch_norm,
+    merge_resumed_args,
+    parse_args,
+)
 from data_utils import KNOWN_IMAGES, DataError
 from distributed import Distributed, OtherRankFailed, is_connection_lost
 from loaders import (
-    FLOWER_PHOTOS,
     Data,
-    computes_features,
-    estimates_batch_norm,
-    has_single_pixels,
     head_loaders,
     load_bn_images,
     make_train_loader,
     make_val_loader,
     read_data,
-    training_sizes,
 )
 from model import MODELS, WeightsError, to_device
 from my_dataset import EvalTransform, TrainTransform
@@ -83,75 +74,6 @@ from train_eval_utils import (
     train_one_epoch,
 )
 from tuning import PROBE_SIZES, find_lr, plan
-
-# The recipes. Each gives the defaults of some flags, and below the line the values that have no flag.
-RECIPES = {
-    "tutorial": {
-        "epochs": 30,
-        "batch_size": 16,
-        "lr": 0.001,
-        "lrf": 0.1,  # final learning rate, as a fraction of lr
-        "warmup": 0.0,  # fraction of the training
-        "weight_decay": 0.005,
-        "label_smoothing": 0.0,
-        # ---
-        "rate_by_step": False,  # update the learning rate after every step, not epoch
-        "nesterov": False,
-        "muon_rate": 0.0,  # train convolutions with Muon, at this multiple of the learning rate; 0: with SGD
-        "first_size": 1.0,  # size of the training images at the start and at the end, as fractions of --img-size
-        "last_size": 1.0,
-        "backbone_rate": 1.0,  # learning rate of all layers but fc, as a fraction of lr
-        "feature_views": 0,  # --freeze-layers: compute features of so many views per image in advance; 0: never
-        "ema_decay": 0.0,  # moving average of the weights, validated and saved as best.pth; 0: no average
-        "bn_images": 0,  # training images for estimating BatchNorm statistics before validation; 0: running averages
-    },
-    "scratch": {
-        "epochs": 30,
-        "batch_size": 64,
-        "lr": 0.0003,
-        "lrf": 0.0,
-        "warmup": 0.2,
-        "weight_decay": 0.002,
-        "label_smoothing": 0.1,
-        # ---
-        "rate_by_step": True,
-        "nesterov": True,
-        "muon_rate": 50.0,
-        "first_size": 0.5,
-        "last_size": 0.85,  # objects appear smaller at test time (Touvron et al. 2019, https://arxiv.org/abs/1906.06423)
-        "backbone_rate": 1.0,
-        "feature_views": 0,
-        "ema_decay": 0.9,
-        "bn_images": 128,
-    },
-    "finetune": {
-        "epochs": 10,
-        "batch_size": 32,
-        "lr": 0.03,
-        "lrf": 0.0,
-        "warmup": 0.1,
-        "weight_decay": 0.0005,
-        "label_smoothing": 0.1,
-        # ---
-        "rate_by_step": True,
-        "nesterov": True,
-        "muon_rate": 0.3,
-        "first_size": 0.85,
-        "last_size": 0.85,
-        "backbone_rate": 0.5,
-        "feature_views": 2,
-        "ema_decay": 0.9,
-        "bn_images": 128,
-    },
-}
-
-# Recipe values that no longer exist, and the settings with which a run can be resumed without them.
-FORMER = {"zero_init": (False, True), "decay_norms": (True,), "least_area": (0.08,)}
-
-MAY_CHANGE = {  # flags that may change on resume
-    *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
-    *("resume", "allow_changed_data", "strict", "timeout"),
-}
 
 
 def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> None:
@@ -378,194 +300,10 @@ def read_checkpoint_of(run: Run, data: Data, may_differ: bool) -> Mapping[str, A
     return checkpoint
 
 
-def describe_recipe(args: argparse.Namespace) -> str:
-    """For people: what is in force."""
-    flags = ("batch_size", "lr", "lrf", "warmup", "weight_decay", "label_smoothing")
-    values = ", ".join(f"{flag.replace('_', ' ')} {getattr(args, flag):g}" for flag in flags)
-    long = f"{args.time_budget:g} minutes" if args.time_budget else f"{args.epochs} epochs"
-    first, last = training_sizes(args)
-    sizes = f"{first} px" if first == last else f"{first} to {last} px"
-    return f"{args.recipe}, {long}, {values}, {sizes}"
-
-
-def parse_args(argv: list[str] | None = None, recipe: dict[str, Any] | None = None) -> argparse.Namespace:
-    """The command line; exits with one line where a value is out of range.
-
-    Args:
-        recipe: the values of the one that it names, instead of those of `RECIPES`.
-    """
-    parser = FlagParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data-path", help="folder with one sub-folder per class (default: the built-in sample)")
-    add("--val-path", help="validation folder of the same form (default: a fraction of --data-path)")
-    add(
-        "--val-rate",
-        type=float,
-        default=0.2,
-        help="fraction of each class held out for validation (default: %(default)s)",
-    )
-    add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
-    add("--num-classes", type=int, help="expected number of classes, checked against the data")
-    add("--model", choices=MODELS, default="resnet34", help="network (default: %(default)s)")
-    add("--weights", default="", help="weights file to start from, or imagenet (default: train from scratch)")
-    add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train the classifier fc only")
-    size_help = "input size in pixels (default: 224, or with --time-budget as large as the time allows)"
-    add("--img-size", type=int, help=size_help)
-    add("--recipe", choices=RECIPES, default="tutorial", help="defaults of the next seven flags (default: %(default)s)")
-    add("--epochs", type=int, help="number of passes over the training images")
-    add("--batch-size", type=int, help="images per batch, in each process")
-    add("--lr", type=float, help="maximum learning rate")
-    add("--lrf", type=float, help="final learning rate, as a fraction of --lr")
-    add("--warmup", type=float, help="fraction of the training in which the learning rate rises to --lr")
-    add("--weight-decay", type=float, help="weight decay (L2 penalty); not applied to convolutions trained by Muon")
-    add("--label-smoothing", type=float, help="label smoothing of the training loss")
-    add("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
-    add("--time-budget", type=float, metavar="MINUTES", help="train for this long instead of --epochs")
-    add("--find-lr", action="store_true", help="run a learning-rate range test, suggest a value for --lr, and exit")
-    add(
-        "--patience",
-        type=int,
-        default=0,
-        help="stop after N epochs without a better accuracy (default: never)",
-        metavar="N",
-    )
-    add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, or else the CPU)")
-    add("--sync-bn", action="store_true", help="synchronised BatchNorm over all GPUs, under torchrun")
-    add("--timeout", type=float, default=300, help="seconds to wait for an unreachable rank (default: %(default)s)")
-    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
-    add("--workers", type=int, help="DataLoader workers per process (default: one per core, at most 8)")
-    add("--seed", type=int, default=0, help="random seed for weights, shuffling, augmentation (default: %(default)s)")
-    add("--name", default="flower_experiment", help="name of the run's folder in runs/ (default: %(default)s)")
-    resume_help = "resume a run, given by name, folder or last.pth (default: the most recent one)"
-    add("--resume", nargs="?", const="", metavar="RUN", help=resume_help)
-    add("--allow-changed-data", action="store_true", help="resume even if files were added, changed or removed")
-    add("--strict", action="store_true", help="stop if an image cannot be read, instead of skipping it")
-    histograms_help = "log the weights of two convolutions, or the weights and gradients of all (default: %(default)s)"
-    add("--histograms", choices=("first", "all"), default="first", help=histograms_help)
-    add("--save-every", type=int, default=0, metavar="N", help="also save a plain state_dict every N epochs")
-    parser.set_defaults(**RECIPES["tutorial"])
-    recipe = recipe or RECIPES[parser.parse_args(argv).recipe]
-    parser.set_defaults(**recipe)
-    args = parser.parse_args(argv)
-    if args.img_size is None and not args.time_budget:
-        args.img_size = 224
-    if args.download:
-        args.data_path = args.data_path or str(FLOWER_PHOTOS)
-
-    for flag, fits, need in [
-        ("epochs", not args.time_budget or args.epochs == recipe["epochs"], "left out: --time-budget takes its place"),
-        (
-            "time_budget",
-            not (args.time_budget and computes_features(args)),
-            "left out: the epochs of a frozen backbone take seconds",
-        ),
-        ("data_path", args.data_path != "", "a folder; without it the built-in sample is trained on"),
-        ("val_path", args.val_path != "", "a folder"),
-        ("val_rate", 0 < args.val_rate < 1, "above 0 and below 1"),
-        ("num_classes", args.num_classes is None or args.num_classes >= 2, "at least 2"),
-        ("img_size", args.img_size is None or args.img_size >= 32, "at least 32"),
-        ("epochs", args.epochs >= 1, "at least 1"),
-        ("batch_size", args.batch_size >= 1, "at least 1"),
-        ("batch_size", args.batch_size >= 2 or not has_single_pixels(args), "at least 2 for images of 32 pixels"),
-        ("lr", 0 < args.lr < math.inf, "above 0"),
-        ("lrf", 0 <= args.lrf < math.inf, "at least 0"),
-        ("warmup", 0 <= args.warmup < 1, "at least 0 and below 1"),
-        ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"),
-        ("label_smoothing", 0 <= args.label_smoothing < 1, "at least 0 and below 1"),
-        ("time_budget", args.time_budget is None or 0 < args.time_budget < math.inf, "above 0"),
-        ("patience", args.patience >= 0, "at least 0"),
-        ("accumulate", args.accumulate >= 1, "at least 1"),
-        (
-            "accumulate",
-            args.accumulate == 1 or not args.find_lr,
-            "1 with --find-lr: give all images of a step in --batch-size",
-        ),
-        ("timeout", 0 < args.timeout <= 10**7, "above 0, and at most 10,000,000 seconds"),
-        ("workers", args.workers is None or args.workers >= 0, "at least 0"),
-        ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
-        ("name", args.name == Path(args.name).name and args.name[:1] not in ("", "."), "a plain folder name"),
-        ("save_every", args.save_every >= 0, "at least 0"),
-    ]:
-        if not fits:
-            parser.error(f"--{flag.replace('_', '-')} is {json.dumps(getattr(args, flag))}; it must be {need}")
-    return args
-
-
 def resume(given: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, list[str], str]:
-    """The flags and the command line of the run that a command line, parsed and not, wants to go on; why it cannot.
-
-    The last is empty where there is something left to train.
-
-    Raises:
-        UsageError: there is no such run, or a flag contradicts how it was started.
-        WeightsError: its checkpoint is damaged.
-    """
+    """Find the run to resume, and merge its flags: see `merge_resumed_args`."""
     folder = find_run(given.resume)
-    checkpoint = read_checkpoint(folder / "weights" / "last.pth")
-    progress = checkpoint["resume"]
-    command = progress["command"]
-    recipe = progress.get("recipe", {})
-    if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):
-        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
-    for name, fits in FORMER.items():
-        if (value := recipe.pop(name, fits[0])) not in fits:
-            raise UsageError(
-                f"the run {folder} was begun by an older train.py, with {name} {value!r} in its recipe, which there "
-                f"is no more; start a new run"
-            )
-    recipe = RECIPES["tutorial"] | recipe if recipe else None  # as it was then, without the ingredients that are newer
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            before = parse_args(command, recipe)
-    except SystemExit as error:
-        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its command line is not train.py's") from error
-    args = parse_args(command + argv, recipe)
-    for flag, value in vars(before).items():
-        if flag not in MAY_CHANGE and getattr(args, flag) != value:
-            raise UsageError(
-                f"--{flag.replace('_', '-')}: the run {folder} was started with {value}; leave the flag out to go on "
-                f"with it, or start a new run"
-            )
-    if args.epochs < before.epochs:
-        raise UsageError(f"--epochs: the run {folder} was started with {before.epochs}; it can only be more")
-    args.resume, args.download = str(folder), given.download
-    if args.img_size is None:  # it was planned
-        args.img_size = checkpoint.get("img_size")
-        if not isinstance(args.img_size, int) or args.img_size < 32:
-            raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its img_size is {args.img_size!r}")
-    changed = ("epochs", "patience", "data_path", "val_path")
-    changed = [flag for flag in changed if getattr(args, flag) != getattr(before, flag)]
-    over = bool(progress.get("over"))
-    improved_at = progress["improved_at"]
-    has_stalled = improved_at is not None and 0 < args.patience <= progress["epoch"] - 1 - improved_at
-    more_patient = before.patience > 0 and not 0 < args.patience <= before.patience
-    stalled = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
-    if over and args.time_budget and not more_patient:
-        complete = "its time is up" + (f", or {stalled}" if args.patience else "")
-    elif over and has_stalled and args.epochs > progress["epoch"]:
-        complete = stalled
-    elif progress["epoch"] >= args.epochs and not args.time_budget:
-        complete = f"{args.epochs} epochs; --epochs with a larger number goes on"
-    else:
-        complete = ""
-    return args, command + as_words(args, changed), complete
-
-
-def may_be(name: Any, value: Any) -> bool:
-    """Whether a recipe may have this value: a finite number, or a flag, of a type that it has, or had, in a recipe."""
-    types = {type(recipe[name]) for recipe in RECIPES.values() if name in recipe}
-    types |= {type(fit) for fit in FORMER.get(name, ())}
-    is_number = type(value) is int and float in types  # 0 may stand for 0.0
-    return (type(value) in types or is_number) and -math.inf < value < math.inf
-
-
-def as_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
-    """Flags as on a command line; paths in full, as a run may go on from another folder."""
-    values = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
-    return [
-        f"--{flag.replace('_', '-')}={Path(value).absolute() if flag.endswith('_path') else value}"
-        for flag, value in values.items()
-    ]
+    return merge_resumed_args(given, argv, folder, read_checkpoint(folder / "weights" / "last.pth"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+from config import training_sizes
 from distributed import Distributed
-from loaders import make_loader, make_train_loader, training_sizes
+from loaders import make_loader, make_train_loader
 from model import ResNet
 from my_dataset import MyDataSet, Tolerant, TrainTransform
 from optimization import make_optimizer, set_learning_rate
