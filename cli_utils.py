@@ -179,6 +179,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def number_of_workers(workers: int | None, processes: int = 1) -> int:
+    """Return --workers, or by default one worker per core, at most 8, divided among the processes on this machine."""
+    return min(max(1, available_cores() // processes), 8) if workers is None else workers
+
+
 def available_memory() -> int:
     """Return the available memory in bytes; 0 if it is unknown."""
     available = []

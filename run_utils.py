@@ -26,9 +26,9 @@ from torch.optim.swa_utils import AveragedModel
 from cli_utils import UsageError, printable, quote_command, read_json, write_json
 from data_utils import write_class_indices
 from distributed import Distributed
-from loaders import Data, Files
 from model import WeightsError, is_finite, read_torch_file
 from optimization import Schedule
+from prepare_data import Data, Files
 from train_eval_utils import Progress
 
 try:

@@ -150,7 +150,7 @@ class TensorBoardLogger:
         self.device, self.amp_dtype = device, amp_dtype
         self.class_names = run.info["class_names"]
         self.tag_names = [printable(name) for name in self.class_names]  # event files are UTF-8
-        self.val_set = val_loader.dataset.images.images
+        self.val_set = val_loader.dataset.images
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
         self.background = BackgroundWriter(synchronous=device.type == "cpu")  # whose cores are busy with training
 

@@ -38,19 +38,14 @@ from config import (
     merge_resumed_args,
     parse_args,
 )
+from data_loading import head_loaders, load_bn_images, make_train_loader, make_val_loader
 from data_utils import KNOWN_IMAGES, DataError
 from distributed import Distributed, OtherRankFailed, is_connection_lost
-from loaders import (
-    Data,
-    head_loaders,
-    load_bn_images,
-    make_train_loader,
-    make_val_loader,
-    read_data,
-)
+from image_cache import ImageCache
 from model import MODELS, WeightsError, to_device
 from my_dataset import EvalTransform, TrainTransform
 from optimization import make_average, make_optimizer, make_schedule, prepare_weights, set_learning_rate
+from prepare_data import Data, prepare_data
 from run_utils import (
     Run,
     StopRequest,
@@ -100,11 +95,13 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
     # The data: what to train on, and what to validate on.
     resumed = args.resume is not None
     runs = Path(args.resume).absolute().parent if resumed else Path("runs")
-    data = dist.broadcast_from_main(lambda: read_data(args, runs / KNOWN_IMAGES), no_timeout=True)
+    data = dist.broadcast_from_main(lambda: prepare_data(args, runs / KNOWN_IMAGES), no_timeout=True)
     train_set, val_set, class_names = data.train_set, data.val_set, data.class_names
     (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)  # for each set to keep its large images in, decoded
     for images in (train_set, val_set):
-        images.keep_images(int(cache_bytes), dist.shared_memory, dist.local_rank, dist.local_world_size)
+        if cache_bytes > 0:
+            share = dist.shared_memory, dist.local_rank, dist.local_world_size
+            images.cache = ImageCache(len(images), int(cache_bytes), *share)
 
     # The network, from scratch or from weights, and stochastic gradient descent.
     model = MODELS[args.model](num_classes=len(class_names))

@@ -138,8 +138,8 @@ def train_one_epoch(
         model: takes images (N, 3, H, W), float32, normalised; gives logits (N, classes).
         data_loader: gives images (N, 3, H, W), uint8 or normalised float, and labels (N,), int64.
         epoch: its number, for the bar and for messages.
-        steps: of each step, how much the mean loss of each of its batches counts (see `ShareSampler`); None: each batch
-            is a step. Between the batches of a step the processes of a DistributedDataParallel do not communicate.
+        steps: per step, the weights of its batches' mean losses (see `DistributedBatchSampler`). Gradients are reduced
+            over ranks once per step. None: each batch is a step.
         amp_dtype: mixed precision, see `compute_logits`.
         scaler: of the loss, which float16 needs, as its gradients vanish otherwise (https://arxiv.org/abs/1710.03740).
         label_smoothing: the part of the probability that all classes share (https://arxiv.org/abs/1512.00567).

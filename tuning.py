@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from config import training_sizes
+from data_loading import SafeImages, make_loader, make_train_loader
 from distributed import Distributed
-from loaders import make_loader, make_train_loader
 from model import ResNet
-from my_dataset import MyDataSet, Tolerant, TrainTransform
+from my_dataset import MyDataSet, TrainTransform
 from optimization import make_optimizer, set_learning_rate
 from train_eval_utils import Progress, train_one_epoch
 
@@ -52,7 +52,7 @@ def find_lr(
     """Run the range test on the training set and print the suggestion. `options`: those of `train_one_epoch`."""
     rates = np.geomspace(1e-5, 10, 120)
     train_set.transform.img_size = training_sizes(args)[1]
-    images = Tolerant(train_set, replace=True)
+    images = SafeImages(train_set, replace=True)
     generator = torch.Generator().manual_seed(args.seed)
     sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
     loader = make_loader(images, BatchSampler(sampler, args.batch_size, drop_last=False), args, device, dist)
@@ -147,7 +147,7 @@ def plan(
         --img-size, or the largest size at which there is time for the recipe's epochs; and the seconds that an
         evaluation will take.
     """
-    images = copy.copy(train_set)  # whose cache stays empty
+    images = copy.copy(train_set)  # without its cache
     images.transform = TrainTransform(PROBE_SIZES[-1])
     loader = make_train_loader(images, args, device, dist)
     model = copy.deepcopy(model)

@@ -34,8 +34,8 @@ from data_utils import (
     split_folder,
 )
 from image_io import ImageError, read_image
-from loaders import check_images
 from model import WeightsError, load_model, load_pretrained, resnet18
+from prepare_data import check_images
 from run_utils import read_checkpoint
 from sample_flowers import draw_flower
 

@@ -23,12 +23,14 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from cli_utils import available_cores, available_memory, describe_device, select_precision
+from data_loading import DistributedBatchSampler, EpochSampler, make_loader, make_val_loader
 from data_utils import find_split
 from distributed import Distributed
-from loaders import find_data, make_loader, make_val_loader
+from image_cache import ImageCache
 from model import MODELS, to_device
-from my_dataset import EpochSampler, MyDataSet, ShareSampler, TrainTransform
+from my_dataset import MyDataSet, TrainTransform
 from optimization import make_optimizer
+from prepare_data import find_data
 from train_eval_utils import collect_logits, train_one_epoch
 
 
@@ -201,7 +203,7 @@ class Ours:
             self.split.train_paths,
             self.split.train_labels,
             TrainTransform(args.img_size),
-            cache_bytes=available_memory() // 8,
+            cache=ImageCache(len(self.split.train_paths), available_memory() // 8),
         )
         self.train_loader = self.loader(self.train_set)
         torch.manual_seed(0)
@@ -210,7 +212,7 @@ class Ours:
 
     def loader(self, train_set: MyDataSet) -> DataLoader:
         """Of training batches, in the order of the first epoch."""
-        batches = ShareSampler(EpochSampler(len(train_set)), self.args.batch_size)
+        batches = DistributedBatchSampler(EpochSampler(len(train_set)), self.args.batch_size)
         return make_loader(train_set, batches, self.args, self.device, Distributed())
 
     def val_loader(self, images: MyDataSet) -> DataLoader:

@@ -15,12 +15,13 @@ from fault_files import draw_zoo
 from fault_harness import accumulated
 from torch.utils.data import DataLoader
 
-import loaders
+import prepare_data
 import train
+from data_loading import EpochSampler, SafeImages
 from data_utils import DataError, find_split, list_images_below, split_folder
 from image_io import ImageError, read_image
-from loaders import check_images, describe_files, leave_out
-from my_dataset import EpochSampler, EvalTransform, MyDataSet, Tolerant, TrainTransform
+from my_dataset import EvalTransform, MyDataSet, TrainTransform
+from prepare_data import check_images, describe_files, drop_unusable
 from run_utils import Run
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -52,7 +53,7 @@ def test_each_file_is_used_or_reported(open_folder):
     for path, problem in problems.items():
         assert repr(str(path)) in problem
         assert len(problem.splitlines()) == 1
-    left, reasons = leave_out(split, found)
+    left, reasons = drop_unusable(split, found)
     assert sorted(reasons) == sorted(problems.values())
     assert len(left.train_paths + left.val_paths) == len(found) - len(problems)
 
@@ -63,7 +64,7 @@ def test_a_class_without_a_usable_image_is_told_by_one_of_its_own(tmp_path):
         path.write_bytes(b"")
     split = split_folder(folder)
     with pytest.raises(DataError, match=r"class dog: none of its images can be used; .*dog 0\d\.png"):
-        leave_out(split, check_images(split.train_paths + split.val_paths, {}))
+        drop_unusable(split, check_images(split.train_paths + split.val_paths, {}))
 
 
 def test_an_unreadable_file_is_reported(open_folder):
@@ -95,7 +96,7 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [image.problem is not None for image in first.values()] == [True] + [False] * 119
     read = []
-    monkeypatch.setattr(loaders, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
+    monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert check_images(paths, json.loads(json.dumps(first))) == first
     assert read == paths[:1]  # what was wrong may have been too little memory
     read.clear()
@@ -124,7 +125,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     assert all(any(repr(str(path)) in line for line in listed) for path in bad)
 
     read = []
-    monkeypatch.setattr(loaders, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
+    monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     assert f"left out     {len(bad)} images" in capsys.readouterr().out
     assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are known
@@ -186,7 +187,7 @@ def test_files_are_told_apart_by_their_content(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_next_image_takes_the_place_of_one_that_breaks(tmp_path, capfd, workers):
     paths = files_in(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}))
-    images = Tolerant(MyDataSet(paths, range(6), TrainTransform(32)), replace=True)
+    images = SafeImages(MyDataSet(paths, range(6), TrainTransform(32)), replace=True)
     for index in (1, 2, 5):
         Path(paths[index]).unlink()
     loader = DataLoader(images, 2, sampler=EpochSampler(6), collate_fn=images.collate_fn, num_workers=workers)
@@ -203,7 +204,7 @@ def test_the_next_image_takes_the_place_of_one_that_breaks(tmp_path, capfd, work
 
 def test_evaluation_leaves_out_what_breaks(tmp_path, capsys):
     paths = files_in(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}))
-    images = Tolerant(MyDataSet(paths, range(6), EvalTransform(32)), replace=False)
+    images = SafeImages(MyDataSet(paths, range(6), EvalTransform(32)), replace=False)
     for index in (0, 1, 5):
         Path(paths[index]).unlink()
     batches = list(DataLoader(images, 2, collate_fn=images.collate_fn))

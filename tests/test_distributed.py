@@ -20,15 +20,16 @@ import torch.distributed
 from conftest import write_classes, write_image
 from torch import nn
 
-import loaders
+import data_loading
 import run_utils
 import train
 import train_eval_utils
 from cli_utils import UsageError
+from data_loading import DistributedBatchSampler, EpochSampler, make_train_loader, make_val_loader
 from data_utils import find_split
 from distributed import Distributed, is_connection_lost
-from loaders import make_train_loader, make_val_loader
-from my_dataset import EpochSampler, EvalTransform, MyDataSet, ShareSampler, TrainTransform, prepare_batch
+from image_cache import ImageCache
+from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import make_optimizer
 from run_utils import Run, StopRequest, StopSignals
 from train_eval_utils import collect_logits, gather_evaluation, train_one_epoch
@@ -85,7 +86,7 @@ def test_processes_see_the_images_of_one_process():
         for rank in range(count):
             order = EpochSampler(37, seed=3)
             order.set_epoch(2, start=4)
-            share = ShareSampler(order, batch_size, rank=rank, world_size=count, accumulate=accumulate)
+            share = DistributedBatchSampler(order, batch_size, rank=rank, world_size=count, accumulate=accumulate)
             batches = iter(share)
             assert len(list(share)) == len(share)
             for number, weights in enumerate(share.steps()):
@@ -209,7 +210,7 @@ def test_what_one_process_has_decoded_the_others_need_not(tmp_path):
     def read() -> None:
         with Distributed() as dist:
             images = MyDataSet(paths, range(6), EvalTransform(32))
-            images.keep_images(2**20, dist.shared_memory, dist.local_rank, dist.local_world_size)
+            images.cache = ImageCache(6, 2**20, dist.shared_memory, dist.local_rank, dist.local_world_size)
             own = [images[index][0] for index in range(dist.rank, 6, 2)]
             dist.gather(None)
             if dist.is_main:
@@ -360,7 +361,7 @@ def test_an_error_before_training_is_said_once(sample, capfd, flag):
 
 
 def test_a_frozen_backbone_is_that_of_one_process(sample, monkeypatch):
-    collect = loaders.collect_features
+    collect = data_loading.collect_features
 
     def count_features(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
         features, labels = collect(*arguments, **options)
@@ -368,7 +369,7 @@ def test_a_frozen_backbone_is_that_of_one_process(sample, monkeypatch):
             file.write("." * len(features))
         return features, labels
 
-    monkeypatch.setattr(loaders, "collect_features", count_features)
+    monkeypatch.setattr(data_loading, "collect_features", count_features)
     flags = ["--data-path", str(sample), *SMALL, "--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
     flags += ["--amp", "off"]  # bfloat16 rounds differently in batches of another size
     for count in (1, 2):

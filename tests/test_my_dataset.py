@@ -15,14 +15,14 @@ from test_image_io import jpeg
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
+from data_loading import EpochSampler, SafeImages
+from image_cache import ImageCache
 from image_io import ImageError, read_image
 from my_dataset import (
     MEAN,
     STD,
-    EpochSampler,
     EvalTransform,
     MyDataSet,
-    Tolerant,
     TrainTransform,
     prepare_batch,
     to_pixels,
@@ -210,7 +210,7 @@ def test_an_epoch_may_ask_for_another_size(tmp_path):
     (other,) = sampler
     assert other == item[:2]
     assert data_set[other][0].shape == (3, 32, 32)
-    assert Tolerant(data_set, replace=True)[item][0].shape == (3, 48, 48)
+    assert SafeImages(data_set, replace=True)[item][0].shape == (3, 48, 48)
 
 
 def test_no_global_generator_moves(tmp_path):
@@ -229,8 +229,10 @@ def large_images(folder: Path) -> list[str]:
     return [str(jpeg(folder / f"{index}.jpg", size=(1600 + 8 * index, 1200))) for index in range(6)]
 
 
-def two_epochs(paths: list[str], workers: int, between: Callable = lambda: None, **keywords) -> list[torch.Tensor]:
-    data_set = MyDataSet(paths, range(len(paths)), TrainTransform(64), **keywords)
+def two_epochs(
+    paths: list[str], workers: int, between: Callable = lambda: None, cache: ImageCache | None = None
+) -> list[torch.Tensor]:
+    data_set = MyDataSet(paths, range(len(paths)), TrainTransform(64), cache=cache)
     sampler = EpochSampler(len(paths))
     loader = DataLoader(
         data_set,
@@ -250,7 +252,7 @@ def two_epochs(paths: list[str], workers: int, between: Callable = lambda: None,
 def test_large_images_are_read_once_by_whichever_worker_and_the_batches_are_the_same(tmp_path, workers):
     paths = large_images(tmp_path)
     expected = two_epochs(paths, workers=0)
-    kept = two_epochs(paths, workers, lambda: [Path(path).unlink() for path in paths], cache_bytes=2**20)
+    kept = two_epochs(paths, workers, lambda: [Path(path).unlink() for path in paths], cache=ImageCache(6, 2**20))
     assert torch.equal(torch.cat(kept), torch.cat(expected))
 
 
@@ -260,14 +262,16 @@ def test_memory_is_taken_as_it_fills(tmp_path):
         return int(re.search(r"Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
 
     before = shared()
-    data_set = MyDataSet(large_images(tmp_path), range(6), TrainTransform(64), cache_bytes=2**32)
+    data_set = MyDataSet(large_images(tmp_path), range(6), TrainTransform(64), cache=ImageCache(6, 2**32))
     data_set[0]
     assert shared() - before < 2**21  # KiB: half of it
 
 
 def test_no_more_is_kept_than_is_allowed(tmp_path):
     paths = large_images(tmp_path)
-    data_set = MyDataSet(paths, range(len(paths)), EvalTransform(64), cache_bytes=200_000)  # each takes some 90,000
+    data_set = MyDataSet(
+        paths, range(len(paths)), EvalTransform(64), cache=ImageCache(6, 200_000)
+    )  # each takes some 90,000
     before = [data_set[index][0] for index in range(len(paths))]
     for path in paths:
         Path(path).unlink()
@@ -279,7 +283,7 @@ def test_no_more_is_kept_than_is_allowed(tmp_path):
 
 def test_images_that_were_not_scaled_are_not_kept(tmp_path):
     path = write_image(tmp_path / "a.png", (190, 190))
-    data_set = MyDataSet([path], [0], EvalTransform(64), cache_bytes=2**20)
+    data_set = MyDataSet([path], [0], EvalTransform(64), cache=ImageCache(1, 2**20))
     assert data_set[0][0].shape == (3, 64, 64)
     path.unlink()
     with pytest.raises(ImageError, match="No such file"):

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 import train
 from config import training_sizes
+from data_loading import EpochSampler, head_loaders, make_train_loader, make_val_loader
 from data_utils import find_split
 from distributed import Distributed
-from loaders import head_loaders, make_train_loader, make_val_loader
 from model import MODELS, ResNet, to_device
-from my_dataset import EpochSampler, EvalTransform, MyDataSet, TrainTransform, prepare_batch
+from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import Muon, Schedule, make_optimizer, set_learning_rate
 from train_eval_utils import Evaluation, estimate_batch_norm
 from tuning import PLANNED_SIZES, plan

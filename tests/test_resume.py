@@ -18,7 +18,7 @@ from conftest import write_classes, write_image
 from fault_harness import accumulated, differences
 
 import config
-import loaders
+import prepare_data
 import run_utils
 import tensorboard_logger
 import train
@@ -188,7 +188,7 @@ def test_the_newest_run_is_meant_without_a_name(pets, undisturbed, capsys):
 def test_what_was_downloaded_is_not_downloaded_again(pets, undisturbed, monkeypatch):
     downloads = []
     monkeypatch.setattr(config, "FLOWER_PHOTOS", pets)
-    monkeypatch.setattr(loaders, "download_flower_photos", downloads.append)
+    monkeypatch.setattr(prepare_data, "download_flower_photos", downloads.append)
     with after_steps(2, send(signal.SIGTERM)):
         assert train.main([*flags(pets)[2:], "--download"]) == 143
     assert train.main(["--resume"]) == 0

@@ -9,9 +9,10 @@ import torch
 from conftest import write_classes
 from torch.utils.data import DataLoader
 
+from data_loading import DistributedBatchSampler, EpochSampler, SafeImages
 from distributed import Distributed
 from model import MODELS
-from my_dataset import EpochSampler, EvalTransform, MyDataSet, Numbered, ShareSampler, Tolerant, TrainTransform
+from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from optimization import Schedule
 from run_utils import Run
 from tensorboard_logger import ProjectorFeatures, TensorBoardLogger
@@ -31,8 +32,8 @@ def logger(tmp_path, monkeypatch, small_network):
     monkeypatch.setattr("tensorboard_logger.PLOT_IMG", tmp_path)  # no images of flowers
     paths = sorted(write_classes(tmp_path / "pets", {"cat": 1}).rglob("*.png"))
     labels = [CLASSES.index(path.parent.name) for path in paths]
-    train_set = Tolerant(MyDataSet(paths, labels, TrainTransform(SIZE)), replace=True)
-    val_set = Tolerant(Numbered(MyDataSet(paths, labels, EvalTransform(SIZE))), replace=False)
+    train_set = SafeImages(MyDataSet(paths, labels, TrainTransform(SIZE)), replace=True)
+    val_set = SafeImages(MyDataSet(paths, labels, EvalTransform(SIZE)), replace=False, return_index=True)
     sampler = EpochSampler(len(paths), seed=0)
     model = MODELS["resnet18"](num_classes=len(CLASSES))
     folder = tmp_path / "run"
@@ -53,7 +54,7 @@ def logger(tmp_path, monkeypatch, small_network):
     with TensorBoardLogger(
         run,
         argparse.Namespace(batch_size=2, histograms="first"),
-        DataLoader(train_set, batch_sampler=ShareSampler(sampler, batch_size=2)),
+        DataLoader(train_set, batch_sampler=DistributedBatchSampler(sampler, batch_size=2)),
         DataLoader(val_set, batch_size=2),
         torch.device("cpu"),
         None,

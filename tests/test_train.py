@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import read_events, write_classes, write_image
 
-import loaders
+import prepare_data
 import tensorboard_logger
 import train
+from data_loading import make_train_loader
 from data_utils import choose_figure_images, find_split
 from distributed import Distributed
-from loaders import make_train_loader
 from model import MODELS, named_convolutions
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from sample_flowers import draw_sample
@@ -103,14 +103,14 @@ def test_a_last_batch_of_one_image_is_left_out(tmp_path):
 
 
 def test_without_data_the_sample_is_drawn_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(loaders, "SAMPLE", tmp_path / "data" / "sample")
+    monkeypatch.setattr(prepare_data, "SAMPLE", tmp_path / "data" / "sample")
     drawn = []
 
     def draw(folder):
         drawn.append(folder)
         return write_classes(folder, {"daisy": 5, "roses": 5})
 
-    monkeypatch.setattr(loaders, "draw_sample", draw)
+    monkeypatch.setattr(prepare_data, "draw_sample", draw)
     for _ in range(2):
         assert train.main([*TINY, "--epochs", "1"]) == 0
         assert "--data-path FOLDER" in capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_a_damaged_file_in_plot_img_ends_no_training(two_classes, tmp_path, monk
 
 
 def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
-    monkeypatch.setattr(loaders, "download_flower_photos", lambda root: two_classes.rename(root))
+    monkeypatch.setattr(prepare_data, "download_flower_photos", lambda root: two_classes.rename(root))
     assert train.main(["--download", "--data-path", str(tmp_path / "new"), *TINY, "--epochs", "1"]) == 0
     assert (tmp_path / "new" / "cat").is_dir()
 
