@@ -59,12 +59,12 @@ class MyDataSet(Dataset):
         self.images_class = [label for label, use in zip(images_class, usable, strict=True) if use]
         self.transform = transform
         self.cache = cache
-        left_out = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
-        if left_out:
-            names = ", ".join(map(repr, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
+        skipped = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
+        if skipped:
+            names = ", ".join(map(repr, skipped[:3])) + (", ..." if len(skipped) > 3 else "")
             print(
-                f"{len(left_out)} of {len(images_path)} images left out, more than {MAX_ASPECT_RATIO} times as long as "
-                f"wide or as wide as long: {names}"
+                f"skipped {len(skipped)} of {len(images_path)} images with an aspect ratio above {MAX_ASPECT_RATIO}: "
+                f"{names}"
             )
 
     def __len__(self) -> int:

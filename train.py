@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from data_utils import KNOWN_IMAGES, DataError
 from distributed import Distributed, OtherRankFailed, is_connection_lost
 from image_cache import ImageCache
 from model import MODELS, WeightsError, to_device
-from my_dataset import EvalTransform, TrainTransform
+from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from optimization import make_average, make_optimizer, make_schedule, prepare_weights, set_learning_rate
 from prepare_data import Data, prepare_data
 from run_utils import (
@@ -72,52 +72,39 @@ from tuning import PROBE_SIZES, find_lr, plan
 
 
 def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> None:
-    """Train as the flags say.
+    """Train, or resume a run.
 
     Args:
-        args: `resume` is the folder of the run to go on with, or None.
-        command: the words of the command line, for `--resume`.
+        args: the flags, with `resume` as the folder of the run to resume, or None.
+        command: the command line that reproduces the run.
         dist: the process group. All ranks take the same path through this function.
 
     Raises:
-        StopRequest: a signal came; the run has been saved.
+        StopRequest: a signal has arrived, and the run has been saved.
     """
-    matplotlib.use("Agg")  # figures go to files, also where there is a screen
-    device = select_device(args.device, dist)
-    amp_dtype, precision = select_precision(args.amp, device)
-    check_processes(args, device, amp_dtype, dist)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # batches have few shapes: try the kernels once, take the fastest
-        torch.set_float32_matmul_precision("high")  # TF32
+    matplotlib.use("Agg")  # figures go to files, even if there is a screen
+    device, amp_dtype, precision = setup_device(args, dist)
     torch.manual_seed(args.seed)
 
-    # The data: what to train on, and what to validate on.
+    # --- data, model, optimizer, schedule
     resumed = args.resume is not None
     runs = Path(args.resume).absolute().parent if resumed else Path("runs")
     data = dist.broadcast_from_main(lambda: prepare_data(args, runs / KNOWN_IMAGES), no_timeout=True)
     train_set, val_set, class_names = data.train_set, data.val_set, data.class_names
-    (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)  # for each set to keep its large images in, decoded
-    for images in (train_set, val_set):
-        if cache_bytes > 0:
-            share = dist.shared_memory, dist.local_rank, dist.local_world_size
-            images.cache = ImageCache(len(images), int(cache_bytes), *share)
-
-    # The network, from scratch or from weights, and stochastic gradient descent.
+    cache_images((train_set, val_set), dist)
     model = MODELS[args.model](num_classes=len(class_names))
     weights_line = prepare_weights(model, args, resumed, dist)
     to_device(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     optimizer = make_optimizer(model, args, device, amp_dtype)
 
-    # The schedule, and the images in the sizes that it asks for.
     evaluation_seconds = 0.0
     if args.time_budget and not resumed:
         args.img_size, evaluation_seconds = plan(
             args, model, train_set, len(val_set) + args.bn_images, device, amp_dtype, dist
         )
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its parameters stay
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the parameters stay the same objects
     average = make_average(model, args)
     train_set.transform = TrainTransform(args.img_size)
     val_set.transform = EvalTransform(args.img_size)
@@ -127,15 +114,15 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
     schedule = make_schedule(args, len(batches.steps()), dist)
     schedule.reserve_time(evaluation_seconds)
 
-    # The run. Nothing has been written up to here, in case a flag or the data was wrong.
+    # --- start or resume the run; nothing has been written so far, in case a flag or the data is invalid
     folder = dist.broadcast_from_main(lambda: Path(args.resume) if resumed else create_run_folder(args.name))
     info = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
     recipe = {name: getattr(args, name) for name in RECIPES[args.recipe]}
     run = Run(folder, model, optimizer, scaler, schedule, info, command, recipe, batches.global_batch, dist, average)
-    dist.sync_flags()  # on the time that has been spent
-    if resumed:  # from here on no other process can change its last.pth
+    dist.sync_flags()  # the time that has been spent
+    if resumed:  # the run is locked, so that no other process can change its last.pth
         run.load(dist.broadcast_from_main(lambda: read_checkpoint_of(run, data, args.allow_changed_data)))
-        # The flags may allow more by now.
+        # The flags may allow more epochs now.
         run.over = run.over and (schedule.is_over(run.epoch) or run.has_stalled(args.patience))
     if dist.is_main:
         write_run(run, data, args, runs / KNOWN_IMAGES)
@@ -144,21 +131,8 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
     if dist.is_main:
         logger = TensorBoardLogger(run, args, train_loader, val_loader, device, amp_dtype)
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"device       {describe_device(device)}{describe_processes(dist)}")
-    print(f"precision    {precision}")
-    print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
-    print(f"recipe       {describe_recipe(args)}")
-    if batches.global_batch > args.batch_size:
-        print(f"global batch {batches.global_batch} images a step")
-    print(f"classes      {len(class_names)}: {shorten(printable(', '.join(class_names)))}")
-    print(f"images       {len(train_set)} for training, {len(val_set)} for validation ({printable(data.val_source)})")
-    if data.problems:
-        where = printable(str(folder / "unusable_images.txt"))
-        print(f"left out     {len(data.problems)} images that cannot be used: {where} says why")
-    where = f", on from epoch {run.epoch}, step {run.progress.steps}" if resumed else ""
-    print(f"run          {printable(str(folder))}{where}")
-    print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
+    if dist.is_main:
+        print_header(args, data, run, device, precision, weights_line, dist)
 
     def save() -> None:
         run.progress.read()
@@ -188,7 +162,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 logger.log_start(run_card(command, args, data.counts, hardware))
                 save()
             learner, val_learner = model, run.eval_model
-            if computes_features(args):  # then all that training needs is what fc sees of each image
+            if computes_features(args):  # then only fc is trained, on features computed here
                 learner = val_learner = model.fc
                 train_loader, val_loader = head_loaders(
                     model, train_set, batches, val_loader, args, device, dist, **options
@@ -215,27 +189,21 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                     after_step=after_step,
                     keep_bar=False,
                 )
-                learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # its last step's
+                learning_rate = schedule.learning_rate(epoch, run.progress.steps - 1)  # of the last step
                 trained = time.perf_counter()
                 if bn_images is not None:
                     estimate_batch_norm(val_learner, bn_images, device, batch_size=args.batch_size, amp_dtype=amp_dtype)
                 for each in (model,) if average is None else (model, average):
                     dist.broadcast_model(each)
-                evaluate = functools.partial(collect_logits, val_learner, val_loader, device, **options)
-                logits, numbers = gather_evaluation(dist, functools.partial(evaluate, on_features=features.add))
+                collect = functools.partial(collect_logits, val_learner, val_loader, device, **options)
+                logits, numbers = gather_evaluation(dist, functools.partial(collect, on_features=features.add))
                 stop.sync()
                 progress = run.progress.all_reduce(dist)
-                if len(numbers) < len(val_set):
-                    left_out = len(val_set) - len(numbers)
-                    print(f"[epoch {epoch}] {left_out} of {len(val_set)} validation images left out")
                 validation = Evaluation(logits, torch.tensor(val_set.images_class)[numbers])
-                if not math.isfinite(validation.loss):  # before it is drawn or saved: the checkpoints are from before
-                    dist.fail(
-                        FloatingPointError(
-                            f"the validation loss is {validation.loss} after epoch {epoch}, with learning rate "
-                            f"{learning_rate:g}: training diverged, a lower rate may help"
-                        )
-                    )
+                if len(numbers) < len(val_set):
+                    print(f"[epoch {epoch}] skipped {len(val_set) - len(numbers)} of {len(val_set)} validation images")
+                if not math.isfinite(validation.loss):  # nothing of this epoch has been saved
+                    dist.fail(diverged(validation.loss, epoch, learning_rate))
 
                 is_best = run.judge(validation.accuracy, validation.loss)
                 schedule.reserve_time(*dist.all_reduce_max(time.perf_counter() - trained))
@@ -245,7 +213,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
                 seconds = time.perf_counter() - start
                 logger.log_epoch(progress, validation, numbers, features, learning_rate, seconds, is_best, run.over)
                 features.clear()
-                if run.over:  # what is drawn later than this would be taken back when more epochs follow
+                if run.over:  # figures drawn after the checkpoint would be lost on a resume with more epochs
                     logger.flush()
                 if args.save_every and (epoch + 1) % args.save_every == 0 and dist.is_main:
                     save_checkpoint(run.state_dict(run.eval_model), run.weights / f"model-{epoch}.pth")
@@ -271,6 +239,68 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
     print(f"next: {quote_command(['python', 'predict.py', '--weights', best, val_set.images_path[0]])}", flush=True)
 
 
+def setup_device(args: argparse.Namespace, dist: Distributed) -> tuple[torch.device, torch.dtype | None, str]:
+    """Select the device and the precision, and configure CUDA.
+
+    Returns:
+        The device, the dtype of mixed precision (None: float32), and a description of the precision.
+    """
+    device = select_device(args.device, dist)
+    amp_dtype, precision = select_precision(args.amp, device)
+    check_processes(args, device, amp_dtype, dist)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # there are few batch shapes
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device, amp_dtype, precision
+
+
+def cache_images(data_sets: Iterable[MyDataSet], dist: Distributed) -> None:
+    """Give each data set an eighth of the available memory to cache decoded images in."""
+    (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)
+    for images in data_sets:
+        if cache_bytes > 0:
+            share = dist.shared_memory, dist.local_rank, dist.local_world_size
+            images.cache = ImageCache(len(images), int(cache_bytes), *share)
+
+
+def print_header(
+    args: argparse.Namespace,
+    data: Data,
+    run: Run,
+    device: torch.device,
+    precision: str,
+    weights_line: str,
+    dist: Distributed,
+) -> None:
+    """Print what is trained, on what, and where the results go."""
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    names, folder = data.class_names, printable(str(run.folder))
+    print(f"device       {describe_device(device)}{describe_processes(dist)}")
+    print(f"precision    {precision}")
+    print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
+    print(f"recipe       {describe_recipe(args)}")
+    if run.global_batch > args.batch_size:
+        print(f"global batch {run.global_batch} images per step")
+    print(f"classes      {len(names)}: {shorten(printable(', '.join(names)))}")
+    counts = f"{len(data.train_set)} for training, {len(data.val_set)} for validation"
+    print(f"images       {counts} ({printable(data.val_source)})")
+    if data.problems:
+        reasons = printable(str(run.folder / "unusable_images.txt"))
+        print(f"skipped      {len(data.problems)} unusable images (reasons in {reasons})")
+    resumed_at = f", resumed at epoch {run.epoch}, step {run.progress.steps}" if args.resume is not None else ""
+    print(f"run          {folder}{resumed_at}")
+    print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
+
+
+def diverged(loss: float, epoch: int, learning_rate: float) -> FloatingPointError:
+    """Return the error for a validation loss that is not finite."""
+    return FloatingPointError(
+        f"the validation loss is {loss} after epoch {epoch}, with learning rate {learning_rate:g}: training diverged, "
+        f"a lower rate may help"
+    )
+
+
 def check_processes(
     args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, dist: Distributed
 ) -> None:
@@ -285,13 +315,13 @@ def check_processes(
 
 
 def read_checkpoint_of(run: Run, data: Data, may_differ: bool) -> Mapping[str, Any]:
-    """The last.pth of a run, of which the data may differ, or not."""
+    """Read a run's last.pth, and check that the world size and the data are the same as before."""
     checkpoint = read_checkpoint(run.weights / "last.pth")
     before = checkpoint["resume"].get("global_batch", run.global_batch)
     if before != run.global_batch:
         raise UsageError(
-            f"the run was started with {before} images a step, of all processes, and now there are {run.global_batch}; "
-            f"go on with as many processes as before"
+            f"the run was started with a global batch of {before} images, and now it is {run.global_batch}; resume it "
+            f"with as many processes as before"
         )
     check_same_data(run.folder, data.files, data.class_names, checkpoint, may_differ)
     return checkpoint

@@ -118,7 +118,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     bad = [folder / "dog" / name for name, usable in zoo.items() if not usable and name != "secret.png"]
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     said = capsys.readouterr().out
-    assert f"left out     {len(bad)} images" in said
+    assert f"skipped      {len(bad)} unusable images" in said
     assert "[epoch 0]" in said
     listed = Path("runs/flower_experiment/unusable_images.txt").read_text(encoding="utf-8").splitlines()
     assert len(listed) == len(bad)
@@ -127,7 +127,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     read = []
     monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
-    assert f"left out     {len(bad)} images" in capsys.readouterr().out
+    assert f"skipped      {len(bad)} unusable images" in capsys.readouterr().out
     assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are known
 
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1", "--strict"]) == 1
@@ -227,7 +227,7 @@ def test_a_run_goes_on_when_files_vanish(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Run, "save_is_due", vanish)
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "2"]) == 0
     said = capsys.readouterr()
-    assert "[epoch 1] 2 of 4 validation images left out" in said.out
+    assert "[epoch 1] skipped 2 of 4 validation images" in said.out
     assert f"{split.train_paths[0]!r}: No such file or directory; the next image takes its place" in said.err
 
 

@@ -308,7 +308,7 @@ def test_processes_are_killed_and_stopped_and_nothing_is_lost(sample, program):
 
     status, said = torchrun(program, [*flags, "--name", "interrupted"], interrupt, f"--max-restarts={2 * kills}")
     assert status != 0
-    assert said.count("runs/interrupted, on from epoch") == kills, said
+    assert said.count("runs/interrupted, resumed at epoch") == kills, said
     assert said.count("train.py: stopped at epoch") == 1, said
     assert said.count("2 processes") == kills + 1
     assert run_ranks(2, lambda: train.main(["--resume", "interrupted"])) == [0, 0]
@@ -412,7 +412,7 @@ def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, ca
         patch.setattr(Run, "save_is_due", die)
         assert run_ranks(2, lambda: train.main([*flags, "--name", "died"])) == [1, 1]
     assert run_ranks(2, lambda: train.main(["--resume", "died"])) == [0, 0]
-    assert "runs/died, on from epoch 1, step 5" in capfd.readouterr().out
+    assert "runs/died, resumed at epoch 1, step 5" in capfd.readouterr().out
     undisturbed = weights_of(Path("runs/undisturbed"))
     assert all(value.equal(undisturbed[key]) for key, value in weights_of(Path("runs/died")).items())
     tables = [Path("runs", name, "metrics.csv").read_text().splitlines() for name in ("undisturbed", "died")]

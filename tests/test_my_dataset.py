@@ -97,7 +97,7 @@ def test_extremely_long_images_are_left_out_and_the_callers_lists_left_alone(tmp
     assert len(paths) == 5
     assert labels == [0, 1, 2, 3, 4]
     said = capsys.readouterr().out
-    assert "2 of 5 images left out" in said
+    assert "skipped 2 of 5 images with an aspect ratio above 10" in said
     assert "400x39.png" in said
     assert len(said.splitlines()) == 1
 

@@ -258,7 +258,7 @@ def test_a_time_budget_has_no_number_of_epochs(two_classes, monkeypatch, capsys)
         assert train.main(flags) == 143
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(["--resume"]) == 143
-    assert "on from epoch 2, step 3" in capsys.readouterr().out
+    assert "resumed at epoch 2, step 3" in capsys.readouterr().out
 
 
 def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):

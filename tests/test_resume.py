@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pets, undisturbed, ca
     assert "python train.py --resume runs" in said
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert train.main(["--resume", "flower_experiment"]) == 0
-    assert f"on from {where}" in capsys.readouterr().out
+    assert f"resumed at {where}" in capsys.readouterr().out
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(pets, undisturbed, mon
             status = train.main(["--resume"] if Path("runs").exists() else flags(pets))
             assert status == 1
     assert train.main(["--resume"]) == 0
-    assert "on from epoch" in capsys.readouterr().out
+    assert "resumed at epoch" in capsys.readouterr().out
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
@@ -171,7 +171,7 @@ def test_it_goes_on_from_what_is_there_when_it_has_the_run_to_itself(pets, undis
 
     monkeypatch.setattr(run_utils, "lock_run", finish_before)
     assert train.main(["--resume"]) == 0
-    assert "on from epoch 3, step 0" in capsys.readouterr().out
+    assert "resumed at epoch 3, step 0" in capsys.readouterr().out
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
