@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint import WeightsError
 from cli_utils import FlagParser, UsageError, parse_bool
-from model import MODELS, WeightsError
+from model import MODELS
 
 FLOWER_PHOTOS = Path(__file__).resolve().parent / "data" / "flower_photos"
 GRAIN = 16  # the image size grows in multiples of this many pixels

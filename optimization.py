@@ -12,9 +12,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from checkpoint import load_pretrained
 from config import GRAIN, training_sizes
 from distributed import Distributed
-from model import ResNet, freeze_backbone, load_pretrained
+from model import ResNet, freeze_backbone
 
 WARMUP_START = 1 / 25  # of the maximum learning rate: PyTorch's default for 1cycle
 MOMENTUM = 0.9

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from checkpoint import is_finite, save_checkpoint
 from cli_utils import UsageError, printable, quote_command, read_json, write_json
 from data_utils import write_class_indices
 from distributed import Distributed
-from model import WeightsError, is_finite, read_torch_file
 from optimization import Schedule
 from prepare_data import Data, Files
 from train_eval_utils import Progress
@@ -175,45 +175,6 @@ def _is_list_of_pairs(value: Any) -> bool:
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
-    """`torch.save`, so that a file of that name is whole at any instant, also after a power cut.
-
-    It is written under a temporary name, forced to the disk, and renamed.
-
-    Raises:
-        OSError: it cannot be written; the file that was there is as it was.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch has its own words for a disk that is full
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be written"
-        left = "; the one from before is whole" if path.exists() else ""
-        raise OSError(f"cannot save {path}: {reason}{left}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            unfinished.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's list of names to the disk, where the system can (Windows does so by itself)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # shared folders of virtual machines
-                raise
-        finally:
-            os.close(handle)
-
-
 def find_run(run: str) -> Path:
     """The folder that `--resume` means: by a run's name, its folder or its last.pth, or ("") the newest run.
 
@@ -232,25 +193,6 @@ def find_run(run: str) -> Path:
         if (folder / "weights" / "last.pth").is_file():
             return folder
     raise UsageError(f"--resume {run}: no weights/last.pth to go on from, neither there nor in {Path('runs', run)}")
-
-
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """What `Run.save` wrote, to go on from.
-
-    Raises:
-        WeightsError: it is no such file, or damaged.
-    """
-    content = read_torch_file(path)
-    match content.get("resume"):
-        case {"command": list(words), "epoch": int(epoch), "best": {"epoch": int() | None as best}} as resume:
-            resume.setdefault("improved_at", best)  # a run from before best.pth took the loss into account
-            if epoch >= 0 and all(isinstance(word, str) for word in words) and _is_epoch(resume["improved_at"]):
-                return content
-    raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
-
-
-def _is_epoch(value: Any) -> bool:
-    return value is None or isinstance(value, int)
 
 
 class Run:

@@ -14,6 +14,7 @@ import matplotlib
 import torch
 from torch import nn
 
+from checkpoint import WeightsError, read_checkpoint, save_checkpoint
 from cli_utils import (
     UsageError,
     available_memory,
@@ -42,7 +43,7 @@ from data_loading import head_loaders, load_bn_images, make_train_loader, make_v
 from data_utils import KNOWN_IMAGES, DataError
 from distributed import Distributed, OtherRankFailed, is_connection_lost
 from image_cache import ImageCache
-from model import MODELS, WeightsError, to_device
+from model import MODELS, to_device
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from optimization import make_average, make_optimizer, make_schedule, prepare_weights, set_learning_rate
 from prepare_data import Data, prepare_data
@@ -53,10 +54,8 @@ from run_utils import (
     check_same_data,
     create_run_folder,
     find_run,
-    read_checkpoint,
     run_card,
     run_of,
-    save_checkpoint,
     write_run,
 )
 from tensorboard_logger import NullLogger, ProjectorFeatures, TensorBoardLogger

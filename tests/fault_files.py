@@ -25,6 +25,7 @@ from PIL import Image
 from torchvision import models
 
 import predict
+from checkpoint import WeightsError, load_model, load_pretrained, read_checkpoint
 from data_utils import (
     DataError,
     download_flower_photos,
@@ -34,9 +35,8 @@ from data_utils import (
     split_folder,
 )
 from image_io import ImageError, read_image
-from model import WeightsError, load_model, load_pretrained, resnet18
+from model import resnet18
 from prepare_data import check_images
-from run_utils import read_checkpoint
 from sample_flowers import draw_flower
 
 # --- image files --------------------------------------------------------------------------------------------------

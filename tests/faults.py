@@ -44,8 +44,9 @@ from fault_harness import (
 )
 
 import run_utils
+from checkpoint import save_checkpoint
 from model import MODELS, BasicBlock, ResNet
-from run_utils import Run, save_checkpoint
+from run_utils import Run
 from sample_flowers import draw_sample
 
 STEPS = IMAGES * 4 // 5 // BATCH_SIZE  # an epoch: a fifth of the images are for validation

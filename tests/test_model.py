@@ -7,18 +7,16 @@ import torch
 import torch.nn.functional as F
 from torchvision import models as torchvision_models
 
+from checkpoint import WeightsError, load_model, load_pretrained
 from model import (
     MODELS,
     BasicBlock,
     Bottleneck,
     ResNet,
-    WeightsError,
     evaluation_mode,
     fold_batch_norm,
     freeze_backbone,
     grad_cam,
-    load_model,
-    load_pretrained,
     named_convolutions,
     resnet18,
     resnet34,

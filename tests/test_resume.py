@@ -22,7 +22,8 @@ import prepare_data
 import run_utils
 import tensorboard_logger
 import train
-from run_utils import Run, lock_run, save_checkpoint
+from checkpoint import save_checkpoint
+from run_utils import Run, lock_run
 from tensorboard_logger import BackgroundWriter, TensorBoardLogger
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint import save_checkpoint
 from cli_utils import UsageError
-from run_utils import create_run_folder, newest_weights, save_checkpoint, write_args
+from run_utils import create_run_folder, newest_weights, write_args
 
 
 def test_runs_do_not_share_a_folder(tmp_path):
