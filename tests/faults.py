@@ -43,7 +43,7 @@ from fault_harness import (
     unreadable,
 )
 
-import run_utils
+import checkpoint
 from checkpoint import save_checkpoint
 from model import MODELS, BasicBlock, ResNet
 from run_utils import Run
@@ -240,14 +240,14 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     path = Path("last.pth")
     save_checkpoint(old, path)
     for which in range(1000):  # it writes fewer times
-        run_utils.open = lambda name, mode, which=which: _FullDisk(Path(name).open(mode), which)  # noqa: SIM115
+        checkpoint.open = lambda name, mode, which=which: _FullDisk(Path(name).open(mode), which)  # noqa: SIM115
         try:
             save_checkpoint(new, path)
             break
         except OSError as error:
             said = str(error)
         finally:
-            del run_utils.open
+            del checkpoint.open
         campaign.expect("a checkpoint's write fails: one line", "cannot save" in said and len(said.splitlines()) == 1)
         campaign.expect("a checkpoint's write fails: the one from before loads", torch.load(path)["epoch"] == 1)
         campaign.expect("a checkpoint's write fails: nothing half-written stays", not list(Path().glob("*.tmp")))
