@@ -1,9 +1,9 @@
-"""Look at a folder of images before anyone trains on it.
+"""Check a folder of images before training on it.
 
-python check_data.py FOLDER                          # one sub-folder a class, or train and val; draws data_health.png
+python check_data.py FOLDER                      # one sub-folder per class, or train and val; draws data_health.png
 python check_data.py FOLDER --val-path DIR --save-plot health.pdf --csv duplicates.csv
 
-Exit status: 0, or 1 where the same picture is in two classes, or 2 where the folder could not be checked.
+Exit status: 0 without label conflicts, 1 if a picture is in several classes, 2 if the folder could not be checked.
 """
 
 import argparse
@@ -37,30 +37,31 @@ from data_utils import DataError, Split, file_checksum, find_split
 from image_io import ImageError, read_header, read_image
 from my_dataset import MAX_ASPECT_RATIO
 
-# What is near-identical. Measured on photographs and drawn flowers of 64 px or more: copies (encoded again at quality
-# 30 or more, resized smoothly to between a half and the double) differ in 5 bits, 3.6 luma and 9.2 chroma at most; of
-# 2,936 photographs and 1,000 drawn flowers, no two others that are as near in bits come below 6.7 luma. In digits of
-# 28 px the two meet: quality 30 costs up to 5.3 luma there, and two ones by hand may differ by less.
-THUMBNAIL = 16  # pixels of a side
-HASH_BITS = 63  # of an 8 x 8 block, all but the mean
-FAINTEST = 1.0  # grey levels; what varies by less in a picture may be noise, and counts as nothing
-MAX_BITS = 8  # that differ
-MAX_LUMA, MAX_CHROMA = 5.0, 12.0  # root mean square differences of thumbnails; JPEG is coarser with colour
-MAX_SPREAD = 3  # times as much, between the first picture of a group and any other
+# Thresholds for near-identical images, measured on photographs and drawn flowers of 64 px or more. Copies (re-encoded
+# at quality 30 or more, or resized smoothly by a factor of 0.5 to 2) differ by at most 5 bits, 3.6 luma and 9.2 chroma.
+# Among 2,936 photographs and 1,000 drawn flowers, no two distinct images with hashes that close differ by less than
+# 6.7 luma. On 28 px digits the ranges overlap: quality 30 costs up to 5.3 luma, and two handwritten ones may differ by
+# less.
+THUMBNAIL = 16  # side length in pixels
+HASH_BITS = 63  # an 8 x 8 block of DCT coefficients without the mean
+FAINTEST = 1.0  # grey levels; weaker variation may be noise and is ignored
+MAX_BITS = 8  # Hamming distance
+MAX_LUMA, MAX_CHROMA = 5.0, 12.0  # RMS differences of thumbnails; JPEG compresses chroma more
+MAX_SPREAD = 3  # multiple of these limits allowed between a group's first image and the others
 
-PAIRS_AT_A_TIME = 2**20  # of hashes
-THUMBNAILS_AT_A_TIME = 2**12  # pairs, which fit into a processor's cache
+PAIRS_AT_A_TIME = 2**20  # pairs of hashes
+THUMBNAILS_AT_A_TIME = 2**12  # pairs of thumbnails, which fit into the CPU cache
 
-MANY_IMAGES = 100  # more than this are read by workers, which take a while to start
-SMALL_SIDE = 224  # pixels: what train.py trains on
-UNBALANCED = 10  # times as many images in one class as in another
-LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # that are printed
-FIGURE_PAIRS = 8  # label conflicts at most, in the figure
+MANY_IMAGES = 100  # above this, use workers, which take a while to start
+SMALL_SIDE = 224  # pixels: train.py's default image size
+UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
+LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to print
+FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 class Picture(NamedTuple):
-    """An image file: what its header says, its checksum, its thumbnail (see `make_thumbnail`); or its `problem`."""
+    """The header, checksum and thumbnail (see `make_thumbnail`) of an image file; or the `problem` of reading it."""
 
     problem: str | None
     format: str = ""
@@ -79,19 +80,19 @@ class Member(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Images that show the same picture; `identical`: their files are the same, byte for byte."""
+    """Images of the same picture; `identical` if their files are equal byte for byte."""
 
     members: list[Member]
     identical: bool
 
     @property
     def conflict(self) -> bool:
-        """Whether they are in several classes."""
+        """Whether the images are in several classes."""
         return len({member.label for member in self.members}) > 1
 
     @property
     def leak(self) -> bool:
-        """Whether they are in training and in validation."""
+        """Whether the images are in both training and validation."""
         return len({member.side for member in self.members}) > 1
 
     @property
@@ -100,7 +101,7 @@ class Group(NamedTuple):
 
 
 def check_data(args: argparse.Namespace) -> int:
-    """Check as the flags say; the exit status."""
+    """Run all checks and return the exit status."""
     plot_path = _output(args, "--save-plot", args.save_plot, FIGURE_FORMATS)
     csv_path = _output(args, "--csv", args.csv, (".csv",))
     split, val_source = find_split(args.folder, args.val_path, args.val_rate)
@@ -134,7 +135,12 @@ def check_data(args: argparse.Namespace) -> int:
 
 
 def _output(args: argparse.Namespace, flag: str, name: str | None, formats: Sequence[str]) -> Path | None:
-    """Where to write a file: not among the data, where the next run would find it, unless one works there."""
+    """Return a flag's output path, or None if it is empty.
+
+    Raises:
+        UsageError: the format is unsupported, the folder is missing, or the file would be inside the data, where the
+            next run would read it. A data folder that is the working directory is allowed.
+    """
     if not name:
         return None
     path = Path(name)
@@ -151,7 +157,7 @@ def _output(args: argparse.Namespace, flag: str, name: str | None, formats: Sequ
 
 
 class _Pictures(Dataset):
-    """Each file as a `Picture`."""
+    """A data set that reads each file as a `Picture`."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -173,7 +179,7 @@ class _Pictures(Dataset):
 
 
 def read_pictures(paths: Sequence[str], workers: int | None = None) -> list[Picture]:
-    """Read each file, in `workers` processes (None: one a core, at most 8)."""
+    """Read each file, in `workers` processes (None: one per core, at most 8)."""
     workers = min(available_cores(), 8) if workers is None else workers
     loader = DataLoader(
         _Pictures(paths),
@@ -181,28 +187,28 @@ def read_pictures(paths: Sequence[str], workers: int | None = None) -> list[Pict
         num_workers=workers if len(paths) > MANY_IMAGES else 0,
         collate_fn=list,
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # its own: looking at files moves no global generator
+        generator=torch.Generator(),  # leaves the global generator alone
     )
     pictures = itertools.chain.from_iterable(loader)
     bar = tqdm(pictures, total=len(paths), desc="reading images", leave=False, disable=None, dynamic_ncols=True)
     return list(bar)
 
 
-# --- the same picture twice ---------------------------------------------------------------------------------------
+# --- duplicates ---------------------------------------------------------------------------------------------------
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
-    """RGB image -> (16, 16, 3) uint8: luma and two of chroma (YCbCr), whatever the image's shape."""
+    """Resize an RGB image of any aspect ratio to a YCbCr thumbnail, (16, 16, 3) uint8."""
     small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return np.asarray(small.convert("YCbCr"))
 
 
 def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """Thumbnails (N, 16, 16, 3) uint8 -> (N,) uint64: 63 bits, of which few change when a picture is re-encoded.
+    """Hash thumbnails (N, 16, 16, 3) uint8 to (N,) uint64: 63 bits, few of which change when an image is re-encoded.
 
-    The signs of the low frequencies of the luma's cosine transform, after the "DCT based" hash of Zauner (2010),
-    https://www.phash.org/docs/pubs/thesis_zauner.pdf. There a bit says which side of the median a frequency is on;
-    noise decides that in flat pictures, so here a bit is set where the frequency is stronger than `FAINTEST`.
+    The bits come from the low frequencies of the luma's DCT, after the "DCT based" hash of Zauner (2010),
+    https://www.phash.org/docs/pubs/thesis_zauner.pdf. A bit is set if its coefficient is above `FAINTEST`, not the
+    median as there, because noise decides the median of flat images.
     """
     frequency, place = np.ogrid[:8, :THUMBNAIL]
     basis = np.cos(np.pi * frequency * (2 * place + 1) / (2 * THUMBNAIL)) * np.sqrt(2 / THUMBNAIL)
@@ -214,26 +220,26 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def near_groups(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
-    """Which pictures are near-identical, or joined by pictures that are.
+    """Group near-identical images, directly or through a chain of others.
 
-    Two are if their hashes differ in `MAX_BITS` bits at most and their thumbnails by `MAX_LUMA` and `MAX_CHROMA`. What
-    becomes another picture little by little (the frames of a film, shades of grey) is several groups: see `MAX_SPREAD`.
+    Two images are near-identical if their hashes differ by at most `MAX_BITS` bits and their thumbnails by at most
+    `MAX_LUMA` and `MAX_CHROMA`. A long chain (the frames of a film, shades of grey) is split by `MAX_SPREAD`.
 
     Args:
         hashes: (N,) uint64, from `perceptual_hashes`.
         thumbnails: (N, 16, 16, 3) uint8.
 
     Returns:
-        (N,) int64: the index of the first picture of its group, for each.
+        (N,) int64: for each image, the index of the first image of its group.
     """
     first: dict[bytes, int] = {}
     groups = np.array([first.setdefault(pixels.tobytes(), i) for i, pixels in enumerate(thumbnails)], dtype=np.int64)
-    distinct = np.unique(groups)  # thousands of blank pictures are one
+    distinct = np.unique(groups)  # compares thousands of blank images only once
     for left, right in near_hashes(hashes[distinct], thumbnails[distinct, ..., 0].mean((1, 2))):
         left, right = distinct[left], distinct[right]
         for start in range(0, len(left), THUMBNAILS_AT_A_TIME):
             a, b = (side[start : start + THUMBNAILS_AT_A_TIME] for side in (left, right))
-            apart = groups[a] != groups[b]  # some no longer are
+            apart = groups[a] != groups[b]  # some have been joined meanwhile
             a, b = a[apart], b[apart]
             alike = _alike(thumbnails[a], thumbnails[b])
             _join(groups, a[alike], b[alike])
@@ -242,24 +248,24 @@ def near_groups(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
 
 
 def near_hashes(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All pairs of hashes that differ in `MAX_BITS` bits at most, and in brightness by `MAX_LUMA`; each once.
+    """Find all pairs of hashes that differ by at most `MAX_BITS` bits, and in brightness by at most `MAX_LUMA`.
 
-    Cut into one part more than there are bits that may differ, two such hashes have a part in common: "Fast Search in
-    Hamming Space with Multi-Index Hashing" (Norouzi et al. 2012, https://arxiv.org/abs/1307.2982). Of those that have,
-    sorted by brightness, each is compared with the next few.
+    If hashes are split into `MAX_BITS` + 1 chunks, two such hashes have at least one chunk in common: "Fast Search in
+    Hamming Space with Multi-Index Hashing" (Norouzi et al. 2012, https://arxiv.org/abs/1307.2982). Hashes with a common
+    chunk are sorted by brightness, and each is compared with the next few.
 
     Args:
         hashes: (N,) uint64.
         brightness: (N,) floats from 0 to 255.
 
     Yields:
-        The indices of the first and of the second of some pairs, (M,) int64 each.
+        The indices of the first and the second hash of some pairs, (M,) int64 each. Each pair occurs once.
     """
     width = -(-HASH_BITS // (MAX_BITS + 1))
     mask = np.uint64(2**width - 1)
     for shift in range(0, HASH_BITS, width):
         part = (hashes >> np.uint64(shift)) & mask
-        keys = part * 1024.0 + brightness  # far enough apart for the brightness not to reach the next part
+        keys = part * 1024.0 + brightness  # the chunks are further apart than any brightness
         order = np.argsort(keys)
         keys, codes = keys[order], hashes[order]
         counts = np.searchsorted(keys, keys + MAX_LUMA + 1e-6, side="right") - np.arange(len(keys)) - 1
@@ -273,14 +279,14 @@ def near_hashes(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np
             right = np.arange(before, ends[stop - 1]) + np.repeat(following[start:stop], counts[start:stop])
             differing = codes[left] ^ codes[right]
             near = np.flatnonzero(_count_bits(differing) <= MAX_BITS)
-            for earlier in range(0, shift, width):  # a part in common there: that pair has been
+            for earlier in range(0, shift, width):  # drop pairs already found by an earlier chunk
                 near = near[(differing[near] >> np.uint64(earlier)) & mask != 0]
             yield order[left[near]], order[right[near]]
             start = stop
 
 
-_BITS = np.array([bin(value).count("1") for value in range(2**16)], dtype=np.uint8)  # numpy's own came with 2.0
-# (16 * 16 * 3, 2): what takes the mean over luma, and over both of chroma, of flat thumbnails
+_BITS = np.array([bin(value).count("1") for value in range(2**16)], dtype=np.uint8)  # np.bitwise_count needs NumPy 2.0
+# (16 * 16 * 3, 2): averages the luma, and both chroma channels, of flattened thumbnails
 _MEANS = np.tile(np.array([[1, 0], [0, 0.5], [0, 0.5]], dtype=np.float32) / THUMBNAIL**2, (THUMBNAIL**2, 1))
 
 
@@ -290,14 +296,14 @@ def _count_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _alike(left: np.ndarray, right: np.ndarray, spread: float = 1) -> np.ndarray:
-    """Whether thumbnails (N, 16, 16, 3) uint8 differ by no more than `spread` times the limits, (N,) bool."""
+    """Return whether thumbnails (N, 16, 16, 3) uint8 differ by at most `spread` times the limits: (N,) bool."""
     difference = np.subtract(left, right, dtype=np.float32).reshape(-1, 3 * THUMBNAIL**2)
     luma, chroma = (np.square(difference, out=difference) @ _MEANS).T
     return (luma <= (spread * MAX_LUMA) ** 2) & (chroma <= (spread * MAX_CHROMA) ** 2)
 
 
 def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Union-find; `groups` holds the first of the group for each, before and after."""
+    """Merge the groups of the given pairs in place (union-find); `groups` maps each image to its group's first one."""
     for a, b in zip(groups[left].tolist(), groups[right].tolist(), strict=True):
         while groups[a] != a:
             a = groups[a]
@@ -309,7 +315,7 @@ def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
 
 
 def _cut_chains(groups: np.ndarray, thumbnails: np.ndarray) -> None:
-    """Leave with the first of each group those that are like it; the others make groups in the same way."""
+    """Keep in each group only the images similar to its first one, and regroup the others in the same way."""
     order = np.argsort(groups, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         while len(members) > 1:
@@ -320,7 +326,7 @@ def _cut_chains(groups: np.ndarray, thumbnails: np.ndarray) -> None:
 
 
 def find_groups(usable: Sequence[tuple[Member, Picture]]) -> list[Group]:
-    """What is there more than once: label conflicts first, then leaks, then the rest."""
+    """Return the groups of duplicates: label conflicts first, then leaks, then the rest."""
     if not usable:
         return []
     thumbnails = np.stack([picture.thumbnail for _, picture in usable])
@@ -335,11 +341,11 @@ def find_groups(usable: Sequence[tuple[Member, Picture]]) -> list[Group]:
     return sorted(groups, key=lambda group: (not group.conflict, not group.leak))
 
 
-# --- what is printed and written ----------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def print_classes(split: Split, val_source: str) -> None:
-    """The images of each class."""
+    """Print the number of images per class."""
     train, val = Counter(split.train_labels), Counter(split.val_labels)
     names = [printable(name) for name in split.class_names]
     width = max(map(len, [*names, "class"]))
@@ -355,7 +361,7 @@ def print_classes(split: Split, val_source: str) -> None:
 
 
 def print_files(pictures: Sequence[Picture]) -> None:
-    """Sizes, modes and formats; what cannot be used, and why."""
+    """Print sizes, modes and formats, and the unusable files with reasons."""
     usable = [picture for picture in pictures if picture.problem is None]
     if usable:
         sizes = sorted((picture.size for picture in usable), key=lambda size: (size[0] * size[1], size))
@@ -376,7 +382,7 @@ def print_files(pictures: Sequence[Picture]) -> None:
 
 
 def print_groups(groups: Sequence[Group], class_names: Sequence[str], root: str) -> None:
-    """Label conflicts, leaks, and the rest; some of each."""
+    """Print the first label conflicts, leaks and other duplicates."""
     conflicts = [group for group in groups if group.conflict]
     leaks = [group for group in groups if group.leak and not group.conflict]
     rest = [group for group in groups if not group.leak and not group.conflict]
@@ -402,12 +408,12 @@ def _print_more(count: int, what: str, indent: str) -> None:
 
 
 def relative(path: str, root: str) -> str:
-    """`path` below `root`; a validation folder may lie elsewhere."""
+    """Return `path` relative to `root`, or unchanged if it is outside, as a validation folder may be."""
     return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
 
 
 def write_groups(groups: Sequence[Group], class_names: Sequence[str], root: str, path: Path) -> None:
-    """Write a CSV file with a line for each image of each group."""
+    """Write a CSV file with one row for each image of each group."""
     rows = [
         {
             "group": number,
@@ -425,14 +431,14 @@ def write_groups(groups: Sequence[Group], class_names: Sequence[str], root: str,
 
 
 def save_figure(split: Split, sizes: Sequence[tuple[int, int]], groups: Sequence[Group], path: Path) -> None:
-    """Draw what has been found, with the first label conflicts, and save it."""
-    from plot_utils import data_health  # matplotlib, which a check without a figure need not wait for
+    """Plot class counts, image sizes and the first label conflicts, and save the figure."""
+    from plot_utils import data_health  # imports matplotlib, which is slow, only if needed
 
     pairs = []
     for group in itertools.islice((group for group in groups if group.conflict), FIGURE_PAIRS):
         first = group.members[0]
         pair = (first, next(member for member in group.members if member.label != first.label))
-        with contextlib.suppress(ImageError):  # gone since it was read
+        with contextlib.suppress(ImageError):  # the file has disappeared meanwhile
             images = [np.asarray(read_image(member.path, min_side=SMALL_SIDE)) for member in pair]
             pairs.append((images, [split.class_names[m.label] for m in pair], [Path(m.path).name for m in pair]))
     classes = len(split.class_names)
@@ -444,12 +450,12 @@ def save_figure(split: Split, sizes: Sequence[tuple[int, int]], groups: Sequence
 
 
 def complain(error: Exception) -> None:
-    """One line on standard error."""
+    """Print an error as one line on standard error."""
     print(f"check_data.py: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with one line where a value is out of range."""
+    """Parse the command line; exit with one line if a value is invalid."""
     parser = FlagParser(prog="check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="a folder with one sub-folder a class, or with train and val in it")
@@ -469,7 +475,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; its exit status."""
+    """Run the program and return its exit status."""
     escape_unprintable_output()
     args = parse_args(argv)
     try:

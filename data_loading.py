@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class EpochSampler(Sampler):
-    """The order of an epoch, with a seed per image for its augmentation and the image size, for `MyDataSet`.
+    """The order of an epoch's images, with an augmentation seed per image and the image size, for `MyDataSet`.
 
     Yields (index, seed) or (index, seed, img_size). The order depends on `seed` and the epoch; an image's seed on
     `seed`, the epoch and the image's index. Neither depends on the number of workers. Call `set_epoch` before each
@@ -38,7 +38,7 @@ class EpochSampler(Sampler):
 
     Args:
         size: the number of images.
-        seed: the run's.
+        seed: the run's random seed.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -50,8 +50,8 @@ class EpochSampler(Sampler):
         """Set the epoch of the next pass, from 0.
 
         Args:
-            start: the number of images to skip, when an epoch is resumed.
-            img_size: the image size in pixels; None: the transform's own.
+            start: the number of images to skip when resuming mid-epoch.
+            img_size: the image size in pixels; None for the transform's own.
         """
         self.epoch = epoch
         self.start = start
@@ -70,15 +70,15 @@ class EpochSampler(Sampler):
 class DistributedBatchSampler(Sampler):
     """The batches of one rank, for a DataLoader's `batch_sampler`: an even share of the images of each step.
 
-    A step takes `world_size * accumulate * batch_size` images, the last one the rest. All ranks together see the same
-    images in a step, whatever the world size.
+    A step takes `world_size * accumulate * batch_size` images; the last step takes the rest. For a given step size, all
+    ranks together see the same images in a step, whatever the world size.
 
     Args:
         order: the order of all images.
         batch_size: images per batch.
         accumulate: batches per step.
-        drop_single: drop a last step in which some batch would be a single image.
-        drop_last: drop a last step that is smaller than the others.
+        drop_single: drop the last step if any of its batches would be a single image.
+        drop_last: drop the last step if it is smaller than the others.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class DistributedBatchSampler(Sampler):
 
     @property
     def global_batch(self) -> int:
-        """The images per step, of all ranks."""
+        """The number of images per step over all ranks."""
         return self.batch_size * self.world_size * self.accumulate
 
     def steps(self) -> list[list[float]]:
         """Return, for each remaining step, the weights of its batches' mean losses.
 
-        With these weights, the average over ranks of a step's loss is the mean over its images. A rank without an image
-        gets one with weight 0.
+        With these weights, a step's loss averaged over ranks is the mean over its images. A rank without images gets
+        one with weight 0.
         """
         weights = []
         for images in self._sizes():
@@ -139,15 +139,15 @@ class DistributedBatchSampler(Sampler):
 
 
 class SafeImages(Dataset):
-    """Images whose files may vanish or break while they are in use, each of which is reported on standard error.
+    """A data set whose files may disappear or become corrupt during a run; each one is reported on standard error.
 
     Args:
         images: the data set.
         replace: substitute the next readable image and its label; otherwise the item is None, which `collate_fn` skips.
-        return_index: return (image, index) instead of (image, label), to tell which images were skipped.
+        return_index: return (image, index) instead of (image, label), to identify skipped images.
 
     Raises (from `[]`):
-        ImageError: an image is to be replaced, and no other one can be read.
+        ImageError: an image has to be replaced, but no other image is readable.
     """
 
     def __init__(self, images: MyDataSet, *, replace: bool, return_index: bool = False) -> None:
@@ -182,12 +182,12 @@ class SafeImages(Dataset):
 
 
 class CachedFeatures(Dataset):
-    """Features of a frozen backbone, computed in advance for several augmented views of each image.
+    """Precomputed features of a frozen backbone, for several augmented views of each image.
 
     Args:
         views: per view, the features (N, F) float32 and the labels (N,) int64 of all images.
 
-    `[index, seed, ...]` selects a view by the seed that `MyDataSet` would draw the augmentation from.
+    `dataset[index, seed, ...]` selects a view by the seed that `MyDataSet` would use for the augmentation.
     """
 
     def __init__(self, views: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -211,7 +211,7 @@ def make_train_loader(
     """Create the loader of this rank's training batches; unreadable images are replaced.
 
     Raises:
-        UsageError: there are too few images for a step.
+        UsageError: there are too few images for one step.
     """
     batches = DistributedBatchSampler(
         EpochSampler(len(train_set), args.seed),
@@ -221,7 +221,7 @@ def make_train_loader(
         accumulate=args.accumulate,
         # BatchNorm cannot normalise a batch of a single value per channel.
         drop_single=has_single_pixels(args) and not args.freeze_layers,
-        drop_last=args.sync_bn,  # which needs batches of the same size on all ranks
+        drop_last=args.sync_bn,  # SyncBatchNorm needs equal batch sizes on all ranks
     )
     if not batches.steps():
         few, needed = len(train_set), batches.global_batch
@@ -232,7 +232,7 @@ def make_train_loader(
 def make_val_loader(
     val_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed
 ) -> DataLoader:
-    """Create the loader of this rank's validation batches: images and their indices. Unreadable images are skipped."""
+    """Create the loader of this rank's validation images and their indices; unreadable images are skipped."""
     batches = rank_share(range(len(val_set)), args.batch_size, dist)
     return make_loader(SafeImages(val_set, replace=False, return_index=True), batches, args, device, dist)
 
@@ -241,10 +241,10 @@ def load_bn_images(train_set: MyDataSet, args: argparse.Namespace, device: torch
     """Load the training images for `estimate_batch_norm`, preprocessed as for evaluation.
 
     Returns:
-        (N, 3, img_size, img_size) uint8 on the CPU: `args.bn_images` images, or all if there are fewer, at even
-        distances in the data set. The same on every rank.
+        (N, 3, img_size, img_size) uint8 on the CPU: `args.bn_images` images, or all if there are fewer, evenly spaced
+        in the data set and the same on every rank.
     """
-    images = copy.copy(train_set)  # without its cache
+    images = copy.copy(train_set)  # drops the cache
     images.transform = EvalTransform(args.img_size)
     indices = np.linspace(0, len(images) - 1, min(args.bn_images, len(images))).astype(int).tolist()
     batches = BatchSampler(indices, args.batch_size, drop_last=False)
@@ -266,8 +266,8 @@ def head_loaders(
 
     Args:
         train_batches: the training batches.
-        val_loader: of images and their indices.
-        options: those of `collect_logits`.
+        val_loader: yields images and their indices.
+        options: keyword arguments for `collect_logits`.
     """
 
     def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
@@ -276,7 +276,7 @@ def head_loaders(
     order, items = train_batches.order, []
     for view in range(args.feature_views):
         order.set_epoch(view, img_size=training_sizes(args)[1])
-        items += sorted(order)  # by the images' indices
+        items += sorted(order)  # sorted by image index
     images = SafeImages(train_set, replace=True)
     features, labels = features_of(make_loader(images, rank_share(items, args.batch_size, dist), args, device, dist))
     views = list(zip(features.split(len(train_set)), labels.split(len(train_set)), strict=True))
@@ -308,7 +308,7 @@ def make_loader(
 
 
 def rank_share(items: Sequence[T], batch_size: int, dist: Distributed) -> list[Sequence[T]]:
-    """Split items into batches, and return this rank's share of them."""
+    """Split items into batches, and return this rank's contiguous share of the batches."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     first, after = (len(batches) * rank // dist.world_size for rank in (dist.rank, dist.rank + 1))
     return batches[first:after]

@@ -1,6 +1,6 @@
-"""A folder becomes lists of files and labels; class names, label.txt and pickles on disk; the download.
+"""Image folders and their split, class_indices.json, label.txt, pickles, the download, and figures.
 
-The functions that draw figures import matplotlib when they are called: who only reads folders need not wait for it.
+Only functions that plot import matplotlib.
 """
 
 import collections
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FIGURE_IMAGES = 24  # at most, in the figure of predictions
-VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found serves
+FIGURE_IMAGES = 24  # maximum in the figure of predictions
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found is used
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
-KNOWN_IMAGES = ".checked_images.json"  # in the folder of the runs: what they have found out about image files
-DOWNLOADED = ".downloaded"  # in the folder: the MD5 of its archive
+KNOWN_IMAGES = ".checked_images.json"  # in the runs folder: the cached checks of image files
+DOWNLOADED = ".downloaded"  # in the downloaded folder: the MD5 of its archive
 
 
 class DataError(ValueError):
-    """A folder or a file that cannot serve as data; the message says which, why, and what to do."""
+    """Invalid data. The message says where, why and what to do."""
 
 
-# --- a folder -> lists of files and labels ------------------------------------------------------------------------
+# --- folder -> lists of files and labels --------------------------------------------------------------------------
 
 
 @dataclass
 class Split:
-    """What to train on and what to validate on; a label is an index into `class_names`."""
+    """The training and validation images. A label is an index into `class_names`."""
 
     class_names: list[str]
     train_paths: list[str]
@@ -62,7 +62,7 @@ class Split:
     val_labels: list[int]
 
     def count(self) -> dict[str, tuple[int, int]]:
-        """How many images each class has, for training and for validation."""
+        """Return the numbers of training and validation images per class."""
         train, val = collections.Counter(self.train_labels), collections.Counter(self.val_labels)
         return {name: (train[label], val[label]) for label, name in enumerate(self.class_names)}
 
@@ -81,22 +81,21 @@ def read_split_data(
     *,
     class_indices_path: str | os.PathLike = "class_indices.json",
 ) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Split a folder of images, one sub-folder a class, into images for training and for validation.
+    """Split a folder of images, with one sub-folder per class, into training and validation images.
 
-    Classes are the sub-folders in sorted order (hidden ones, __MACOSX and a folder of runs are none). `int(n *
-    val_rate)` of the n images of each class are held out, by a generator of its own: the split depends on the files'
-    names and `val_rate` alone. Prints how many images there are and writes the class names to `class_indices_path`.
+    Classes are sorted by name; hidden sub-folders, __MACOSX and a runs folder are skipped. `int(n * val_rate)` of the
+    n images per class are held out. The split depends on file names and `val_rate` only, as it has its own generator.
+    Prints the image counts and writes the class names to `class_indices_path`.
 
     Args:
-        root: the folder.
-        val_rate: the part to hold out, 0 <= val_rate < 1.
-        plot_image: show the number of images of each class as a bar chart.
+        val_rate: fraction to hold out, 0 <= val_rate < 1.
+        plot_image: show the number of images per class as a bar chart.
 
     Returns:
         train_paths, train_labels, val_paths, val_labels.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, PermissionError: `root` is no folder that can be read.
+        FileNotFoundError, NotADirectoryError, PermissionError: `root` is missing, not a folder or unreadable.
         DataError: fewer than two classes, a class without images, or too few images to hold one out.
         ValueError: `val_rate` is out of range.
     """
@@ -116,12 +115,12 @@ def read_split_data(
 
 
 def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
-    """`read_split_data` that prints, writes and shows nothing."""
+    """Split as `read_split_data` does, without printing, writing or plotting."""
     if not 0 <= val_rate < 1:
         raise ValueError(f"val_rate is {val_rate}; it must be at least 0 and below 1")
     images = list_images_by_class(root)
     split = Split(list(images), [], [], [], [])
-    generator = random.Random(0)  # private: no global generator moves
+    generator = random.Random(0)  # private: leaves the global generator alone
     for label, paths in enumerate(images.values()):
         held_out = set(generator.sample(paths, k=int(len(paths) * val_rate)))
         train = [path for path in paths if path not in held_out]
@@ -140,17 +139,18 @@ def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
 def find_split(
     data_path: str | os.PathLike, val_path: str | os.PathLike | None = None, val_rate: float = 0.2
 ) -> tuple[Split, str]:
-    """What to train and validate on, for a folder that may be arranged in one of two ways.
+    """Find the training and validation images of a folder.
 
-    `data_path` holds one sub-folder a class, of which `val_rate` is held out; or it holds `train` and `val` (or
-    `valid`, `validation`, `test`), each with one sub-folder a class. `val_path`, a folder with one sub-folder a class,
-    serves for validation in either case.
+    Args:
+        data_path: has one sub-folder per class; or `train` and `val` (or `valid`, `validation`, `test`) that do.
+        val_path: a validation folder with one sub-folder per class, used first if given.
+        val_rate: fraction of each class to hold out if there is no validation folder.
 
     Returns:
-        The split, and a line that says where its validation images come from.
+        The split, and a description of where its validation images come from.
 
-    Raises: as `split_folder`, and
-        DataError: the validation folder has a class that the training folder has not.
+    Raises:
+        DataError: a validation class is missing in the training folder. For other errors, see `read_split_data`.
     """
     train_path, own_val_path = _train_and_val_folders(data_path)
     val_path = val_path or own_val_path
@@ -169,22 +169,27 @@ def find_split(
 
 
 def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
-    """`root/train` and `root/val` where `root` is arranged so, else `root` and None."""
+    """Return the folders to train and validate on: sub-folders of `root`, or `root` itself and None."""
     folders = {folder.name.lower(): folder for folder in _subfolders(root)}
     if "train" not in folders or not folders.keys() <= {"train", *VALIDATION_FOLDERS}:
         return Path(root), None
-    if not _subfolders(folders["train"]):  # then "train" and "test" are two classes by those names
+    if not _subfolders(folders["train"]):  # "train" and "test" are then the names of two classes
         return Path(root), None
-    # A folder without classes in it, as of a contest's test images, cannot serve.
+    # Skip a folder without class sub-folders, such as a competition's test images.
     return folders["train"], next(
         (folders[name] for name in VALIDATION_FOLDERS if name in folders and _subfolders(folders[name])), None
     )
 
 
 def list_images_by_class(root: str | os.PathLike, least: int = 2) -> dict[str, list[str]]:
-    """The images of each class, of which there must be at least `least`; classes and images are sorted by name.
+    """List the images per class, both sorted by name.
 
-    Raises: as `read_split_data`.
+    Args:
+        least: minimum number of classes.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: see `list_images`.
+        DataError: too few classes, or a class without images.
     """
     classes = _subfolders(root)
     if len(classes) < least:
@@ -204,18 +209,19 @@ def list_images_by_class(root: str | os.PathLike, least: int = 2) -> dict[str, l
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """The image files directly in `folder`, by their extension in any case, sorted by name; hidden ones are left out.
+    """List the image files directly in `folder`, sorted by name. Skips hidden files; extensions match in any case.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, PermissionError: it is no folder that can be read.
+        FileNotFoundError, NotADirectoryError, PermissionError: `folder` is missing, not a folder or unreadable.
     """
     return [str(path) for path in _visible(folder) if path.suffix.lower() in IMAGE_EXTENSIONS and not _is_folder(path)]
 
 
 def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], None]) -> list[str]:
-    """As `list_images`, of the folder and then of all its sub-folders; each is looked into once, links or not.
+    """List the images of a folder and all its sub-folders. Links are followed, each folder once.
 
-    A folder that cannot be read is handed to `on_error`, and left out.
+    Args:
+        on_error: called with the error of each unreadable folder, which is skipped.
     """
     images, waiting, seen = [], [Path(folder)], set()
     while waiting:
@@ -232,15 +238,15 @@ def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], N
 
 
 def file_checksum(path: str) -> str | None:
-    """Of the content of a file, as hexadecimal digits; None where it cannot be read."""
+    """Return a file's 128-bit BLAKE2b checksum in hexadecimal, or None if it is unreadable."""
     content = hashlib.blake2b(digest_size=16)
     try:
-        if not Path(path).is_file():  # a pipe, a device: who knows when it ends
+        if not Path(path).is_file():  # a pipe or a device may never end
             return None
         with open(path, "rb") as file:
             while piece := file.read(2**20):
                 content.update(piece)
-    except OSError:  # as reading the image has told
+    except OSError:  # reported when the image is read
         return None
     return content.hexdigest()
 
@@ -250,14 +256,14 @@ def _subfolders(root: str | os.PathLike) -> list[Path]:
 
 
 def _is_known_to_hold_none(folder: Path) -> bool:
-    """Whether it is what macOS puts into an archive, or the runs of a training that was started in here."""
+    """Return whether this is a macOS archive's metadata folder or a runs folder."""
     return folder.name == "__MACOSX" or os.access(folder / KNOWN_IMAGES, os.F_OK)
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a link into a folder that must not be entered
+    except OSError:  # a link into a folder without permission
         return False
 
 
@@ -283,10 +289,10 @@ def write_class_indices(class_names: Sequence[str], path: str | os.PathLike = "c
 
 
 def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[str]:
-    """The class names of a class_indices.json, in the order of their indices.
+    """Read the class names from a class_indices.json, in index order.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file is missing.
         DataError: it is not a JSON object of the form {"0": "daisy", "1": ...}.
     """
     if not Path(path).is_file():
@@ -309,13 +315,15 @@ def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[s
 def read_label_file(
     images_dir: str | os.PathLike, class_names: Sequence[str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """The (image path, class name) of each line of `images_dir`/label.txt, and what is wrong with the other lines.
+    """Read `images_dir`/label.txt. A line is a file name, white space and a class name.
 
-    A line is a file name, white space, a class name. Both may hold spaces: the longest of `class_names` at the end of
-    the line for which the file exists is the class.
+    Both may contain spaces: the class is the longest of `class_names` that follows the name of an existing file.
+
+    Returns:
+        The (image path, class name) of each valid line, and a message for each invalid one.
 
     Raises:
-        FileNotFoundError: no such folder, or no label.txt in it.
+        FileNotFoundError: the folder or its label.txt is missing.
         DataError: label.txt is not UTF-8 text.
     """
     labelled, problems = [], []
@@ -370,23 +378,23 @@ def write_pickle(list_info: list, file_name: str | os.PathLike) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Every class and function in a pickle is looked up here: none is allowed, so no code can run."""
+    """Reject every class and function in a pickle, so that no code can run."""
 
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"it holds a {module}.{name}; only lists, dicts, strings and numbers are read")
 
 
 def read_pickle(file_name: str | os.PathLike) -> list:
-    """Read what `write_pickle` wrote; a pickle of anything but plain values is refused, and runs nothing.
+    """Read a pickle from `write_pickle`. Never runs code.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file is missing.
         DataError: it is not a pickle of plain values.
     """
     with open(file_name, "rb") as file:
         try:
             return _PlainUnpickler(file).load()
-        except Exception as error:  # damaged pickles raise nearly anything
+        except Exception as error:  # corrupt pickles raise nearly anything
             raise DataError(f"{os.fspath(file_name)}: not a pickle of plain values: {error}") from error
 
 
@@ -396,10 +404,10 @@ def read_pickle(file_name: str | os.PathLike) -> list:
 def plot_data_loader_image(
     data_loader: DataLoader, *, class_indices_path: str | os.PathLike = "class_indices.json"
 ) -> None:
-    """Show up to 4 images of each batch in their true colours, the class name under each.
+    """Show up to 4 images of each batch, denormalised, with their class names.
 
     Raises:
-        FileNotFoundError, DataError: there is no class_indices.json, or it is not one.
+        FileNotFoundError, DataError: class_indices.json is missing or invalid.
     """
     import matplotlib.pyplot as plt
 
@@ -408,7 +416,7 @@ def plot_data_loader_image(
     class_names = read_class_indices(class_indices_path)
     for images, labels in data_loader:
         names = [class_names[label] for label in labels[:4].tolist()]
-        figure = plt.figure("images of a batch", clear=True)  # the same window for all of them
+        figure = plt.figure("images of a batch", clear=True)  # one window for all batches
         labelled_images(to_pixels(images)[:4], names, figure)
         plt.show()
 
@@ -422,21 +430,20 @@ def plot_class_preds(
     *,
     class_indices_path: str | os.PathLike = "class_indices.json",
 ) -> "Figure | None":
-    r"""Predict the first `num_plot` images that `images_dir`/label.txt lists, and draw them in a row.
+    r"""Predict the first `num_plot` images listed in `images_dir`/label.txt, and draw them in a row.
 
-    Each is titled "{predicted}, {probability}%\n(label: {true})", in green when right, in red when wrong. Lines that
-    cannot be used are skipped, and said. The network predicts in evaluation mode, without gradients, and gets its mode
-    back.
+    The titles are "{predicted}, {probability}%\n(label: {true})", green if right, red if wrong. Invalid lines are
+    skipped with a message. Runs `net` in evaluation mode without gradients, then restores its mode.
 
     Args:
-        net: takes the batch (N, 3, H, W) of the transformed images, gives logits (N, classes).
-        transform: PIL RGB image -> tensor (3, H, W), uint8 or normalised float, as in evaluation.
+        net: maps a batch (N, 3, H, W) to logits (N, classes).
+        transform: the evaluation transform: PIL RGB image -> tensor (3, H, W), uint8 or normalised float.
 
     Returns:
-        The figure, known to pyplot (`plt.show()` shows it); None, after saying why, where there is nothing to draw.
+        A pyplot figure (`plt.show()` shows it); None, after printing why, if there is nothing to draw.
 
     Raises:
-        FileNotFoundError, DataError: there is no class_indices.json, or it is not one.
+        FileNotFoundError, DataError: class_indices.json is missing or invalid.
     """
     try:
         _label_lines(images_dir)
@@ -474,10 +481,13 @@ def plot_class_preds(
 def choose_figure_images(
     data_set: MyDataSet, class_names: Sequence[str], images_dir: str | os.PathLike
 ) -> tuple[Tensor, list[str]]:
-    """The pictures of `images_dir` where its labels are among the classes, else one image a class of `data_set`.
+    """Choose the images of `images_dir`/label.txt if all are valid, else one image per class of `data_set`.
 
     Returns:
-        Images (N, 3, H, W) uint8 and the name of each one's class; 24 at most.
+        Up to 24 images (N, 3, H, W) uint8, and their class names.
+
+    Raises:
+        DataError: no image is readable.
     """
     if Path(images_dir, "label.txt").is_file():
         try:
@@ -485,12 +495,12 @@ def choose_figure_images(
             if labelled and not problems:
                 images = [data_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
                 return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
-        except (DataError, ImageError) as error:  # a figure is no reason to end a training
+        except (DataError, ImageError) as error:  # a figure must not end the training
             print(f"{error}; the figure of predictions shows images of the data instead")
     images, names = [], []
     for label in sorted(set(data_set.images_class))[:FIGURE_IMAGES]:
         for index in (index for index, other in enumerate(data_set.images_class) if other == label):
-            with contextlib.suppress(ImageError):  # it has gone since the images were checked; evaluation will say so
+            with contextlib.suppress(ImageError):  # unreadable since the check; evaluation reports it
                 images.append(data_set[index][0])
                 names.append(class_names[label])
                 break
@@ -503,19 +513,19 @@ def choose_figure_images(
 
 
 def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL, md5: str = FLOWER_PHOTOS_MD5) -> None:
-    """Fetch the flower_photos archive and unpack it, so that `root` itself holds the five class folders.
+    """Download and unpack the TensorFlow team's flower_photos: 3,670 photographs, 218 MB.
 
-    3,670 photographs, 218 MB, by the TensorFlow team. The checksum is compared before anything is unpacked, and `root`
-    appears only when it is complete. Where an earlier call has fetched the same archive, nothing is done.
+    `root` itself holds the five class folders. The checksum is verified before unpacking, and `root` appears only when
+    complete. Does nothing if it already holds this archive.
 
     Raises:
-        DataError: `root` is a file, a mount point or another folder that is not empty, or the archive is not the one
-            expected.
-        OSError: no network, or no room.
+        DataError: `root` is a file, a mount point, the current folder or not empty; the archive is corrupt; or Python
+            is too old to unpack it safely.
+        OSError: no network, or the disk is full.
     """
     if not hasattr(tarfile, "data_filter"):
         raise DataError("unpacking an archive safely needs Python 3.10.12, 3.11.4, 3.12 or newer")
-    root = Path(root).resolve()  # a link stays one
+    root = Path(root).resolve()  # keeps a link, and replaces its target
     if root.exists() and root.samefile(Path.cwd()):
         raise DataError(f"{root}: the current folder, nothing downloaded; name one for the images")
     mark = root / DOWNLOADED

@@ -1,4 +1,4 @@
-"""Images and labels as a data set: transforms, normalisation, collation, and the order of an epoch."""
+"""Data set of images and labels, with transforms, normalisation and collation."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from image_cache import ImageCache
 from image_io import ImageError, aspect_ratio, decode, read_image
 
-# Of the images of ImageNet, in RGB, on a scale of 0 to 1: what torchvision's weights expect.
+# ImageNet's RGB mean and standard deviation on a scale of 0 to 1, as torchvision's weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -29,16 +29,16 @@ class MyDataSet(Dataset):
 
     Args:
         images_path: the image files.
-        images_class: their labels, ints from 0.
-        transform: receives a PIL RGB image; without one the item is the PIL image. A transform with an attribute
-            `min_side`, like this module's, receives a uint8 tensor (3, H, W), reduced as by `read_image`.
-        cache: keeps the decoded images that `min_side` has reduced, for the epochs to come.
+        images_class: the labels, ints from 0.
+        transform: receives a PIL RGB image; None returns that image. A transform with an attribute `min_side`, like
+            this module's, receives a uint8 tensor (3, H, W), reduced as by `read_image`.
+        cache: keeps decoded images that were reduced to `min_side`, for later epochs.
 
     Images with an aspect ratio above 10 are skipped, with a message. `images_path` and `images_class` hold the others;
     the caller's lists are not modified.
 
     `dataset[i]` is (image, label). `dataset[i, seed]` seeds the transform and restores the global generator, so that an
-    item depends neither on the process nor on the order; `dataset[i, seed, img_size]` also changes the size.
+    item depends neither on the process nor on the order; `dataset[i, seed, img_size]` also sets the image size.
 
     Raises (from `dataset[i]`):
         ImageError: the file cannot be read.
@@ -81,7 +81,7 @@ class MyDataSet(Dataset):
         return image, self.images_class[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": None}  # forked workers inherit its memory, spawned ones do without
+        return self.__dict__ | {"cache": None}  # forked workers share the cache, spawned ones have none
 
     def _image(self, index: int) -> Image.Image | Tensor:
         path, min_side = self.images_path[index], getattr(self.transform, "min_side", None)
@@ -97,9 +97,9 @@ class MyDataSet(Dataset):
 
     @staticmethod
     def collate_fn(batch: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """[(image (3, H, W), label)] -> images (N, 3, H, W) of the same dtype, labels (N,) int64.
+        """Collate (image (3, H, W), label) items to images (N, 3, H, W) of the same dtype and labels (N,) int64.
 
-        uint8 images come in channels-last order, in which a decoded image lies in memory and convolutions are fast.
+        uint8 images are stacked channels-last, the memory format of decoded images, which is fast for convolutions.
         """
         images, labels = zip(*batch, strict=True)
         return stack_images(images), torch.as_tensor(labels, dtype=torch.int64)
@@ -116,13 +116,13 @@ def _is_extreme(path: str | os.PathLike) -> bool:
 
 
 class TrainTransform:
-    """RGB image -> uint8 (3, img_size, img_size): a random resized crop and a horizontal flip, the tutorial's.
+    """The tutorial's random resized crop and horizontal flip of an RGB image, to uint8 (3, img_size, img_size).
 
     Args:
-        img_size: pixels.
+        img_size: the image size in pixels.
 
-    `min_side`: more pixels than that the image need not have on its shorter side. At 224 px it makes photographs
-    the size of ImageNet's, whose smallest crops are enlarged likewise.
+    `min_side` is the number of pixels needed on the shorter side (see `read_image`). At 224 px it reduces photographs
+    to about the size of ImageNet's, so that the smallest crops are upscaled as much as there.
     """
 
     def __init__(self, img_size: int = 224) -> None:
@@ -138,9 +138,9 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """RGB image -> uint8 (3, img_size, img_size): the shorter side to 256/224 of the size, then the centre.
+    """Resize the shorter side to 256/224 of the size, and crop the centre: RGB image -> uint8 (3, img_size, img_size).
 
-    `min_side`: as `TrainTransform`'s.
+    For `min_side` see `TrainTransform`.
     """
 
     def __init__(self, img_size: int = 224) -> None:
@@ -151,7 +151,7 @@ class EvalTransform:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
         pixels = _to_tensor(image)
-        # Only the centre is looked at: what lies far from it needs no scaling (a picture of 1 x 20,000 pixels).
+        # Crop extreme shapes (1 x 20,000 pixels) first, so that only what the centre crop can use is resized.
         height, width = pixels.shape[-2:]
         pixels = F.center_crop(pixels, [min(height, width * MAX_ASPECT_RATIO), min(width, height * MAX_ASPECT_RATIO)])
         return F.center_crop(F.resize(pixels, [self.shorter_side], antialias=True), [self.img_size])
@@ -162,17 +162,17 @@ def _to_tensor(image: Image.Image | Tensor) -> Tensor:
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Images (3, H, W) -> a batch (N, 3, H, W) of the same dtype; channels-last where they are uint8."""
+    """Stack images (3, H, W) to a batch (N, 3, H, W) of the same dtype; channels-last for uint8."""
     if images[0].dtype != torch.uint8:
         return torch.stack(images)
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
-    """A batch on its way into a network: (N, 3, H, W) -> (N, 3, H, W) float32 on `device`.
+    """Move a batch to `device` and normalise it: (N, 3, H, W) -> (N, 3, H, W) float32.
 
-    uint8 is scaled to 0..1 and normalised there (a byte a value travels, not four); a float batch has been prepared
-    by its own transform and is used as it is.
+    uint8 is scaled to 0..1 and normalised on `device`, so that one byte per value is transferred instead of four. A
+    float batch is already normalised, and only moved.
     """
     images = images.to(device, non_blocking=True)
     if images.dtype != torch.uint8:
@@ -183,15 +183,15 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD on the scale of uint8, (3, 1, 1), kept on each device: making them there waits for it."""
+    """Return MEAN and STD on the scale of uint8, (3, 1, 1), cached per device: creating them synchronises with it."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
     return mean, std
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """A batch (N, 3, H, W) as it is fed to a network -> pixels (N, H, W, 3) uint8 in their true colours.
+    """Convert a batch of network inputs (N, 3, H, W) to displayable pixels (N, H, W, 3) uint8.
 
-    uint8 is pixels already; a float batch is one that has been normalised with MEAN and STD.
+    uint8 values are kept; a float batch is denormalised with MEAN and STD.
     """
     images = images.detach().cpu()
     if images.dtype != torch.uint8:

@@ -1,9 +1,6 @@
-"""Arrays, names and numbers become matplotlib figures. Reads no file, knows no network, shows no window.
+"""Plot arrays, names and numbers as matplotlib figures, without file access, models or windows.
 
-Every function draws on the `figure` it is given, or else on a new one that pyplot does not know: nothing to close.
-
-Class names are text: a dollar sign is a dollar sign, not the start of a formula. They are drawn in an installed font
-that has their characters; what no font has, and control characters, are written as escapes.
+Each function draws on `figure` if given, else on a new one that pyplot does not track, so that nothing needs closing.
 """
 
 import functools
@@ -20,14 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 MAX_COLUMNS = 8
-FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, which everybody can tell apart (Okabe & Ito 2008)
+FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, safe for colour-blind readers (Okabe & Ito 2008)
 HEAT = "inferno"
 DPI = 100
-LARGEST_MATRIX = 30  # inches: a figure of 1,000 classes would take gigabytes
+LARGEST_MATRIX = 30  # inches: 1,000 classes would take gigabytes
 
 
 def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure: Figure | None = None) -> Figure:
-    """A bar a class, its number of images on top."""
+    """Plot the number of images per class as labelled bars."""
     figure = figure or Figure()
     figure.set_size_inches(max(6.4, 0.45 * len(class_names)), 4.8)
     axes = figure.add_subplot(xlabel="class", ylabel="images", title="Class distribution")
@@ -46,7 +43,7 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
 
 
 def labelled_images(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
-    """Images (N, H, W, 3) uint8, up to eight in a row, the name of each below it."""
+    """Plot images (N, H, W, 3) uint8 with their names, up to eight per row."""
     figure = figure or Figure(dpi=DPI)
     cells = _grid(figure, len(images), MAX_COLUMNS, below=0.3)
     for axes, image, name in zip(cells, images, names, strict=True):
@@ -62,10 +59,10 @@ def predictions(
     actual: Sequence[str | None],
     figure: Figure | None = None,
 ) -> Figure:
-    """Images (H, W, 3) uint8, each under its predicted class and probability (0..1) and, where known, its label.
+    """Plot images (H, W, 3) uint8 with their predicted class, its probability (0..1) and, where known, the label.
 
-    Up to eight in a row. Green with a tick is right, red with a cross is wrong: the mark is for those who cannot tell
-    the two colours apart. Black is unknown.
+    There are up to eight images per row. Correct predictions are green with a tick, wrong ones red with a cross (for
+    colour-blind readers), and those without a label black.
     """
     figure = figure or Figure(dpi=DPI)
     cells = _grid(figure, len(images), MAX_COLUMNS, above=0.5, below=0.35)
@@ -79,7 +76,7 @@ def predictions(
 
 
 def training_batch(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
-    """Images (N, H, W, 3) uint8, up to eight in a row, the name of each below it."""
+    """Plot images (N, H, W, 3) uint8 with their names, up to eight per row, on a single Axes."""
     figure = figure or Figure(dpi=DPI)
     sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS, below=0.3)
     for box, image, name in zip(boxes, images, names, strict=True):
@@ -96,9 +93,9 @@ def mistakes(
     actual: Sequence[str],
     figure: Figure | None = None,
 ) -> Figure:
-    """Images (N, H, W, 3) uint8, each beside what the network looked at: heat (N, H, W) in 0..1 over it, as `heated`.
+    """Plot images (N, H, W, 3) uint8 beside their heat maps (N, H, W) in 0..1, see `heated`.
 
-    Titles, marks and colours are those of `predictions`; four in a row.
+    Titles, marks and colours are those of `predictions`; up to four per row.
     """
     figure = figure or Figure(dpi=DPI)
     sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS // 2, width=4.6, above=0.55, below=0.3)
@@ -121,13 +118,14 @@ def explained(
     labels: Sequence[str | None],
     figure: Figure | None = None,
 ) -> Figure:
-    """Images (H, W, 3) uint8, each beside what the network looked at and a bar for each of its most probable classes.
+    """Plot images (H, W, 3) uint8 beside their heat maps and a bar for each of the most probable classes.
 
     Args:
         heats: (H, W) in 0..1, see `heated`.
-        tops: of each image, (class, probability in 0..1), the most probable first.
-        titles: what is written above each, its file's name for example.
-        labels: the class of each, where it is known: its bar is blue, and others vermilion; else all are blue.
+        tops: per image, (class, probability in 0..1), the most probable first.
+        titles: the titles, for example file names.
+        labels: the true classes, where known. Their bars are blue and the others vermilion; without a label all are
+            blue.
     """
     figure = figure or Figure(dpi=DPI)
     columns = 1 if len(images) <= 3 else 2 if len(images) <= 8 else 3
@@ -149,17 +147,17 @@ def explained(
 
 
 def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """`image` (H, W, 3) uint8 in grey under the colours of `heat` (H, W) in 0..1: (H, W, 3) uint8, bright where hot."""
+    """Overlay `image` (H, W, 3) uint8, in grey, with the heat map `heat` (H, W) in 0..1: (H, W, 3) uint8."""
     grey = image.mean(axis=2, keepdims=True) * np.ones(3)
     colours = 255 * matplotlib.colormaps[HEAT](heat)[..., :3]
     return (0.45 * grey + 0.55 * colours).astype(np.uint8)
 
 
 def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: Figure | None = None) -> Figure:
-    """How many images of each class (rows) were taken for each class (columns): (classes, classes) of int.
+    """Plot a confusion matrix (classes, classes) int: true classes in rows, predicted classes in columns.
 
-    The numbers are counts; the shade of a cell is its part of its row. Of hundreds of classes, shades and some names
-    are all there is room for.
+    The numbers are counts; the shade of a cell is its fraction of the row. With hundreds of classes there is only room
+    for shades and some names.
     """
     figure = figure or Figure(dpi=DPI)
     classes = len(class_names)
@@ -168,9 +166,9 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
     cell = 0.75 if classes <= 6 else 0.45 if classes <= 20 else 0.3 if classes <= 50 else 0.24
     inch = size / 72
     side = max(min(cell * classes, LARGEST_MATRIX), 2.5)
-    named = range(0, classes, math.ceil(cell * classes / side))  # all, if there is room for them
+    named = range(0, classes, math.ceil(cell * classes / side))  # all names, if there is room
     names_take = 0.65 * inch * max(map(_width, names)) + 2.2 * inch
-    upright = max(map(_width, names)) * 0.65 * inch > 0.9 * side / len(named)  # too long to stand side by side
+    upright = max(map(_width, names)) * 0.65 * inch > 0.9 * side / len(named)  # too long to fit side by side
     left, right = max(names_take, 0.9), 1.1
     bottom, top = (names_take if upright else 0.7), 0.8
     width, height = left + side + right, bottom + side + top
@@ -208,14 +206,14 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
 
 
 def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None) -> Figure:
-    """Loss and accuracy of training and validation, epoch by epoch.
+    """Plot training and validation loss and accuracy per epoch.
 
-    Losses are drawn up to twice the highest of the training, or twice the usual one of validation: while BatchNorm's
-    averages lag behind weights that move fast, that may be many times as high for an epoch, beside which nothing else
-    could be read.
+    The loss axis ends at twice the highest training loss or twice the median validation loss, whichever is larger:
+    while BatchNorm's running averages lag behind fast-changing weights, the validation loss may spike and make the
+    rest unreadable.
 
     Args:
-        history: of each epoch "epoch", "train_loss", "val_loss", "train_accuracy", "accuracy".
+        history: per epoch "epoch", "train_loss", "val_loss", "train_accuracy", "accuracy".
     """
     figure = figure or Figure(dpi=DPI)
     figure.set_size_inches(10, 4)
@@ -243,7 +241,7 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
 def range_test(
     rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, suggestion: float, figure: Figure | None = None
 ) -> Figure:
-    """The loss (N,) of a step at each learning rate (N,), the same smoothed (N,), and the rate to train with."""
+    """Plot a learning-rate range test: loss and smoothed loss (N,) per learning rate (N,), and the suggested rate."""
     figure = figure or Figure(dpi=DPI)
     figure.set_size_inches(8, 4.5)
     figure.set_layout_engine("constrained")
@@ -266,11 +264,11 @@ def data_health(
     conflicts: Sequence[tuple[Sequence[np.ndarray], Sequence[str], Sequence[str]]],
     figure: Figure | None = None,
 ) -> Figure:
-    """The images of each class, the sizes of all, and pairs of images that show the same in two classes.
+    """Plot the number of images per class, the image sizes, and pairs of images with conflicting labels.
 
     Args:
         sizes: (N, 2), width and height in pixels.
-        conflicts: two images (H, W, 3) uint8, their classes, their files' names; for each pair.
+        conflicts: per pair, two images (H, W, 3) uint8, their classes and their file names.
     """
     figure = figure or Figure(dpi=DPI)
     above = max(4.0, 1 + 0.2 * len(class_names))
@@ -320,7 +318,7 @@ def data_health(
 
 
 class _Box(NamedTuple):
-    """The sides of a picture, in inches from the left and from the bottom of its figure."""
+    """The edges of a picture, in inches from the left and bottom of the figure."""
 
     left: float
     right: float
@@ -345,7 +343,12 @@ def _place(
     above: float = 0.1,
     below: float = 0.1,
 ) -> list[_Box]:
-    """Size `figure` for `count` pictures, in rows of `columns`; inches of each, and of the room above and below it."""
+    """Size `figure` for `count` pictures in rows of `columns`, and return their positions.
+
+    Args:
+        width, height: the size of each picture in inches.
+        above, below: the space above and below it in inches.
+    """
     columns, gap = min(count, columns), 0.15
     rows = -(-count // columns)
     figure.set_size_inches(columns * (width + gap) + gap, rows * (height + above + below) + gap)
@@ -359,7 +362,7 @@ def _place(
 
 
 def _grid(figure: Figure, *places: float, **sizes: float) -> list[Axes]:
-    """As `_place`, axes without ticks in these places."""
+    """Create Axes without ticks at the positions of `_place`."""
     boxes = _place(figure, *places, **sizes)
     width, height = figure.get_size_inches()
     return [
@@ -373,7 +376,7 @@ def _grid(figure: Figure, *places: float, **sizes: float) -> list[Axes]:
 
 
 def _sheet(figure: Figure, *places: float, **sizes: float) -> tuple[Axes, list[_Box]]:
-    """As `_place`, and axes over the whole figure with inches as their unit: one for each picture would take long."""
+    """Create one Axes in inches over the whole figure for the positions of `_place`, as one per picture is slow."""
     boxes = _place(figure, *places, **sizes)
     sheet = figure.add_axes([0, 0, 1, 1])
     sheet.set_axis_off()
@@ -387,7 +390,7 @@ def _write(axes: Axes, text: str, x: float, y: float, **style: object) -> None:
 
 
 def _title(guess: str, probability: float, label: str | None) -> tuple[str, str]:
-    """The title of a prediction, and its colour."""
+    """Return the title of a prediction and its colour."""
     title = f"{legible(guess)}, {probability * 100:.2f}%"
     if label is None:
         return title, "black"
@@ -399,17 +402,17 @@ def _mark(right: bool) -> str:
 
 
 def _width(text: str) -> int:
-    """The places that a line takes, two for an East Asian character."""
+    """Return the width of a line in columns; an East Asian wide character takes two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _fitting(text: str, inches: float, largest: float = 12) -> float:
-    """The font size at which the longest line is no wider than that."""
+    """Return the font size, 4 to `largest`, at which the longest line fits into `inches`."""
     return max(4.0, min(largest, inches * 72 / (0.6 * max(_width(line) for line in text.splitlines() or [""]) + 1e-9)))
 
 
 def _shortened(text: str, width: int) -> str:
-    """`text` with its middle left out where it is wider than that."""
+    """Replace the middle of `text` by an ellipsis if it is wider than `width` columns."""
     text = legible(text)
     while _width(text) > width:
         middle = len(text) // 2
@@ -421,12 +424,12 @@ def _shortened(text: str, width: int) -> str:
 
 
 def text_style(*texts: str) -> dict[str, object]:
-    """Keyword arguments for matplotlib's text functions: no formulas, and fonts that have the characters."""
+    """Return keyword arguments for matplotlib's text functions: no math mode ("$"), fonts that have the characters."""
     return {"parse_math": False, "fontfamily": ["sans-serif", *_more_families(frozenset("".join(texts)))]}
 
 
 def legible(text: str) -> str:
-    """`text` with control characters, and what no installed font has, as escapes."""
+    """Escape control characters and those that no installed font has."""
     return "".join(c if _can_be_drawn(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
@@ -449,7 +452,7 @@ def _default_font_has(character: str) -> bool:
 
 @functools.cache
 def _other_font(character: str) -> str | None:
-    """The family of an installed upright font that has a character; Chinese ones are found in the same one."""
+    """Return the family of an installed upright font with this character, CJK families first."""
     entries = sorted(
         (font for font in _installed_fonts() if font.style == "normal" and not font.name.startswith("Last Resort")),
         key=lambda font: (font.weight != 400, "CJK" not in font.name, "Sans" not in font.name, font.name),
@@ -459,13 +462,13 @@ def _other_font(character: str) -> str | None:
 
 @functools.cache
 def _installed_fonts() -> list[font_manager.FontEntry]:
-    """What matplotlib knows, and what has been installed since it looked for fonts the first time."""
+    """Return matplotlib's fonts, including those installed since its font cache was built."""
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for path in font_manager.findSystemFonts():
         if path not in known:
             try:
                 font_manager.fontManager.addfont(path)
-            except (RuntimeError, ValueError, OSError):  # not a font that matplotlib reads
+            except (RuntimeError, ValueError, OSError):  # unsupported by matplotlib
                 continue
     return font_manager.fontManager.ttflist
 

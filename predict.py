@@ -42,17 +42,17 @@ from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
 from run_utils import newest_weights
 from train_eval_utils import compute_logits
 
-# Every batch has this many images, the last one filled up: kernels round differently for batches of another size,
-# and so the digits printed for an image would depend on how many others were asked for.
+# Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
+# printed probabilities would depend on the number of images.
 BATCH_SIZE = 8
-MANY_IMAGES = 100  # more than this are read by workers, which take a while to start
-FIGURE_IMAGES = 24  # at most, in --save-plot: the least certain ones
-SIGNATURE = b"predict.py --save-plot"  # in a JPEG
+MANY_IMAGES = 100  # above this, use workers, which take a while to start
+FIGURE_IMAGES = 24  # maximum in --save-plot: the least certain ones
+SIGNATURE = b"predict.py --save-plot"  # the comment in a JPEG figure
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Predict as the flags say; the exit status: 1 where something could not be read."""
+    """Run the predictions. Returns the exit status: 1 if an input could not be read."""
     plot_path = Path(args.save_plot) if args.save_plot else None
     if plot_path and not (plot_path.suffix.lower() in FIGURE_FORMATS and plot_path.parent.is_dir()):
         raise UsageError(f"--save-plot {plot_path}: give a file in an existing folder, {' '.join(FIGURE_FORMATS)}")
@@ -63,7 +63,7 @@ def predict(args: argparse.Namespace) -> int:
         raise UsageError(f"--csv {csv_path}: give a file in an existing folder, and no picture")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: probabilities to four digits
+    torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
     weights = args.weights or newest_weights()
     class_names = read_class_indices(args.class_indices) if args.class_indices else None
     model, info = load_model(weights, device, args.model, class_names)
@@ -84,7 +84,7 @@ def predict(args: argparse.Namespace) -> int:
 
     shown: list[Shown] = []
     rows = []
-    hits: dict[str, list[bool]] = {}  # by labelled folder
+    hits: dict[str, list[bool]] = {}  # by folder argument
     for file, outcome in predict_images(model, files, info["img_size"], device, amp_dtype):
         if isinstance(outcome, ImageError):
             fail(outcome)
@@ -115,20 +115,20 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether an image is there already that is no figure of ours: `--save-plot *.jpg` names the first of them."""
+    """Return whether `path` is an image but not our figure, such as the first of `--save-plot *.jpg`."""
     if not path.is_file():
         return False
     try:
-        with Image.open(path) as image:  # matplotlib signs a PNG
+        with Image.open(path) as image:  # matplotlib adds "Software" to a PNG
             return not (image.info.get("comment") == SIGNATURE or "Matplotlib" in str(image.info.get("Software")))
     except Image.DecompressionBombError:
         return True
-    except OSError:  # nothing, or something else
+    except OSError:  # not an image, or unreadable
         return False
 
 
 class ImageFile(NamedTuple):
-    """An image to predict: its path, its class where the folder tells it, and the argument that it comes from."""
+    """An image to predict: its path, its label if the folder gives one, and its command-line argument."""
 
     path: str
     label: str | None
@@ -136,7 +136,7 @@ class ImageFile(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A prediction in the figure: the image (3, H, W) uint8, its class, (name, probability) of the most probable."""
+    """A prediction to draw: image (3, H, W) uint8, predicted class index, (name, probability) of the top classes."""
 
     file: ImageFile
     image: Tensor
@@ -144,21 +144,22 @@ class Shown(NamedTuple):
     top: list[tuple[str, float]]
 
     def certainty(self) -> float:
-        """The probability of its class."""
+        """Return the probability of the predicted class."""
         return self.top[0][1]
 
 
 def find_images(argument: str, class_names: list[str], on_error: Callable[[OSError], None]) -> list[ImageFile]:
-    """A file, or each image below a folder; the class is known below a folder of that name.
+    """List a file, or all images below a folder. Sub-folders named after a class label their images.
 
-    Sub-folders that cannot be read are handed to `on_error`, and left out.
+    Args:
+        on_error: called with the error of each unreadable folder, which is skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DataError: a folder without images.
+        FileNotFoundError: the file or folder is missing.
+        DataError: the folder has no images.
     """
     root = Path(argument)
-    if not argument or not root.exists():  # "" is a variable that is not set; Path takes it for the current folder
+    if not argument or not root.exists():  # "" is an unset shell variable; Path("") is the current folder
         raise FileNotFoundError(f"{argument!r}: no such file or folder")
     if not root.is_dir():
         return [ImageFile(argument, None, argument)]
@@ -172,7 +173,7 @@ def find_images(argument: str, class_names: list[str], on_error: Callable[[OSErr
 
 
 class _Images(Dataset):
-    """Each file as (3, H, W) uint8, or why it cannot be read."""
+    """Images (3, H, W) uint8, or the `ImageError` of an unreadable one."""
 
     def __init__(self, files: list[ImageFile], img_size: int) -> None:
         self.files = files
@@ -191,7 +192,11 @@ class _Images(Dataset):
 def predict_images(
     model: ResNet, files: list[ImageFile], img_size: int, device: torch.device, amp_dtype: torch.dtype | None
 ) -> Iterator[tuple[ImageFile, tuple[Tensor, Tensor] | ImageError]]:
-    """Each of `files` with its image (3, H, W) uint8 and its probabilities (classes,), or why it cannot be read."""
+    """Predict `files` in order.
+
+    Yields:
+        Each file with its image (3, H, W) uint8 and probabilities (classes,), or with the `ImageError` if unreadable.
+    """
     workers = min(available_cores(), 8) if len(files) > MANY_IMAGES else 0
     images = _Images(files, img_size)
     loader = DataLoader(images, BATCH_SIZE, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
@@ -203,12 +208,12 @@ def predict_images(
         batch = stack_images(images + [blank] * (BATCH_SIZE - len(images)))
         with evaluation_mode(model):
             probabilities = compute_logits(model, batch, device, amp_dtype).softmax(dim=1).cpu()
-        for outcome, row in zip(outcomes, probabilities, strict=False):  # more rows than images in the last batch
+        for outcome, row in zip(outcomes, probabilities, strict=False):  # the last batch is padded
             yield next(waiting), outcome if isinstance(outcome, ImageError) else (outcome, row)
 
 
 def print_prediction(file: ImageFile, top: list[tuple[str, float]], as_json: bool) -> None:
-    """One line for an image: for people, or as JSON."""
+    """Print a prediction in one line, as text or JSON."""
     if as_json:
         line = {"image": file.path, "class": top[0][0], "probability": round(top[0][1], 6)}
         if file.label is not None:
@@ -222,7 +227,7 @@ def print_prediction(file: ImageFile, top: list[tuple[str, float]], as_json: boo
 
 
 def csv_row(file: ImageFile, top: list[tuple[str, float]]) -> dict[str, str]:
-    """A line of --csv: the image, its class, its label where it is known, and the next classes."""
+    """Return a row of --csv: image, predicted class, label if known, and the next classes."""
     row = {"image": file.path, "class": top[0][0], "probability": f"{top[0][1]:.6f}", "label": file.label or ""}
     for place, (name, probability) in enumerate(top[1:], start=2):
         row |= {f"class {place}": name, f"probability {place}": f"{probability:.6f}"}
@@ -230,8 +235,8 @@ def csv_row(file: ImageFile, top: list[tuple[str, float]]) -> dict[str, str]:
 
 
 def save_figure(model: ResNet, shown: list[Shown], path: Path, device: torch.device) -> None:
-    """Draw each image, what the network looked at, and a bar for each of its most probable classes."""
-    from plot_utils import explained  # matplotlib, which the other predictions need not wait for
+    """Draw each image with its Grad-CAM heat map and a bar for each of its top classes."""
+    from plot_utils import explained  # imports matplotlib, which is slow to load
 
     batch = stack_images([prediction.image for prediction in shown])
     classes = torch.tensor([prediction.predicted for prediction in shown], device=device)
@@ -249,12 +254,12 @@ def save_figure(model: ResNet, shown: list[Shown], path: Path, device: torch.dev
 
 
 def complain(error: Exception) -> None:
-    """One line on standard error."""
+    """Print an error in one line to standard error."""
     print(f"predict.py: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with one line where a value is out of range."""
+    """Parse the command line. Exits with a one-line message if a value is invalid."""
     parser = FlagParser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images")
@@ -275,7 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; its exit status."""
+    """Run the program and return its exit status."""
     escape_unprintable_output()
     args = parse_args(argv)
     try:

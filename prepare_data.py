@@ -18,11 +18,11 @@ from sample_flowers import draw_sample
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample_flowers"
 
-Files = dict[str, list[list[str]]]  # the checksums of a data set's files: see `describe_files`
+Files = dict[str, list[list[str]]]  # checksums of a data set's files, see `describe_files`
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
-    """Return the folder to train on, after downloading the photographs or drawing the built-in sample if needed."""
+    """Return the folder to train on; download the photographs or draw the built-in sample if needed."""
     if args.download:
         download_flower_photos(args.data_path)
     if args.data_path:
@@ -38,8 +38,8 @@ def find_data(args: argparse.Namespace) -> str | Path:
 class Checked(NamedTuple):
     """The result of checking an image file.
 
-    `size` in bytes, modification `time` in ns, `checksum` of the content (None if it cannot be read), and `problem`:
-    the reason why the image is unusable, or None.
+    `size` is in bytes, the modification `time` in ns; `checksum` is None for an unreadable file, and `problem` is the
+    reason why the image is unusable, or None.
     """
 
     size: int
@@ -49,7 +49,7 @@ class Checked(NamedTuple):
 
 
 class _Checks(Dataset):
-    """The checksum of each image file, and the reason why it is unusable, or None."""
+    """A data set of (checksum, reason why the file is unusable or None)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -60,7 +60,7 @@ class _Checks(Dataset):
     def __getitem__(self, index: int) -> tuple[str | None, str | None]:
         path = self.paths[index]
         try:
-            read_image(path, min_side=16)  # reads the whole file, and keeps next to nothing
+            read_image(path, min_side=16)  # decodes the whole file, but to a tiny image
         except ImageError as error:
             return file_checksum(path), str(error)
         return file_checksum(path), None
@@ -70,9 +70,9 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
     """Read every image to find unusable ones.
 
     Args:
-        known: an earlier result, possibly loaded from JSON. A usable file is not read again unless its size or time has
-            changed.
-        workers: the number of processes that read.
+        known: an earlier result, possibly loaded from JSON. A usable file is read again only if its size or
+            modification time has changed.
+        workers: the number of worker processes.
 
     Returns:
         The results by absolute path.
@@ -116,13 +116,13 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def drop_unusable(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[str]]:
-    """Return `split` without its unusable images, and the reasons.
+    """Remove unusable images from `split`; return it and the reasons.
 
     Args:
         checked: the results of `check_images` for all images.
 
     Raises:
-        DataError: no image is left of a class, or for validation.
+        DataError: a class or the validation set has no usable images.
     """
 
     def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
@@ -146,11 +146,11 @@ def drop_unusable(split: Split, checked: dict[str, Checked]) -> tuple[Split, lis
 
 
 def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
-    """Describe the files of a split, independently of the folder's location, to detect changes on resume.
+    """Describe the files of a split independently of the folder's location, to detect changes on resume.
 
     Returns:
-        {"daisy/a.jpg": [["train", checksum]], ...}, with two entries if the name exists in train and val. The checksum
-        of an unreadable file is "".
+        {"daisy/a.jpg": [["train", checksum]], ...}, with two entries if the name exists in both train and val. The
+        checksum of an unreadable file is "".
     """
     files: Files = {}
     sides = {"train": (split.train_paths, split.train_labels), "val": (split.val_paths, split.val_labels)}
@@ -162,7 +162,7 @@ def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
 
 
 class Data(NamedTuple):
-    """The data of a run: images and classes, image counts per class, unusable images with reasons, file checksums."""
+    """The data of a run: images, classes, image counts per class, reasons why images are unusable, file checksums."""
 
     train_set: MyDataSet
     val_set: MyDataSet

@@ -1,4 +1,4 @@
-"""A run: its folder, checkpoints, event files and signals."""
+"""The folder, lock, checkpoints, event files and signals of a training run."""
 
 import argparse
 import contextlib
@@ -36,15 +36,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LAUNCH = ".launch"  # in the folder of a run: by which torchruns it was begun, a line each
-SECONDS_BETWEEN_SAVES = 60  # at least, within an epoch
-SECONDS_TO_STOP = 10  # of several processes, after a signal; torchrun kills them after 30
+LAUNCH = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
+SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
+SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
 
 # --- folder -------------------------------------------------------------------------------------------------------
 
 
 def create_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
-    """Make `root`/`name`, or the first of name-2, name-3, ... that is not there yet, with a folder `weights` in it."""
+    """Create `root`/`name`, or the first free one of name-2, name-3, ..., with a sub-folder `weights`."""
     Path(root).mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = Path(root, name if number == 1 else f"{name}-{number}")
@@ -57,10 +57,10 @@ def create_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
 
 
 def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth") -> Path:
-    """The weights/best.pth, or another `file_name`, under `root` that was written last.
+    """Return the most recent weights/`file_name` of the runs in `root`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no run has one.
     """
     found = list(Path(root).glob(f"*/weights/{file_name}"))
     if not found:
@@ -69,7 +69,7 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
 
 
 def run_of(launch_ids: set[str], root: str | os.PathLike = "runs") -> str | None:
-    """Return the folder of the run that one of these launches started, if it has a last.pth to resume from."""
+    """Return the folder of the run that one of these launches started, or None without a last.pth to resume from."""
     for mark in Path(root).glob(f"*/{LAUNCH}") if launch_ids else ():
         begun = mark.read_text(encoding="utf-8").splitlines()
         if not launch_ids.isdisjoint(begun) and (mark.parent / "weights" / "last.pth").exists():
@@ -78,14 +78,17 @@ def run_of(launch_ids: set[str], root: str | os.PathLike = "runs") -> str | None
 
 
 def lock_run(run: Path) -> TextIO | None:
-    """Keep other processes from writing to this run as well, until what is returned is closed or the process ends.
+    """Lock a run's folder against other training processes.
+
+    Returns:
+        The open lock file, to be closed to unlock; None on Windows. No effect on a file system without locks.
 
     Raises:
         UsageError: another process has the lock.
     """
     if fcntl is None:
         return None
-    file = open(run / ".lock", "w")  # noqa: SIM115 - held open for as long as the run takes
+    file = open(run / ".lock", "w")  # noqa: SIM115 - held open until the run ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -97,13 +100,13 @@ def lock_run(run: Path) -> TextIO | None:
 
 
 def write_args(args: argparse.Namespace, path: str | os.PathLike) -> None:
-    """Write every flag's value, and the versions that the run uses, as JSON."""
+    """Write all flags and the package versions as JSON."""
     content = {"flags": vars(args), "versions": versions()}
     Path(path).write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the packages that a run uses."""
+    """Return the versions of Python and of the packages that a run uses."""
     packages = ("torch", "torchvision", "tensorboard", "PIL", "matplotlib", "numpy", "tqdm")
     return {"python": platform.python_version()} | {
         package: importlib.import_module(package).__version__ for package in packages
@@ -111,10 +114,10 @@ def versions() -> dict[str, str]:
 
 
 def run_card(command: list[str], args: argparse.Namespace, data: Mapping[str, tuple[int, int]], hardware: str) -> str:
-    """A run in Markdown: its command, data, machine, versions, and every flag's value.
+    """Describe a run in Markdown: its command, hardware, data, flags and package versions.
 
     Args:
-        data: of each class, how many images there are for training and for validation.
+        data: the numbers of training and validation images per class.
     """
 
     def table(*rows: Sequence[object]) -> list[str]:
@@ -134,13 +137,13 @@ def run_card(command: list[str], args: argparse.Namespace, data: Mapping[str, tu
 def check_same_data(
     folder: Path, files: Files, class_names: list[str], checkpoint: Mapping[str, Any], may_differ: bool
 ) -> None:
-    """Compare the data with what a run was trained on before, and name each file that differs on standard error.
+    """Compare the data with the run's earlier data, and print each difference to standard error.
 
     Args:
-        files: what `describe_files` gives; the run's folder holds what it gave then.
+        files: the result of `describe_files`; files.json in `folder` has the earlier one.
 
     Raises:
-        UsageError: other classes; other files, unless they may differ.
+        UsageError: the classes differ; files differ and not `may_differ`; or files.json is corrupt.
     """
     if class_names != checkpoint.get("class_names"):
         raise UsageError(f"the data has the classes {', '.join(class_names)}, and the run was trained on others")
@@ -153,7 +156,7 @@ def check_same_data(
             differences[name] = "is new" if name in files else "is gone"
         elif sorted(content for _, content in before[name]) != sorted(content for _, content in files[name]):
             differences[name] = "has changed"
-    if not differences:  # otherwise others may be held out because of them
+    if not differences:  # otherwise they may have changed the split
         for name in files:
             if before[name] != files[name]:
                 differences[name] = "has moved between training and validation"
@@ -176,10 +179,13 @@ def _is_list_of_pairs(value: Any) -> bool:
 
 
 def find_run(run: str) -> Path:
-    """The folder that `--resume` means: by a run's name, its folder or its last.pth, or ("") the newest run.
+    """Return the folder that `--resume` names.
+
+    Args:
+        run: a run's name, its folder, its last.pth, or "" for the most recent run.
 
     Raises:
-        UsageError: there is no last.pth to go on from.
+        UsageError: there is no valid last.pth.
     """
     if not run:
         return newest_weights(file_name="last.pth").parents[1]
@@ -196,22 +202,22 @@ def find_run(run: str) -> Path:
 
 
 class Run:
-    """The progress of a training run, and everything that it takes to go on after an interruption.
-
-    No other process can have one of the same folder: see `lock_run`.
+    """The state of a training run, as needed to resume it. The main process locks its folder, see `lock_run`.
 
     Args:
-        folder: the run's.
-        info: what a weights file tells of its model: {"model": ..., "class_names": ..., "img_size": ...}.
-        command: the words of its command line.
-        recipe: the values of its recipe, which may have others in another version of the program.
-        global_batch: the images of a step.
-        average: the averaged weights, if there are any.
+        info: the model's metadata in a weights file: {"model": ..., "class_names": ..., "img_size": ...}.
+        command: the command-line arguments.
+        recipe: the recipe's values, which may change in later versions of the program.
+        global_batch: images per step, over all ranks.
         dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
+        average: the averaged weights, if any.
 
-    `epoch` is the one under way, `progress` that of its steps so far, `images_before` how many of its images had been
-    taken before an interruption, `history` the metrics of those before it; `over`
-    says that there is none after them, which is decided at the end of each.
+    Attributes:
+        epoch: the current epoch.
+        progress: the loss and accuracy of the current epoch's steps so far.
+        images_before: images of the current epoch that were trained on before an interruption.
+        history: the metrics of the earlier epochs.
+        over: whether training is complete, decided at the end of each epoch.
     """
 
     def __init__(
@@ -240,27 +246,24 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.last: dict[str, Any] = {"epoch": None, "accuracy": None, "val_loss": None}
         self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0, "val_loss": math.inf}
-        self.improved_at: int | None = None  # the epoch in which the accuracy last rose, for --patience
+        self.improved_at: int | None = None  # epoch of the last rise in accuracy, for --patience
         self._saved_at, self._saving_takes = 0.0, 0.0
 
     @property
     def weights(self) -> Path:
-        """The folder of its checkpoints."""
+        """The folder of the checkpoints."""
         return self.folder / "weights"
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network that is validated and saved as best.pth: the averaged one, if there is one."""
+        """The model to validate and save as best.pth: the averaged one, if any."""
         return self.model if self.average is None else self.average.module
 
     def save(self) -> None:
-        """Write last.pth: the epoch under way, after the steps that `progress` counts.
-
-        The event files must have been flushed.
+        """Write last.pth, after the steps that `progress` counts. Flush the event files first.
 
         Raises:
-            FloatingPointError: training has diverged; last.pth stays the one from before.
-            OSError: it cannot be written, likewise.
+            FloatingPointError, OSError: training has diverged, or writing failed. The previous last.pth is kept.
         """
         start = time.perf_counter()
         self.progress.read()
@@ -290,7 +293,7 @@ class Run:
         self._saving_takes = self._saved_at - start
 
     def save_is_due(self) -> bool:
-        """Whether, for the first process, a minute has passed since it wrote last.pth, and 100 times what that took."""
+        """Return whether, on the main process, a minute and 100 times a save's duration have passed since the last."""
         waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._saving_takes)
         return self.dist.is_main and time.perf_counter() - self._saved_at > waiting
 
@@ -298,7 +301,7 @@ class Run:
         """Record the validation metrics of the current epoch.
 
         Returns:
-            Whether it is the best epoch so far: the highest accuracy, and among equals the lowest loss.
+            Whether it is the best epoch so far: highest accuracy, then lowest loss.
         """
         self.last = {"epoch": self.epoch, "accuracy": accuracy, "val_loss": val_loss}
         if accuracy > self.best["accuracy"]:
@@ -308,13 +311,14 @@ class Run:
         return self.best is self.last
 
     def has_stalled(self, patience: int) -> bool:
-        """Whether the accuracy has not risen for `patience` epochs or more; 0: never."""
+        """Return whether the accuracy has not risen for at least `patience` epochs (0: always False)."""
         return patience > 0 and self.last["epoch"] is not None and self.last["epoch"] - self.improved_at >= patience
 
     def finish_epoch(self) -> None:
-        """Go to the next epoch: write best.pth if the one under way was judged the best so far, and last.pth.
+        """Write best.pth if this epoch is the best so far, advance to the next epoch and write last.pth.
 
-        Raises as `save`.
+        Raises:
+            FloatingPointError, OSError: see `save`.
         """
         if self.best is self.last and self.dist.is_main:
             save_checkpoint(
@@ -326,7 +330,7 @@ class Run:
         self.save()
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return a model's state_dict on the CPU, so that the files load on a machine without a GPU.
+        """Return a model's state_dict on the CPU, to load without a GPU.
 
         Raises:
             FloatingPointError: training has diverged.
@@ -339,10 +343,10 @@ class Run:
         return state
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on where `save` was called; what was written to the event files since then is taken back.
+        """Restore the state that `save` wrote, and remove later events from the event files.
 
         Raises:
-            UsageError: the checkpoint is damaged, or of another kind of model.
+            UsageError: the checkpoint is corrupt, or its model has another architecture.
         """
         try:
             resume = checkpoint["resume"]
@@ -350,7 +354,7 @@ class Run:
             if self.average is not None:
                 self.average.load_state_dict(resume["average"])
             self._load_optimizer(resume["optimizer"])
-            if resume["scaler"]:  # not where the run computed in another number format before
+            if resume["scaler"]:  # empty if the run used another precision before
                 self.scaler.load_state_dict(resume["scaler"])
             self.schedule.load_state_dict(resume.get("schedule", {}))
             self.over = bool(resume.get("over"))
@@ -358,7 +362,7 @@ class Run:
             self.epoch = resume["epoch"]
             total, *counts = float(counted["sum"]), *(int(counted[key]) for key in ("images", "steps", "right"))
             self.images_before = counts[0]
-            # What has been counted is the first's: later the processes' are added up.
+            # Only rank 0 restores the sums: `Progress.all_reduce` adds up all ranks.
             self.progress = Progress(total, *counts) if self.dist.is_main else Progress(steps=counts[1])
             self.history = [
                 {str(name): float(value) for name, value in row.items()} | {"epoch": int(row["epoch"])}
@@ -379,10 +383,10 @@ class Run:
             raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """The momentum; the rest, the flags tell."""
+        """Load the momentum buffers; the parameter groups follow from the flags."""
         own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
-        for parameter, values in self.optimizer.state.items():  # which it leaves to the next step to find out
+        for parameter, values in self.optimizer.state.items():  # load_state_dict does not check these
             momentum = values["momentum_buffer"]
             if (momentum.shape, momentum.layout, momentum.device) != (
                 parameter.shape,
@@ -393,7 +397,7 @@ class Run:
 
 
 def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path) -> None:
-    """The files that a run begins with, or goes on with."""
+    """Write the run's metadata files when it starts or resumes."""
     if args.resume is None:
         write_args(args, run.folder / "args.json")
         write_class_indices(data.class_names, run.folder / "class_indices.json")
@@ -409,17 +413,17 @@ def write_run(run: Run, data: Data, args: argparse.Namespace, known_images: Path
 
 
 def event_sizes(run: Path) -> dict[str, int]:
-    """The name and the size in bytes of each event file of a run, which are forced to the disk."""
+    """Sync a run's event files to disk, and return their sizes in bytes by file name."""
     sizes = {}
     for path in run.glob("events.out.tfevents.*"):
-        with open(path, "r+b") as file:  # Windows syncs no file that is open for reading alone
+        with open(path, "r+b") as file:  # Windows cannot sync a file opened read-only
             os.fsync(file.fileno())
             sizes[path.name] = os.fstat(file.fileno()).st_size
     return sizes
 
 
 def cut_events(run: Path, sizes: dict[str, int]) -> None:
-    """Take back what was written to a run's event files after `event_sizes`: it is going to be written again."""
+    """Truncate a run's event files to the `sizes` from `event_sizes`; remove those that were missing or empty."""
     for path in run.glob("events.out.tfevents.*"):
         size = sizes.get(path.name, 0)
         if size == 0:
@@ -430,9 +434,9 @@ def cut_events(run: Path, sizes: dict[str, int]) -> None:
 
 @contextlib.contextmanager
 def event_errors(run: Path) -> Iterator[None]:
-    """Let what goes wrong with a run's event file end the program with one line, which says so.
+    """Raise an OSError that names the run's folder if writing its event files fails.
 
-    The event writer's own thread hands its error to the main thread as well: once is enough.
+    Silences OSErrors in threads: the event writer's thread also raises its error in the main thread.
     """
 
     def report(failure: threading.ExceptHookArgs) -> None:
@@ -442,10 +446,10 @@ def event_errors(run: Path) -> Iterator[None]:
     before, threading.excepthook = threading.excepthook, report
     try:
         yield
-    except ConnectionError:  # the output is closed, or a worker is gone
+    except ConnectionError:  # the output is closed, or a worker has ended
         raise
     except OSError as error:
-        has_said = error.strerror is None  # what it is about
+        has_said = error.strerror is None  # the message is already complete
         if has_said or error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             raise
         raise OSError(f"cannot write in {run}: {error.strerror}") from error
@@ -457,7 +461,7 @@ def event_errors(run: Path) -> Iterator[None]:
 
 
 class StopRequest(Exception):  # noqa: N818 - a request, not an error
-    """The run has been asked to stop, by the signal `number`."""
+    """The signal `number` has asked the run to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -465,12 +469,12 @@ class StopRequest(Exception):  # noqa: N818 - a request, not an error
 
 
 class StopSignals:
-    """While it is entered, SIGINT and SIGTERM are noted, to be looked at between steps.
+    """Context manager that records SIGINT and SIGTERM, to be checked between steps.
 
-    A second one exits at once, but not under torchrun.
+    A second signal exits at once, except under torchrun.
 
     Args:
-        dist: all ranks stop after the same step, see `sync`. A rank that has not ended after 10 seconds exits.
+        dist: all ranks stop after the same step, see `sync`. A rank still running 10 seconds later exits.
     """
 
     def __init__(self, dist: Distributed | None = None) -> None:
@@ -482,7 +486,7 @@ class StopSignals:
         if self.dist.world_size > 1:
             noted, self._wakeup = socket.socketpair()
             self._wakeup.setblocking(False)
-            # The signal itself is not seen by Python while it waits for another process.
+            # Python runs no signal handler while it waits for another rank.
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._exit_in_time, args=[noted], daemon=True).start()
         return self
@@ -495,12 +499,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise `StopRequest` if a signal has arrived; several ranks do so in `sync` only."""
+        """Raise `StopRequest` if a signal has arrived. With several ranks, only `sync` does."""
         if self.dist.world_size == 1:
             self._raise(self.received or 0)
 
     def sync(self, *flags: float) -> list[float]:
-        """Take the maximum of each flag over all ranks; raise `StopRequest` on all if one has received a signal."""
+        """All-reduce the maximum of each flag. Raise `StopRequest` on all ranks if one has received a signal."""
         number, *flags = self.dist.sync_flags(self.received or 0, *flags)
         self._raise(int(number))
         return flags
@@ -510,14 +514,14 @@ class StopSignals:
             raise StopRequest(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.dist.is_launched:  # each gets it from torchrun, and perhaps from others too
+        if self.dist.is_launched:  # each rank may receive it more than once: from torchrun and from the terminal
             self.received = self.received or number
             return
         if self.received is not None:
-            os._exit(128 + number)  # workers notice; see `worker_init`
+            os._exit(128 + number)  # the workers then end too, see `worker_init`
         self.received = number
-        with contextlib.suppress(OSError):  # nobody may read it any more: `train.py 2>&1 | tee log`
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not for signal handlers
+        with contextlib.suppress(OSError):  # stderr may be closed: `train.py 2>&1 | tee log`
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # not print: unsafe in a handler
 
     def _exit_in_time(self, noted: socket.socket) -> None:
         for number in iter(lambda: noted.recv(1), b""):

@@ -1,10 +1,10 @@
-"""The built-in sample data set: five kinds of flower, drawn, so that a first run needs no download.
+"""Draw the built-in sample data set of five kinds of flowers, so that a first run needs no download.
 
     python sample_flowers.py FOLDER        # FOLDER/daisy/daisy_000.jpg ...
 
-The five kinds are daisy, dandelion, roses, sunflowers and tulips. What tells them apart is their shape alone:
-petal and background colours come from the same distribution for every kind, and pose, light and clutter vary, so
-that a network has to learn what a flower looks like and cannot win by its colour.
+The classes are daisy, dandelion, roses, sunflowers and tulips. They differ in shape only: petal and background
+colours come from the same distribution for every class, and pose, light and clutter vary, so that a network cannot
+classify by colour.
 """
 
 import argparse
@@ -25,9 +25,9 @@ Shapes = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int = 256, seed: int = 0) -> Path:
-    """Draw the data set into `folder`, one sub-folder a class, `images_per_class` JPEG files of `size` px in each.
+    """Draw the data set into `folder`: one sub-folder per class with `images_per_class` JPEG files of `size` px.
 
-    The folder appears only when it is complete. The same arguments give the same pixels.
+    The folder appears only when it is complete. The pixels depend on the arguments alone.
 
     Raises:
         FileExistsError: `folder` exists already.
@@ -38,7 +38,7 @@ def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        unfinished.chmod(0o755)  # mkdtemp's folder is its owner's alone
+        unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
         for kind in CLASS_NAMES:
             (unfinished / kind).mkdir()
             for index in range(images_per_class):
@@ -47,7 +47,7 @@ def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process has drawn the same pictures meanwhile
+            if not folder.is_dir():  # otherwise another process has drawn the sample meanwhile
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -55,12 +55,12 @@ def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int
 
 
 def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Image.Image:
-    """Draw picture number `index` of one kind of flower: an RGB image of `size` x `size` px.
+    """Draw image number `index` of one kind of flower, RGB, `size` x `size` px.
 
-    A function of its arguments alone.
+    The result depends on the arguments alone.
 
     Raises:
-        ValueError: `kind` is none of CLASS_NAMES.
+        ValueError: `kind` is not in CLASS_NAMES.
     """
     if kind not in _FLOWERS:
         raise ValueError(f"unknown flower {kind!r}: choose one of {', '.join(CLASS_NAMES)}")
@@ -83,11 +83,11 @@ def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Im
     return _lit(canvas, rng)
 
 
-# --- the five kinds ---------------------------------------------------------------------------------------------
+# --- the five classes -------------------------------------------------------------------------------------------
 
 
 def _daisy(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
-    """One ring of long narrow petals with rounded tips around a small disc."""
+    """Draw one ring of long narrow petals with rounded tips around a small disc."""
     tilt = _tilt(rng)
     count = rng.integers(8, 13)
     width = rng.uniform(0.5, 0.62) * np.pi / count
@@ -100,11 +100,11 @@ def _daisy(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> S
 
 
 def _dandelion(rng: np.random.Generator, tufts: np.ndarray, heart: np.ndarray) -> Shapes:
-    """A seed head: a ball of fine rays, each with a small parachute at its end."""
+    """Draw a seed head: a ball of fine rays, each with a small parachute at its end."""
     count = rng.integers(90, 140)
     hairs = [_line((0, 0), (0.13 * np.cos(spread), 0.13 * np.sin(spread)), 0.007) for spread in (-0.9, -0.3, 0.3, 0.9)]
     for index in range(count):
-        reach = np.sqrt(1 - (1 - (index + 0.5) / count) ** 2) * rng.uniform(0.94, 1.0)  # evenly over a half-sphere
+        reach = np.sqrt(1 - (1 - (index + 0.5) / count) ** 2) * rng.uniform(0.94, 1.0)  # uniform over a half-sphere
         turn = _rotation(index * GOLDEN_ANGLE).T
         shade = tufts * rng.uniform(0.7, 1.1)
         yield _line((0.05, 0), (reach, 0), 0.008) @ turn, shade
@@ -114,7 +114,7 @@ def _dandelion(rng: np.random.Generator, tufts: np.ndarray, heart: np.ndarray) -
 
 
 def _rose(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
-    """Broad petals in whorls that overlap, smaller and darker towards the middle."""
+    """Draw overlapping whorls of broad petals, smaller and darker towards the middle."""
     tilt = _tilt(rng)
     count = rng.integers(17, 23)
     start = rng.uniform(0, 2 * np.pi)
@@ -124,13 +124,13 @@ def _rose(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Sh
         outline = _petal(0.05 * reach, reach, 0.52 * reach, roundness=0.38)
         turn = _rotation(start + index * GOLDEN_ANGLE).T @ tilt
         shade = petals * (1.05 - 0.4 * depth) * rng.uniform(0.93, 1.05)
-        yield outline @ turn, shade * 0.45  # the shadow it throws on the petal below
+        yield outline @ turn, shade * 0.45  # its shadow on the petal below
         yield (outline * [0.96, 0.93]) @ turn, shade
     yield _circle(0.08) @ tilt, petals * 0.45
 
 
 def _sunflower(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
-    """Two rings of short pointed petals around a large disc of seeds in Vogel's spiral."""
+    """Draw two rings of short pointed petals around a large disc of seeds in Vogel's spiral."""
     tilt = _tilt(rng)
     count = rng.integers(14, 20)
     for layer in range(2):
@@ -148,7 +148,7 @@ def _sunflower(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) 
 
 
 def _tulip(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
-    """A cup seen from the side: upright petals that close around each other, with two long leaves below."""
+    """Draw a cup of overlapping upright petals seen from the side, with two long leaves below."""
     green = _leaf_colour(rng)
     for side in (-1, 1):
         reach = rng.uniform(0.5, 0.9) * side
@@ -178,7 +178,7 @@ CLASS_NAMES = tuple(_FLOWERS)
 
 
 def _petal(start: float, end: float, width: float, roundness: float, widest: float = 0.55) -> np.ndarray:
-    """A petal along the x axis; `roundness` below 0.5 blunts its tip, towards 1 sharpens it."""
+    """Return a petal along the x axis; `roundness` below 0.5 blunts its tip, towards 1 sharpens it."""
     t = np.linspace(0, 1, 15)
     half = width * np.sin(np.pi * t ** (np.log(0.5) / np.log(widest))) ** roundness
     x = start + (end - start) * t
@@ -186,7 +186,7 @@ def _petal(start: float, end: float, width: float, roundness: float, widest: flo
 
 
 def _veined(outline: np.ndarray, colour: np.ndarray) -> Shapes:
-    """A petal with a darker rim and a vein from its base to its tip."""
+    """Draw a petal with a darker rim and a vein from its base to its tip."""
     middle = outline.mean(0)
     yield outline, colour * 0.6
     yield (outline - middle) * 0.9 + middle, colour
@@ -200,14 +200,14 @@ def _circle(radius: float, corners: int = 40) -> np.ndarray:
 
 
 def _line(start: np.ndarray, end: np.ndarray, width: float) -> np.ndarray:
-    """A straight band of half-width `width`."""
+    """Return a straight band of half-width `width`."""
     start, end = np.asarray(start, float), np.asarray(end, float)
     across = (end - start)[::-1] * [-1, 1] / np.linalg.norm(end - start) * width
     return np.stack([start + across, end + across, end - across, start - across])
 
 
 def _ribbon(bow: np.ndarray, width: float, taper: bool = False) -> np.ndarray:
-    """A band along the quadratic Bezier curve of three points, of half-width `width`."""
+    """Return a band of half-width `width` along the quadratic Bezier curve of three points."""
     t = np.linspace(0, 1, 12)[:, None]
     line = (1 - t) ** 2 * bow[0] + 2 * t * (1 - t) * bow[1] + t**2 * bow[2]
     along = np.gradient(line, axis=0)
@@ -217,7 +217,7 @@ def _ribbon(bow: np.ndarray, width: float, taper: bool = False) -> np.ndarray:
 
 
 def _ring(rng: np.random.Generator, count: int) -> np.ndarray:
-    """`count` angles around the circle, from a random start and a little uneven."""
+    """Return `count` slightly uneven angles around the circle from a random start."""
     return rng.uniform(0, 2 * np.pi) + 2 * np.pi * (np.arange(count) + rng.uniform(-0.15, 0.15, count)) / count
 
 
@@ -226,12 +226,12 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _tilt(rng: np.random.Generator) -> np.ndarray:
-    """A flat flower seen at an angle: squeezed along a random direction."""
+    """Return a (2, 2) matrix that squeezes a flat flower along a random direction, as if seen at an angle."""
     turn = _rotation(rng.uniform(0, np.pi))
     return turn @ np.diag([1, rng.uniform(0.78, 1.0)]) @ turn.T
 
 
-# --- colour, light and what lies around -------------------------------------------------------------------------
+# --- colour, light and background -------------------------------------------------------------------------------
 
 
 def _petal_colour(rng: np.random.Generator) -> np.ndarray:
@@ -243,7 +243,7 @@ def _leaf_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """RGB in 0..255 of a colour given in 0..1 (the usual hexagonal model)."""
+    """Convert HSV in 0..1 to RGB in 0..255 (the usual hexagonal model)."""
     ramp = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return 255 * value * (1 - saturation * (1 - ramp))
 
@@ -253,7 +253,7 @@ def _fill(pen: ImageDraw.ImageDraw, outline: np.ndarray, colour: np.ndarray) -> 
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Soft patches of two colours, blades and leaves, and round lights out of focus."""
+    """Draw soft patches of two colours, blades and leaves, and round lights out of focus."""
     patches = rng.uniform(0, 1, (rng.integers(3, 7), rng.integers(3, 7)))
     mix = Image.fromarray((patches * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     near, far = (
@@ -272,7 +272,7 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _lit(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Light from one side, a tint, a little blur and the noise of a camera."""
+    """Add light from one side, a tint, a little blur and camera noise."""
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.003) * image.width))
     pixels = np.asarray(image, dtype=np.float32)
     direction = rng.uniform(0, 2 * np.pi)

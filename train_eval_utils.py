@@ -1,4 +1,4 @@
-"""One epoch of training, one pass of evaluation, and the metrics that are computed from that."""
+"""Train for one epoch, evaluate, and compute metrics."""
 
 import contextlib
 import copy
@@ -23,27 +23,27 @@ from distributed import Distributed
 from model import ResNet, evaluation_mode, fold_batch_norm
 from my_dataset import prepare_batch
 
-READ_SECONDS = 0.5  # between two looks at the loss
+READ_SECONDS = 0.5  # interval between reads of the losses
 
 
 class EmptyLoaderError(ValueError):
-    """A data loader that gives no image."""
+    """The data loader yields no images."""
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """Loss and accuracy over the images of an epoch that were trained on so far.
+    """Running loss and accuracy over an epoch's training images.
 
-    To read a loss is to wait for its step, so they are read in bunches. `state` (of what has been read) gives one that
-    goes on from there: `Progress(**state)`.
+    Reading a loss synchronises with the device, so losses are read in groups. `state` covers the steps read so far;
+    `Progress(**state)` restores it.
     """
 
     def __init__(self, sum: float = 0.0, images: int = 0, steps: int = 0, right: int = 0) -> None:
         self.sum, self.images, self.steps, self.right = sum, images, steps, right
         self.where = ""  # for the message
-        self.on_read: Callable[[int, float], None] | None = None  # is told the number of each step, and its loss
+        self.on_read: Callable[[int, float], None] | None = None  # called with each step's number and loss
         self.unread: list[tuple[Tensor, int]] = []
         self.start = self.last_read = time.perf_counter()
         self.images_before = images
@@ -53,31 +53,31 @@ class Progress:
 
     @property
     def taken(self) -> int:
-        """The steps so far, those included whose losses have not been read."""
+        """The number of steps taken, including those whose losses have not been read."""
         return self.steps + len(self.unread)
 
     @property
     def loss(self) -> float:
-        """The mean over the images; not a number before there is one."""
+        """The mean over the images; NaN before the first one."""
         return self.sum / self.images if self.images else math.nan
 
     @property
     def accuracy(self) -> float:
-        """In 0..1; each image as it was augmented, by the weights of its own step."""
+        """In 0..1, on augmented images, with the weights of each step."""
         return self.right / self.images if self.images else math.nan
 
     @property
     def speed(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return (self.images - self.images_before) / max(self.last_read - self.start, 1e-9)
 
     @property
     def state(self) -> dict[str, float | int]:
-        """What `Progress` takes to go on from here."""
+        """The constructor arguments that restore this progress."""
         return {"sum": self.sum, "images": self.images, "steps": self.steps, "right": self.right}
 
     def all_reduce(self, dist: Distributed) -> "Progress":
-        """Sum the progress of all ranks, which must have taken the same steps and read their losses."""
+        """Sum the progress over all ranks, which must have taken the same steps and read their losses."""
         if dist.world_size == 1:
             return self
         together = copy.copy(self)
@@ -86,7 +86,7 @@ class Progress:
         return together
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A step: its loss, its logits (N, classes) and the labels (N,)."""
+        """Add a step, given its scalar loss, logits (N, classes) and labels (N,)."""
         right = (logits.detach().argmax(dim=1) == labels).sum()
         self.unread.append((torch.stack([loss.detach().float(), right.float()]), len(labels)))
 
@@ -94,7 +94,11 @@ class Progress:
         return bool(self.unread) and time.perf_counter() - self.last_read >= READ_SECONDS
 
     def read(self) -> None:
-        """Wait for the losses; raises FloatingPointError where one is not finite."""
+        """Wait for the pending losses and add them to the totals.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
         if not self.unread:
             return
         steps, counts = zip(*self.unread, strict=True)
@@ -129,40 +133,40 @@ def train_one_epoch(
     after_step: Callable[[], None] | None = None,
     keep_bar: bool = True,
 ) -> float:
-    """Train for one pass over `data_loader`: cross-entropy, a step of `optimizer` for each batch, or for several.
+    """Train with cross-entropy for one pass over `data_loader`.
 
-    Sets train mode, but keeps every BatchNorm whose parameters are frozen in evaluation mode, so that its statistics
-    stay too. On a terminal a bar shows the progress; elsewhere nothing is printed.
+    BatchNorm layers with frozen parameters stay in evaluation mode, which freezes their running statistics too. The
+    progress bar appears only on a terminal.
 
     Args:
-        model: takes images (N, 3, H, W), float32, normalised; gives logits (N, classes).
-        data_loader: gives images (N, 3, H, W), uint8 or normalised float, and labels (N,), int64.
-        epoch: its number, for the bar and for messages.
-        steps: per step, the weights of its batches' mean losses (see `DistributedBatchSampler`). Gradients are reduced
-            over ranks once per step. None: each batch is a step.
+        model: maps normalised float32 images (N, 3, H, W) to logits (N, classes).
+        data_loader: yields images (N, 3, H, W), uint8 or normalised float, and labels (N,) int64.
+        epoch: the epoch number, for the progress bar and messages.
+        steps: per optimizer step, the weights of its batches' mean losses (see `DistributedBatchSampler`). Gradients
+            are all-reduced once per step. None: each batch is a step.
         amp_dtype: mixed precision, see `compute_logits`.
-        scaler: of the loss, which float16 needs, as its gradients vanish otherwise (https://arxiv.org/abs/1710.03740).
-        label_smoothing: the part of the probability that all classes share (https://arxiv.org/abs/1512.00567).
-        progress: counts the steps; one that has counted some already is that of an epoch which goes on.
-        before_step: called before each step, to set its learning rate for example; False ends the epoch there.
-        after_step: called after each step; what it raises ends the epoch.
+        scaler: scales the loss, so that float16 gradients do not underflow (https://arxiv.org/abs/1710.03740).
+        label_smoothing: label smoothing in 0..1 (https://arxiv.org/abs/1512.00567).
+        progress: pass a restored `Progress` to resume mid-epoch.
+        before_step: callback before each step, e.g. to set the learning rate; returning False ends the epoch.
+        after_step: callback after each step; an exception that it raises ends the epoch.
         keep_bar: leave the finished bar on the terminal.
 
     Returns:
-        The mean loss over the images seen.
+        The mean loss over the images.
 
     Raises:
-        FloatingPointError: the loss is infinite or not a number. The losses are looked at twice a second and at the
-            end, so that some more steps may have been taken; the message names the step that it happened at.
-        EmptyLoaderError: a ValueError; `data_loader` gives no image.
+        FloatingPointError: a loss is not finite. Losses are read twice per second and at the end, so further steps may
+            have been taken; the message names the step that diverged.
+        EmptyLoaderError: `data_loader` yields no images.
     """
     _train_mode(model)
     scaler = scaler or GradScaler(enabled=False)
     progress = progress or Progress()
-    progress.start = progress.last_read = time.perf_counter()  # what came before it was no training
-    silence = getattr(model, "no_sync", contextlib.nullcontext)  # of a DistributedDataParallel
+    progress.start = progress.last_read = time.perf_counter()  # the speed excludes the time before
+    silence = getattr(model, "no_sync", contextlib.nullcontext)  # only DistributedDataParallel has no_sync
     layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    number = operator.length_hint(data_loader if steps is None else steps)  # 0: nobody knows
+    number = operator.length_hint(data_loader if steps is None else steps)  # 0: unknown
     with tqdm(
         total=progress.steps + number if number else None,
         initial=progress.steps,
@@ -189,7 +193,7 @@ def train_one_epoch(
             scaler.step(optimizer)
             scaler.update()
 
-            if progress.is_due():  # of the steps before this one: the device has work while they are read
+            if progress.is_due():  # read earlier steps while the device is busy with this one
                 progress.read()
                 bar.set_description_str(f"[epoch {epoch}] {progress}", refresh=False)
             progress.add(*_together(seen))
@@ -206,7 +210,7 @@ def train_one_epoch(
 def _of_steps(
     data_loader: DataLoader, steps: Sequence[Sequence[float]] | None
 ) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
-    """The batches of each step, and how much their losses count."""
+    """Yield the batches of each step as (images, labels, weight of the mean loss)."""
     batches = iter(data_loader)
     if steps is None:
         yield from ([(*batch, 1.0)] for batch in batches)
@@ -215,7 +219,7 @@ def _of_steps(
 
 
 def _together(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss, the logits and the labels of several batches."""
+    """Combine (loss, logits, labels) of several batches; the loss is the mean over images."""
     if len(seen) == 1:
         return seen[0]
     losses, logits, labels = zip(*seen, strict=True)
@@ -224,7 +228,7 @@ def _together(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Te
 
 
 def _no_bar() -> bool | None:
-    """For tqdm's `disable`: of several processes only the first draws a bar; None: on a terminal."""
+    """Return tqdm's `disable`: True on all ranks but 0, else None (a bar only on a terminal)."""
     return True if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0 else None
 
 
@@ -238,7 +242,7 @@ def _train_mode(model: nn.Module) -> None:
 def compute_logits(
     model: nn.Module, images: Tensor, device: torch.device | str, amp_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A batch, normalised where it is not yet, through `model`.
+    """Run a batch through `model`, after normalising it if it is uint8.
 
     Args:
         images: (N, 3, H, W), uint8 or normalised float.
@@ -246,7 +250,7 @@ def compute_logits(
             float32.
 
     Returns:
-        Logits (N, classes), float32 in either case: softmax and loss need its digits.
+        Logits (N, classes), always float32, whose precision softmax and loss need.
     """
     with torch.autocast(torch.device(device).type, amp_dtype, enabled=amp_dtype is not None):
         return model(prepare_batch(images, device)).float()
@@ -255,12 +259,12 @@ def compute_logits(
 def evaluate(
     model: nn.Module, data_loader: DataLoader, device: torch.device | str, *, amp_dtype: torch.dtype | None = None
 ) -> float:
-    """The accuracy (top-1, in 0..1) of `model` over the images of `data_loader`.
+    """Return the top-1 accuracy in 0..1 of `model` on `data_loader`.
 
-    In evaluation mode, without gradients; the model gets its mode back. For `amp_dtype` see `compute_logits`.
+    Runs in evaluation mode without gradients, then restores the model's mode. For `amp_dtype` see `compute_logits`.
 
     Raises:
-        EmptyLoaderError: a ValueError; `data_loader` gives no image.
+        EmptyLoaderError: `data_loader` yields no images.
     """
     return Evaluation(*collect_logits(model, data_loader, device, amp_dtype=amp_dtype)).accuracy
 
@@ -274,19 +278,19 @@ def collect_logits(
     on_features: Callable[[Tensor, Tensor], None] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One evaluation pass: whatever is wanted of it is computed from what it returns.
+    """Run one evaluation pass, from whose result all metrics are computed.
 
     Args:
         amp_dtype: mixed precision, see `compute_logits`.
-        on_features: is told what the last layer sees of each batch, (N, features) float32 on `device`, and its labels.
-            For a ResNet, or the `fc` of one.
-        after_step: called after each batch; what it raises ends the pass.
+        on_features: callback that receives the inputs of the last layer for each batch, (N, features) float32 on
+            `device`, and the labels. Requires `model` to be a ResNet or its `fc`.
+        after_step: callback after each batch; an exception that it raises ends the pass.
 
     Returns:
         Logits (N, classes) float32 and labels (N,) int64 in the loader's order, on the CPU.
 
     Raises:
-        EmptyLoaderError: a ValueError; `data_loader` gives no image.
+        EmptyLoaderError: `data_loader` yields no images.
     """
     all_logits, all_labels, seen = [], [], []
     with evaluation_mode(model), contextlib.ExitStack() as stack:
@@ -296,7 +300,7 @@ def collect_logits(
             hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
             stack.callback(hook.remove)
         for images, labels in tqdm(data_loader, desc="evaluating", leave=False, disable=_no_bar(), dynamic_ncols=True):
-            if len(images):  # not if none of them could be read
+            if len(images):  # empty if no image of the batch is readable
                 all_logits.append(compute_logits(model, images, device, amp_dtype))
                 all_labels.append(labels)
                 if on_features is not None:
@@ -316,15 +320,14 @@ def estimate_batch_norm(
     batch_size: int = 64,
     amp_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace the running statistics of every BatchNorm by averages over `images`, computed with the current weights.
+    """Recompute every BatchNorm's running statistics over `images` with the current weights.
 
-    Running averages lag behind weights that change fast, and belong to the image size of the training:
-    Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, sections 3 and 4.
+    Running averages lag behind fast-changing weights, and depend on the training image size: Wu & Johnson 2021,
+    https://arxiv.org/abs/2105.07576, sections 3 and 4.
 
     Args:
-        images: (N, 3, H, W), uint8 or normalised float. Those of one class may lie next to each other: every batch
-            takes images from all over the tensor.
-        batch_size: the smallest number of images in a batch, if there are that many.
+        images: (N, 3, H, W), uint8 or normalised float. They may be sorted by class: each batch is a strided sample.
+        batch_size: the minimum number of images per batch, if there are that many.
         amp_dtype: mixed precision, see `compute_logits`.
     """
     number = max(1, len(images) // batch_size)
@@ -336,13 +339,13 @@ def estimate_batch_norm(
 def collect_features(
     model: ResNet, data_loader: DataLoader, device: torch.device | str, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """What `fc` sees of the images of a loader: a pass of evaluation, with the `options` of `collect_logits`.
+    """Run an evaluation pass with the `options` of `collect_logits`, and return the inputs of `fc`.
 
     Returns:
         Features (N, 512 * expansion) float32 and labels (N,) int64, in the loader's order, on the CPU.
 
     Raises:
-        EmptyLoaderError: a ValueError; `data_loader` gives no image.
+        EmptyLoaderError: `data_loader` yields no images.
     """
     features: list[Tensor] = []
     _, labels = collect_logits(
@@ -352,16 +355,19 @@ def collect_features(
 
 
 def gather_evaluation(dist: Distributed, collect: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What `collect_logits` or `collect_features` gives each of several processes for its share, one after the other.
+    """Gather the results of `collect` from all ranks, concatenated in rank order.
+
+    Args:
+        collect: calls `collect_logits` or `collect_features` on this rank's share.
 
     Raises:
-        EmptyLoaderError: a ValueError; there is no image in any of them.
+        EmptyLoaderError: no rank has any images.
     """
     if dist.world_size == 1:
         return collect()
     try:
         share = collect()
-    except EmptyLoaderError:  # more processes than batches
+    except EmptyLoaderError:  # more ranks than batches
         share = None
     shares = [share for share in dist.gather(share) if share is not None]
     if not shares:
@@ -374,13 +380,11 @@ def gather_evaluation(dist: Distributed, collect: Callable[[], tuple[Tensor, Ten
 
 
 class Evaluation:
-    """The metrics of one pass over labelled images.
+    """The metrics of one evaluation pass. All tensors are on the CPU and in the same order.
 
     Args:
         logits: (N, classes) float32.
-        labels: (N,) int64, what each image shows.
-
-    Both, and every tensor that is computed from them, in the same order and on the CPU.
+        labels: (N,) int64, the true classes.
     """
 
     def __init__(self, logits: Tensor, labels: Tensor) -> None:
@@ -391,41 +395,41 @@ class Evaluation:
         self.predicted = logits.argmax(dim=1)
         """(N,) int64"""
         self.losses = F.cross_entropy(logits, labels, reduction="none")
-        """(N,) float32, the cross-entropy of each image"""
+        """(N,) float32, the cross-entropy per image"""
 
     @property
     def loss(self) -> float:
-        """The mean over the images."""
+        """The mean cross-entropy over the images."""
         return self.losses.double().mean().item()
 
     @property
     def accuracy(self) -> float:
-        """Top-1, in 0..1."""
+        """Top-1 accuracy in 0..1."""
         return (self.predicted == self.labels).double().mean().item()
 
     @property
     def confusion(self) -> Tensor:
-        """How many images of each class (rows) were taken for each class (columns): (classes, classes) int64."""
+        """The confusion matrix, (classes, classes) int64: true classes in rows, predicted classes in columns."""
         pairs = self.labels * self.classes + self.predicted
         return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
     @property
     def recalls(self) -> Tensor:
-        """The part of each class's images that was recognised: (classes,) float64, NaN for a class without images."""
+        """The recall per class, (classes,) float64; NaN for a class without images."""
         confusion = self.confusion
         return confusion.diag().double() / confusion.sum(dim=1)
 
     @property
     def macro_f1(self) -> float:
-        """The mean of the classes' F1 scores, 2 TP / (2 TP + FP + FN), in 0..1.
+        """The mean over classes of the F1 score, 2 TP / (2 TP + FP + FN), in 0..1.
 
-        Of the classes that occur, as a label or as a prediction (as scikit-learn's `f1_score(average="macro")`).
+        Like scikit-learn's `f1_score(average="macro")`, it covers the classes that occur as a label or a prediction.
         """
         confusion = self.confusion
         either = confusion.sum(dim=0) + confusion.sum(dim=1)
         return (2 * confusion.diag() / either)[either > 0].double().mean().item()
 
     def worst(self, count: int) -> list[int]:
-        """The places of `count` images: the mistakes with the highest loss, then, if these are too few, others."""
+        """Return the indices of `count` images by descending loss, misclassified ones first."""
         by_loss = self.losses.argsort(descending=True, stable=True).tolist()
         return sorted(by_loss, key=lambda place: bool(self.predicted[place] == self.labels[place]))[:count]

@@ -1,4 +1,4 @@
-"""Recipes side by side: what bench.py accuracy does."""
+"""The comparison of recipes, for `bench.py accuracy`."""
 
 import argparse
 import contextlib
@@ -23,11 +23,11 @@ METRICS = ("accuracy", "val_loss")
 
 
 def compare_recipes(args: argparse.Namespace) -> None:
-    """Recipes side by side, each for --minutes (0: for --epochs): accuracy over time, and the last one of each seed.
+    """Train each recipe for --minutes (0: --epochs), and compare accuracy over time and the final value per seed.
 
-    A kind is a recipe of train.py ("scratch"), perhaps with changes ("scratch:lr=0.1,nesterov=False"), or "loop": the
-    baseline, for --epochs. A fifth of the images is set aside by a hash of their names: choices are made without it,
-    and --set-aside validates on it. Runs that are in the CSV file are not run again.
+    A kind is a recipe of train.py ("scratch"), optionally with changes ("scratch:lr=0.1,nesterov=False"), or "loop",
+    which is the baseline for --epochs. A hash of the file names holds out a fifth of the images as a test set. Choices
+    are made without it, and --set-aside evaluates on it. Runs already in the CSV file are not repeated.
     """
     path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
     settings = {"set": "set aside" if args.set_aside else "for choices"}
@@ -53,7 +53,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
 
 
 def values_of(kind: str, args: argparse.Namespace) -> str:
-    """What a kind is, now: a recipe may become another one under the same name."""
+    """Describe the current values of a kind, because a recipe may change under the same name."""
     if kind == "loop":
         return f"{args.epochs} epochs"
     recipe, _, changes = kind.partition(":")
@@ -62,9 +62,10 @@ def values_of(kind: str, args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def divided(data_path: str | None, set_aside: bool):
-    """A folder `train` and one `val` of links: four fifths of the images divided again; or these, and the last fifth.
+    """Yield a folder of links with sub-folders `train` and `val`, divided by a hash of the file names.
 
-    By a hash of the files' names, so that it is the same everywhere.
+    If `set_aside` is true, `val` is the held-out fifth. Otherwise that fifth is omitted, and a quarter of the rest is
+    `val`. The hash makes the division the same on every machine.
     """
     split, _ = find_split(data_path or drawn_sample())
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def divided(data_path: str | None, set_aside: bool):
 
 
 def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int) -> list[dict[str, str]]:
-    """A training; of each epoch its end, in minutes from the program's start, its accuracy and validation loss."""
+    """Run one training; return the minutes since its start, accuracy and validation loss of each epoch."""
     recipe, _, changes = kind.partition(":")
     flags = ["--data-path", str(data), "--device", args.device, "--model", args.model]
     if kind == "loop":
@@ -109,7 +110,7 @@ def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int
 
 
 def draw_accuracy(rows: list[dict[str, str]], kinds: list[str], path: Path) -> None:
-    """Accuracy over minutes: a colour a kind, a line a seed."""
+    """Plot accuracy over minutes, one colour per kind and one line per seed."""
     figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
     axes = figure.add_subplot(xlabel="minutes", ylabel="validation accuracy")
     for number, kind in enumerate(kinds):

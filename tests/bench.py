@@ -1,21 +1,20 @@
-"""The project's ruler: how fast it is, against the tutorial's loop and against what the machine can do.
+"""Benchmark the project against the tutorial's loop and against the limits of the machine.
 
 python tests/bench.py train --data-path flower_photos       # whole epochs, ours against the tutorial's loop
-python tests/bench.py evaluate --data-path flower_photos    # evaluation alone, likewise
+python tests/bench.py evaluate --data-path flower_photos    # evaluation alone, ours against the tutorial's
 python tests/bench.py ceiling --data-path flower_photos     # our step against the same step on data in memory
-python tests/bench.py ceiling --large                       # ... on drawn JPEGs of 4000 x 3000 px
-python tests/bench.py loading                               # images a second for a device that takes no time, on these
-python tests/bench.py logging --data-path flower_photos     # TensorBoard and checkpoints, their part of an epoch
-python tests/bench.py predict --data-path flower_photos     # predict.py: one image, and 500
-python tests/bench.py startup --data-path flower_photos     # train.py until its first step is done
+python tests/bench.py ceiling --large                       # the same on drawn JPEGs of 4000 x 3000 px
+python tests/bench.py loading                               # loading alone of these JPEGs, cached against decoded
+python tests/bench.py logging --data-path flower_photos     # fraction of an epoch for TensorBoard and checkpoints
+python tests/bench.py predict --data-path flower_photos     # predict.py on one image, and on 500
+python tests/bench.py startup --data-path flower_photos     # train.py up to the end of its first step
 python tests/bench.py memory --data-path flower_photos      # peak memory of training (Linux)
 python tests/bench.py losses --data-path flower_photos      # the first 20 losses, ours and the tutorial's
-python tests/bench.py accuracy --data-path flower_photos    # recipes, in equal time: accuracy over minutes
+python tests/bench.py accuracy --data-path flower_photos    # recipes in equal time: accuracy over minutes
 python tests/bench.py scaling --data-path flower_photos     # two processes of one thread against one of two
 
-Two things are compared in rounds, A B, B A, A B, ..., as a machine's speed wanders; of each round the ratio counts.
-The median ratio and its spread are printed, and the rounds added to a CSV file. Without --data-path the drawn sample
-serves.
+Comparisons run in rounds A B, B A, A B, ..., because a machine's speed drifts. Each round gives one ratio. The median
+ratio and its range are printed, and the rounds are appended to a CSV file. The default data set is the drawn sample.
 """
 
 import argparse
@@ -70,7 +69,7 @@ from tensorboard_logger import TensorBoardLogger
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """Whole epochs, with evaluation, logging and checkpoint."""
+    """Compare whole epochs, including evaluation, logging and checkpoints."""
     if args.epochs < 2:
         sys.exit("train compares epochs from the second on: --epochs 2 or more")
     with subset(args.data_path, args.images) as data:
@@ -80,7 +79,7 @@ def bench_train(args: argparse.Namespace) -> None:
 
 
 def bench_evaluate(args: argparse.Namespace) -> None:
-    """One pass over the images of both splits, from files to accuracy."""
+    """Compare one pass over the images of both splits, from files to accuracy."""
     with subset(args.data_path, args.images) as data:
         ours = Ours(args, data)
         paths = ours.split.train_paths + ours.split.val_paths
@@ -89,7 +88,7 @@ def bench_evaluate(args: argparse.Namespace) -> None:
         model = copy.deepcopy(ours.model).to(memory_format=torch.contiguous_format)
         tutorial_set = TutorialDataSet(paths, labels, tutorial_transforms(args.img_size)[1])
         their_loader = tutorial_loader(tutorial_set, args.batch_size, shuffle=False)
-        ours.evaluate(loader)  # starts the workers, which stay
+        ours.evaluate(loader)  # starts the persistent workers
         compare(
             Comparison(args, "evaluation", "ours", "tutorial", images=len(paths)),
             lambda: seconds_of(lambda: ours.evaluate(loader)),
@@ -98,7 +97,7 @@ def bench_evaluate(args: argparse.Namespace) -> None:
 
 
 def bench_ceiling(args: argparse.Namespace) -> None:
-    """Our epoch of training from files, against the same steps on a batch that is in memory already."""
+    """Compare our training epoch from files with the same steps on a batch that is already in memory."""
     with drawn_large_images(args.images or 200) if args.large else subset(args.data_path, args.images) as data:
         ours = Ours(args, data)
         batch = next(iter(ours.train_loader))
@@ -114,13 +113,13 @@ def bench_ceiling(args: argparse.Namespace) -> None:
 
 
 def bench_loading(args: argparse.Namespace) -> None:
-    """Epochs of loading alone, of large images: those that are kept in memory, against all of them decoded again."""
+    """Compare loading large images from the cache with decoding all of them again."""
     with drawn_large_images(args.images or 200) as data:
         ours = Ours(args, data)
         paths, labels = ours.split.train_paths, ours.split.train_labels
         again_set = MyDataSet(paths, labels, TrainTransform(args.img_size))
         again_loader = ours.loader(again_set)
-        for loader in (ours.train_loader, again_loader):  # starts the workers, which stay, and fills the memory
+        for loader in (ours.train_loader, again_loader):  # starts the persistent workers and fills the cache
             collections.deque(loader, maxlen=0)
         compare(
             Comparison(args, "loading large files", "kept", "decoded", len(paths)),
@@ -131,7 +130,7 @@ def bench_loading(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def drawn_large_images(images: int):
-    """JPEG files of 4000 x 3000 px, two drawn flowers a class, linked as often as it takes for so many images."""
+    """Yield a folder of `images` JPEG files of 4000 x 3000 px, links to two drawn flowers per class."""
     with tempfile.TemporaryDirectory() as folder:
         for kind in CLASS_NAMES:
             Path(folder, kind).mkdir()
@@ -145,9 +144,9 @@ def drawn_large_images(images: int):
 
 
 def bench_logging(args: argparse.Namespace) -> None:
-    """The fraction of the epochs that the logger (TensorBoard, files, figures) and the checkpoints take, in train.py.
+    """Measure the fraction of train.py's epochs spent on logging (TensorBoard, files, figures) and checkpoints.
 
-    With --epochs 2 or less every epoch draws all figures, which longer runs do after the 1st, 2nd, 4th, 8th, ... only.
+    For --epochs 2 or less, every epoch draws all figures. Longer runs draw them only after epochs 1, 2, 4, 8, ...
     """
     spent = []
 
@@ -186,7 +185,7 @@ IMPORTS = [sys.executable, "-c", "import torch, torchvision.transforms.v2"]
 
 
 def bench_predict(args: argparse.Namespace) -> None:
-    """predict.py on one image against the import of PyTorch, and on 500 images against evaluation."""
+    """Compare predict.py on one image with the import of PyTorch, and on 500 images with evaluation."""
     with subset(args.data_path, args.images or 500) as data, tempfile.TemporaryDirectory() as folder:
         ours = Ours(args, data)
         weights = Path(folder, "best.pth")
@@ -236,7 +235,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def bench_startup(args: argparse.Namespace) -> None:
-    """train.py until its first step is done, against the import of PyTorch."""
+    """Compare train.py up to the end of its first step with the import of PyTorch."""
     with subset(args.data_path, args.images) as data, tempfile.TemporaryDirectory() as folder:
         flags = programs(args, data)[0][2:]
         command = [sys.executable, "-c", FIRST_STEP.format(root=str(ROOT)), *flags]
@@ -248,7 +247,7 @@ def bench_startup(args: argparse.Namespace) -> None:
 
 
 def bench_memory(args: argparse.Namespace) -> None:
-    """Peak memory of training, all processes together, what they share counted once (Linux)."""
+    """Measure the peak memory of training over all processes, counting shared memory once (Linux)."""
     with subset(args.data_path, args.images) as data:
         ours, theirs = programs(args, data)
         for number in range(args.rounds):
@@ -257,7 +256,7 @@ def bench_memory(args: argparse.Namespace) -> None:
 
 
 def peak_memory(command: list[str]) -> int:
-    """The most bytes (proportional set size) that a program and its children hold at a time."""
+    """Return the peak proportional set size of a program and its children, in bytes."""
     peak = 0
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -276,11 +275,10 @@ def peak_memory(command: list[str]) -> int:
 
 
 def bench_losses(args: argparse.Namespace) -> None:
-    """The losses of 20 steps from the same weights on the same batches: ours, without mixed precision, and theirs.
+    """Compare 20 losses from the same weights on the same batches: ours, without mixed precision, and the tutorial's.
 
-    Training from scratch multiplies every rounding, so each goes its own way after a while. How far the tutorial goes
-    from itself when it adds up in another order (on one thread) is the measure for that; and each loss of ours is
-    computed from the weights that the tutorial has at that step, too.
+    Training from scratch amplifies every rounding error, so the losses diverge. Two controls put this into perspective:
+    the tutorial on one thread, which sums in another order, and our loss at the tutorial's weights of each step.
     """
     args.amp, args.device = "off", "cpu"
     with subset(args.data_path, args.images) as data:
@@ -311,9 +309,9 @@ def bench_losses(args: argparse.Namespace) -> None:
 
 
 def bench_scaling(args: argparse.Namespace) -> None:
-    """Two processes of one thread against one of two, with the same global batch; and what eight GPUs would gain.
+    """Compare two processes of one thread with one of two at the same global batch, and estimate the speed-up on GPUs.
 
-    On CUDA: one process under torchrun against one without.
+    On CUDA, compare one process under torchrun with one without.
     """
     device = torch.device(args.device)
     processes, threads = (1, torch.get_num_threads()) if device.type == "cuda" else (2, 1)
@@ -352,7 +350,7 @@ def bench_scaling(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run the benchmark."""
     benches = {name.removeprefix("bench_"): run for name, run in globals().items() if name.startswith("bench_")}
     benches["accuracy"] = compare_recipes
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -380,7 +378,7 @@ def main() -> None:
         parser.error("accuracy: of all images, in batches of the recipe's (--kinds scratch:batch_size=64)")
     if args.img_size is None and args.bench != "accuracy":
         args.img_size = 224
-    args.device = str(select_device(args.device))  # where there is no GPU that is said once
+    args.device = str(select_device(args.device))  # reports a missing GPU only once
     (benches | {"baseline": baseline})[args.bench](args)
 
 

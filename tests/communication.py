@@ -1,6 +1,7 @@
-"""How much of a step two processes spend on each other's gradients: a program for torchrun, which bench.py starts.
+"""Measure how much of a step two processes spend on all-reduce. bench.py starts this program under torchrun.
 
-It prints a line of JSON: seconds of a step, of the same without communication, and of all-reduce in the profiler.
+It prints a line of JSON: seconds per step, seconds per step without communication, and the profiler's seconds of
+all-reduce per step.
 """
 
 import argparse
@@ -23,7 +24,7 @@ STEPS = 8
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line, measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="resnet34")
     parser.add_argument("--batch-size", type=int, default=16)

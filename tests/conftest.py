@@ -1,4 +1,4 @@
-"""Fixtures: small folders of images that the tests make, and the real photographs where there are any."""
+"""Shared fixtures and helpers: small image folders, a drawn sample, and the real photographs where available."""
 
 import functools
 import os
@@ -20,18 +20,18 @@ from model import MODELS, BasicBlock, ResNet
 from sample_flowers import draw_sample
 
 matplotlib.use("Agg")
-# Tests run side by side, and so do the programs that they start: a thread each, or they wait for one another's.
+# Tests, and the programs that they start, run in parallel. One thread each avoids oversubscribing the cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than there are cores: some tests wait for other processes."""
+    """Return one worker more than there are cores, because some tests wait for other processes."""
     return (os.cpu_count() or 1) + 1
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
-    """A picture of noise, `size` being (width, height)."""
+    """Write an image of random noise. `size` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -39,7 +39,7 @@ def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> 
 
 
 def write_classes(root: Path, counts: dict[str, int]) -> Path:
-    """A folder with `counts[name]` pictures in the sub-folder of each name."""
+    """Create a folder with `counts[name]` images in the sub-folder of each class."""
     for label, (name, count) in enumerate(counts.items()):
         for index in range(count):
             write_image(root / name / f"{name} {index:02d}.png", seed=1000 * label + index)
@@ -47,7 +47,7 @@ def write_classes(root: Path, counts: dict[str, int]) -> Path:
 
 
 def read_events(run: Path) -> EventAccumulator:
-    """All the events of a run."""
+    """Load all events of a run."""
     events = EventAccumulator(str(run), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
     events.Reload()
     return events
@@ -55,7 +55,7 @@ def read_events(run: Path) -> EventAccumulator:
 
 @pytest.fixture(scope="module")
 def small_network() -> Iterator[None]:
-    """One block instead of two in each layer of ResNet-18, for what does not depend on the network."""
+    """Shrink ResNet-18 to one block per layer, for tests that don't depend on the network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet18", functools.partial(ResNet, BasicBlock, [1, 1, 1, 1]))
         yield
@@ -63,20 +63,20 @@ def small_network() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that other users may enter (pytest's tmp_path is its owner's alone)."""
+    """Yield a folder that other users may enter. pytest's tmp_path is private to its owner."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 def run_in_fork(main: Callable[[], int], stdout: int | None) -> tuple[int, str]:
-    """Run a program's `main` in a fork of this process, which has imported all modules already.
+    """Run a program's `main` in a fork of this process, which has already imported all modules.
 
     Args:
-        stdout: the file descriptor that becomes its standard output, or None: it is closed.
+        stdout: The file descriptor for its standard output, or None to close it.
 
     Returns:
-        The exit status, and what was written to standard error.
+        The exit status and the standard error.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -93,7 +93,7 @@ def run_in_fork(main: Callable[[], int], stdout: int | None) -> tuple[int, str]:
                 sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             status = main()
             if sys.stdout is not None:
-                sys.stdout.flush()  # as the interpreter does at its end
+                sys.stdout.flush()  # as the interpreter does on exit
         except BaseException:  # noqa: BLE001 - the child must not return to pytest
             traceback.print_exc()
         finally:
@@ -107,7 +107,7 @@ def run_in_fork(main: Callable[[], int], stdout: int | None) -> tuple[int, str]:
 
 @contextmanager
 def as_another_user() -> Iterator[None]:
-    """Permissions do not hold for root: be nobody for a while."""
+    """Switch to the user nobody, because root ignores permissions."""
     if not hasattr(os, "geteuid"):
         pytest.skip("permissions are those of Unix")
     if os.geteuid() != 0:
@@ -122,19 +122,19 @@ def as_another_user() -> Iterator[None]:
 
 @pytest.fixture
 def two_classes(tmp_path: Path) -> Path:
-    """10 pictures of cats, 15 of dogs."""
+    """Create a folder with 10 images of cats and 15 of dogs."""
     return write_classes(tmp_path / "pets", {"cat": 10, "dog": 15})
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 drawn flowers of 64 px: five classes of 20."""
+    """Draw 100 flowers of 64 px, 20 per class."""
     return draw_sample(tmp_path_factory.mktemp("data") / "sample", images_per_class=20, size=64)
 
 
 @pytest.fixture(scope="session")
 def flower_photos() -> Path:
-    """The real photographs, where FLOWER_PHOTOS names their folder."""
+    """Return the folder of the real photographs, or skip the test if FLOWER_PHOTOS is not set."""
     if not os.environ.get("FLOWER_PHOTOS"):
         pytest.skip("FLOWER_PHOTOS does not name the folder of the flower photographs")
     return Path(os.environ["FLOWER_PHOTOS"])

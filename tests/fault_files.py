@@ -1,4 +1,4 @@
-"""Campaigns of files: the zoo of image files, mutated ones, and what a stranger might send."""
+"""File campaigns: image files of every kind, mutated image files, and hostile files."""
 
 import functools
 import hashlib
@@ -43,14 +43,14 @@ from sample_flowers import draw_flower
 
 
 def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """Image files of every kind, and `rounds` mutated ones of seven formats: bytes changed, cut off, moved."""
+    """Read image files of every kind, and `rounds` mutants of seven formats: bytes changed, cut off, moved."""
     folder = Path("zoo")
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
         draw_flower("roses", 1, size=64).save(folder / name / "1.png")
     expected = draw_zoo(folder / "cat") | {"170 million pixels.png": True}
     (folder / "cat" / "170 million pixels.png").write_bytes(blank_png(13_000, 13_000))
-    Path.cwd().parent.chmod(0o755)  # permissions do not hold for the superuser: somebody else looks
+    Path.cwd().parent.chmod(0o755)  # root ignores permissions, so another user looks
     child = Child(look_at(folder), Path("output"))
     campaign.expect("the zoo: no crash and no hang", child.end(60) == 0 or [Path("output").read_text()[-500:]])
     found = json.loads(Path("looked_at").read_text())
@@ -86,7 +86,7 @@ def files(campaign: Campaign, rounds: int, generator: random.Random) -> None:
 
 
 def draw_zoo(folder: Path) -> dict[str, bool]:
-    """Image files of every kind, and what has no business in a folder of images.
+    """Create image files of every kind, and files that do not belong in an image folder.
 
     Returns:
         The name of each image file, and whether it can be used.
@@ -144,7 +144,7 @@ def draw_zoo(folder: Path) -> dict[str, bool]:
 
 
 def blank_png(width: int, height: int, rows: int | None = None) -> bytes:
-    """A black RGBA image, a thousandth of its size in memory; `rows` of them, where it is to be cut short."""
+    """Return a black RGBA PNG, a thousandth of its size in memory; `rows` truncates the pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -156,12 +156,12 @@ def blank_png(width: int, height: int, rows: int | None = None) -> bytes:
 
 
 def look_at(folder: Path) -> Callable[[], int]:
-    """Check a folder's images as train.py does, without being the superuser."""
+    """Return a function that checks a folder's images as train.py does, but not as root."""
 
     def action() -> int:
         with open("looked_at", "w") as result:
             before = peak_memory()
-            Image.init()  # from here on modules may be out of reach
+            Image.init()  # later imports may fail for the other user
             if os.geteuid() == 0:
                 os.seteuid(65534)
             split = split_folder(folder, val_rate=0)
@@ -174,14 +174,14 @@ def look_at(folder: Path) -> Callable[[], int]:
 
 
 def peak_memory() -> int:
-    """Of this process so far, in MiB."""
-    import resource  # of Unix alone
+    """Return the peak memory of this process so far, in MiB."""
+    import resource  # Unix only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def draw_originals() -> dict[str, bytes]:
-    """The content of small image files of each format, in several modes."""
+    """Create small image files of each format in several modes, and return their content."""
     picture = draw_flower("roses", 1, size=96)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -208,7 +208,7 @@ def draw_originals() -> dict[str, bytes]:
 
 
 def mutate(content: bytes, generator: random.Random) -> bytes:
-    """Bytes changed, the end cut off, or a piece moved to another place."""
+    """Change bytes, cut off the end, or move a piece."""
     mutant = bytearray(content)
     kind = generator.randrange(3)
     if kind == 0:
@@ -226,24 +226,24 @@ def mutate(content: bytes, generator: random.Random) -> bytes:
 
 
 def outcome(path: Path) -> str:
-    """What reading it comes to: "used", "reported" in one line, or what it should not have been."""
+    """Read an image; return "used", "reported" (an error of one line), or a description of the fault."""
     try:
         image = read_image(path, min_side=48)
     except ImageError as error:
         return (
             "reported" if len(str(error).splitlines()) == 1 and repr(str(path)) in str(error) else f"unclear: {error}"
         )
-    except Exception as error:  # noqa: BLE001 - any other is what is looked for
+    except Exception as error:  # noqa: BLE001 - any other exception is a fault
         return f"raised {error!r}"
     return "used" if image.mode == "RGB" else f"of mode {image.mode}"
 
 
 def read_all(mutants: list[tuple[str, bytes]]) -> Callable[[], int]:
-    """Read each, and print what came of it, whether Pillow itself decodes it, and how long it took."""
+    """Return a function that reads each mutant, and records the outcome, Pillow's outcome and the time taken."""
 
     def action() -> int:
         warnings.simplefilter("ignore")
-        results = open("results", "w", buffering=1)  # noqa: SIM115 - libraries write to the output
+        results = open("results", "w", buffering=1)  # noqa: SIM115 - libraries write to standard output
         for name, content in mutants:
             path = Path(f"mutant{Path(name).suffix.replace('mpo', 'jpg')}")
             path.write_bytes(content)
@@ -254,7 +254,7 @@ def read_all(mutants: list[tuple[str, bytes]]) -> Callable[[], int]:
                 with Image.open(path) as image:
                     image.load()
                 pillow = "decodes"
-            except Exception:  # noqa: BLE001 - it raises many kinds
+            except Exception:  # noqa: BLE001 - Pillow raises many kinds
                 pillow = "fails"
             print("|".join((name, said.replace("|", "/").replace("\n", " "), pillow, f"{seconds:.2f}")), file=results)
         Path("memory").write_text(str(peak_memory()))
@@ -263,18 +263,18 @@ def read_all(mutants: list[tuple[str, bytes]]) -> Callable[[], int]:
     return action
 
 
-# --- what a stranger might send ---------------------------------------------------------------------------------
+# --- hostile files ----------------------------------------------------------------------------------------------
 
 
 class SilentHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and says nothing."""
+    """Serves files without logging."""
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 class _Payload:
-    """Unpickled without restrictions, it makes a file."""
+    """Creates a file when unpickled without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -284,7 +284,7 @@ class _Payload:
 
 
 def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """Files from a stranger, each with a payload that would make a file `marker`, inside or outside the folder."""
+    """Load hostile files, each with a payload that would create a file `marker` inside or outside the folder."""
     box = Path("box").resolve()
     marker = box / "marker"
     (box / "run" / "weights").mkdir(parents=True)
@@ -308,7 +308,7 @@ def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             problems = ["accepted"]
         except kinds as error:
             problems = [] if len(str(error).splitlines()) == 1 else [f"more than a line: {error}"]
-        except Exception as error:  # noqa: BLE001 - any other is what is looked for
+        except Exception as error:  # noqa: BLE001 - any other exception is a fault
             problems = [f"raised {error!r}"]
         campaign.expect(f"refused: {what}", problems)
         campaign.expect("no marker", not marker.exists() and not list(box.parent.glob("marker*")))
@@ -359,7 +359,7 @@ def hostile(campaign: Campaign, rounds: int, generator: random.Random) -> None:
 
 
 def strange_run(campaign: Campaign, box: Path) -> None:
-    """A run's folder from a stranger, whose checkpoint loads: its other files, and its words on the terminal."""
+    """Resume a hostile run whose checkpoint loads, and check the effect of its other files and strings."""
     shutil.copytree(campaign.undisturbed()[0], box / "runs" / "strange")
     run, escape = box / "runs" / "strange", "\x1b]0;marker\x07\n"
     evil = {"flags": {"data_path": "/etc", "name": "../../marker", "epochs": "__import__('os').mkdir('marker')"}}
@@ -386,7 +386,7 @@ def strange_run(campaign: Campaign, box: Path) -> None:
     arguments = ["--weights", str(run / "weights" / "best.pth"), str(image), "--save-plot", str(box / "plot.png")]
 
     def look() -> int:
-        torch.set_num_threads(1)  # a fork has no others
+        torch.set_num_threads(1)  # a fork has no other threads
         return predict.main([*arguments, "--device", "cpu"])
 
     child = Child(look, Path("output"))
@@ -394,5 +394,5 @@ def strange_run(campaign: Campaign, box: Path) -> None:
 
 
 def printed_controls() -> list[str]:
-    """The characters in the output that a terminal would obey."""
+    """Return the control characters in the output."""
     return [c for c in Path("output").read_text() if not c.isprintable() and c != "\n"]

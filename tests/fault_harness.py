@@ -1,6 +1,6 @@
-"""Small training runs in processes of their own, to be disturbed, and what is left of them.
+"""Small training runs in separate processes, to be disturbed, and checks of what they leave behind.
 
-The runs are forks of the process that asks for them, which has imported everything already: Linux only.
+The runs are forks of the calling process, which has already imported everything, so they need Linux.
 """
 
 import collections
@@ -27,15 +27,15 @@ from run_utils import Run
 IMAGES, BATCH_SIZE = 30, 4
 
 
-# --- runs in processes of their own -------------------------------------------------------------------------------
+# --- runs in separate processes -----------------------------------------------------------------------------------
 
 
 class HopelessError(Exception):
-    """Something is so wrong that the campaign cannot go on: what it waits for will not come."""
+    """The campaign cannot continue, because what it waits for will not happen."""
 
 
 class Child:
-    """`action` in a process, and a session, of its own; its output goes to a file."""
+    """Runs `action` in its own process and session; its output goes to a file."""
 
     def __init__(self, action: Callable[[], int], output: Path) -> None:
         output.write_bytes(b"")
@@ -52,16 +52,16 @@ class Child:
                 status = action()
             except SystemExit as stop:
                 status = stop.code
-            except BaseException:  # noqa: BLE001 - nothing of the parent must run in the child
+            except BaseException:  # noqa: BLE001 - the child must not return to the parent's code
                 traceback.print_exc()
             finally:
-                multiprocessing.util._exit_function()  # as at the end of every program: it ends the workers
+                multiprocessing.util._exit_function()  # as on a normal exit: ends the workers
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
 
     def wait(self, seconds: float = 120) -> int | None:
-        """The exit status, negative for a signal, or None if it has not ended in that time."""
+        """Return the exit status, negative for a signal, or None if the process is still running after `seconds`."""
         end = time.monotonic() + seconds
         while self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -74,13 +74,17 @@ class Child:
         return self.status
 
     def end(self, seconds: float = 120) -> int:
-        """The exit status of a process that should end by itself, and is killed if it has not in that time."""
+        """Wait for the process to end by itself, kill it after `seconds`, and return the exit status."""
         if self.wait(seconds) is None:
             self.kill()
         return self.status
 
     def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until it holds. Raises: HopelessError: it did not in that time, or the process is over."""
+        """Wait until `condition` holds.
+
+        Raises:
+            HopelessError: The condition did not hold in time, or the process is over.
+        """
         end = time.monotonic() + seconds
         while not condition():
             over = self.wait(0.005) is not None or time.monotonic() > end
@@ -88,12 +92,12 @@ class Child:
                 raise HopelessError(self.output.read_text()[-500:])
 
     def kill(self) -> None:
-        """SIGKILL to the process alone: its workers are left to themselves."""
+        """Send SIGKILL to the process alone, not to its workers."""
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
     def orphans(self, seconds: float = 2) -> list[int]:
-        """The processes of its session that are still there after so long."""
+        """Return the processes of its session that still exist after `seconds`."""
         end = time.monotonic() + seconds
         while (left := list(self._session())) and time.monotonic() < end:
             time.sleep(0.01)
@@ -108,7 +112,7 @@ class Child:
 
 
 def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], int]:
-    """train.py with these arguments, on one thread; it saves within epochs, too, which runs of seconds would not."""
+    """Return a function that runs train.py on one thread and saves within epochs, which short runs would not do."""
 
     def action() -> int:
         torch.set_num_threads(1)
@@ -121,22 +125,22 @@ def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], in
     return action
 
 
-# --- looking at what is left ----------------------------------------------------------------------------------------
+# --- checks of a run ------------------------------------------------------------------------------------------------
 
 
 def unreadable(run: Path) -> list[str]:
-    """The checkpoints of a run that do not load."""
+    """Return the checkpoints of a run that do not load."""
     bad = []
     for path in run.glob("weights/*.pth"):
         try:
             torch.load(path, weights_only=True)
-        except Exception as error:  # noqa: BLE001 - it raises many kinds
+        except Exception as error:  # noqa: BLE001 - torch.load raises many kinds
             bad.append(f"{path}: {error}")
     return bad
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
-    """Where a run has ended differently: weights, momentum, epochs, curves."""
+    """Return the differences from an undisturbed run: weights, momentum, epochs, curves."""
     wrong = []
     for name in ("last.pth", "best.pth"):
         ours, theirs = (torch.load(folder / "weights" / name, weights_only=True) for folder in (run, undisturbed))
@@ -165,7 +169,7 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
 
 
 def accumulated(run: Path) -> dict[str, list]:
-    """What TensorBoard shows: each scalar's steps, its values unless it measures the machine, the steps of the rest."""
+    """Return the steps of each tag in TensorBoard, and the values of scalars that do not measure the machine."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
     tags = events.Tags()
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
@@ -176,7 +180,7 @@ def accumulated(run: Path) -> dict[str, list]:
 
 
 def raw_events(run: Path) -> collections.Counter:
-    """How often each tag and step is in the event files themselves."""
+    """Count each tag and step in the event files."""
     found: collections.Counter = collections.Counter()
     for path in run.glob("events.out.tfevents.*"):
         for event in EventFileLoader(str(path)).Load():
@@ -186,7 +190,7 @@ def raw_events(run: Path) -> collections.Counter:
 
 
 class Campaign:
-    """What has been tried, and what went wrong; `epochs` is the length of its runs, on the images of `data`."""
+    """Records what was tried and what went wrong; its runs train for `epochs` on the images of `data`."""
 
     def __init__(self, name: str, data: Path, epochs: int) -> None:
         self.name, self.data, self.epochs = name, data, epochs
@@ -194,13 +198,13 @@ class Campaign:
         self.wrong: list[str] = []
 
     def flags(self, name: str, epochs: int | None = None) -> list[str]:
-        """The command line of a small run."""
+        """Return the command line of a small run."""
         fixed = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "1", "--lr", "0.01"]
         fixed += ["--batch-size", str(BATCH_SIZE), "--epochs", str(epochs or self.epochs)]
         return ["--data-path", str(self.data), *fixed, "--name", name]
 
     def undisturbed(self) -> tuple[Path, float]:
-        """The folder of a run that nothing happens to, which is made but once, and the seconds that it took."""
+        """Return the folder of an undisturbed run, made only once, and its duration in seconds."""
         folder = self.data.parent / "undisturbed"
         seconds = folder / "seconds"
         if not seconds.exists():
@@ -213,7 +217,7 @@ class Campaign:
         return folder / "runs" / "run", float(seconds.read_text())
 
     def expect(self, what: str, problems: list | bool) -> None:
-        """Count that `what` was looked at, and the problems (or, False, that it did not hold)."""
+        """Count a check of `what`, and record its problems (or, if False, that it did not hold)."""
         self.tried[what] += 1
         problems = [] if problems is True else ["no"] if problems is False else problems
         for problem in problems:

@@ -1,15 +1,16 @@
-"""What the program survives: campaigns of kills, signals, full disks, bad and hostile files, with a table at the end.
+"""Test how training survives kills, signals, full disks, and corrupt or hostile files.
 
-python tests/faults.py kill          # SIGKILL at random instants and inside checkpoint writing, then --resume
+python tests/faults.py kill          # SIGKILL at random instants and during checkpoint writing, then --resume
 python tests/faults.py signals       # SIGTERM and SIGINT at random instants
-python tests/faults.py disk          # no space left, at each write of a checkpoint and of an event file in turn
+python tests/faults.py disk          # no space left at each write of a checkpoint and of an event file in turn
 python tests/faults.py files         # mutated image files
-python tests/faults.py hostile       # files from a stranger that would run code, or climb out of their folder
+python tests/faults.py hostile       # hostile files that try to execute code or to escape from their folder
 python tests/faults.py concurrent    # runs that start at the same instant
 python tests/faults.py all
 
-Each prints what it tried and what went wrong; the exit status is 1 if anything did. The runs are small (ResNet-18,
-32 px, 30 drawn images, a worker), and forks of this process, which has imported everything already: Linux only.
+Each campaign prints what it tried and what went wrong, and a table follows at the end. The exit status is 1 if
+anything went wrong. The runs are small (ResNet-18, 32 px, 30 drawn images, one worker). They are forks of this
+process, which has already imported everything, so the program needs Linux.
 """
 
 import argparse
@@ -49,12 +50,12 @@ from model import MODELS, BasicBlock, ResNet
 from run_utils import Run
 from sample_flowers import draw_sample
 
-STEPS = IMAGES * 4 // 5 // BATCH_SIZE  # an epoch: a fifth of the images are for validation
+STEPS = IMAGES * 4 // 5 // BATCH_SIZE  # per epoch: a fifth of the images is for validation
 PAUSES = ("before writing", "while writing", "before fsync", "before rename", "after rename")
 
 
 def pause(moment: str, which: int, pipe: int) -> Callable[[], None]:
-    """A hook that halts the `which`-th checkpoint at `moment`, says so through `pipe`, and waits to be killed."""
+    """Return a hook that halts the `which`-th checkpoint at `moment`, reports it to `pipe` and waits for SIGKILL."""
     saved, due = itertools.count(), False
 
     def halt(here: str) -> None:
@@ -88,7 +89,7 @@ def pause(moment: str, which: int, pipe: int) -> Callable[[], None]:
 
 
 def kill(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """SIGKILL `rounds` times, half of them inside checkpoint writing; after each the run goes on."""
+    """Send SIGKILL `rounds` times, half of them during checkpoint writing, and resume after each."""
     undisturbed, seconds = campaign.undisturbed()
     killed, numbers = 0, itertools.count(1)
     while killed < rounds:
@@ -116,7 +117,7 @@ def kill(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             if status:  # neither killed nor complete
                 raise HopelessError(Path("output").read_text()[-500:])
             if not (run / "weights" / "last.pth").exists():
-                break  # killed before its first checkpoint: there is nothing to go on with
+                break  # killed before its first checkpoint: nothing to resume
             arguments = ["--resume", name]
         else:
             campaign.expect("it ends as the undisturbed run", differences(run, undisturbed))
@@ -124,12 +125,16 @@ def kill(campaign: Campaign, rounds: int, generator: random.Random) -> None:
 
 
 def killed_while_saving(arguments: list[str], moment: str, which: int) -> tuple[Child, int | None]:
-    """A run that is killed while it saves its `which`-th checkpoint; its exit status if it is over before."""
+    """Kill a run while it saves its `which`-th checkpoint.
+
+    Returns:
+        The process, and its exit status if it ended before that checkpoint.
+    """
     reader, writer = os.pipe()
     child = Child(program(arguments, pause(moment, which, writer)), Path("output"))
     os.close(writer)
     ready, _, _ = select.select([reader], [], [], 120)
-    paused = ready and os.read(reader, 1)  # nothing comes from a run that is over
+    paused = ready and os.read(reader, 1)  # a finished run sends nothing
     os.close(reader)
     if not paused:
         return child, child.end()
@@ -138,7 +143,7 @@ def killed_while_saving(arguments: list[str], moment: str, which: int) -> tuple[
 
 
 def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """SIGTERM and SIGINT at random instants, to the run or (as a terminal does) its group; a third of them twice."""
+    """Send SIGTERM and SIGINT at random instants, to the run or (like a terminal) its group; a third twice."""
     undisturbed, seconds = campaign.undisturbed()
     sent, runs = 0, itertools.count(1)
     while sent < rounds:
@@ -149,7 +154,7 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
             steps_file.write_bytes(b"")
             before = position(run) if run.exists() else 0
             child = Child(program(arguments, count_steps(steps_file)), Path("output"))
-            child.until(functools.partial(has_begun, run))  # from then on signals are the run's own
+            child.until(functools.partial(has_begun, run))  # from now on the run handles signals
             time.sleep(generator.uniform(0, seconds / 2))
             status, twice = child.wait(0), False
             if status is None and sent < rounds:
@@ -161,7 +166,7 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
                 sent += 1
                 status = child.end(10)
                 campaign.tried[f"{signal.Signals(number).name} sent{' twice' if twice else ''}"] += 1
-                # 0: it was over before it was asked; minus the signal: it, or the second, came when all had been saved.
+                # 0: the run ended before the signal. Negative: the (second) signal came after the last save.
                 right = status in (128 + number, 0) or (status == -number and (twice or is_over(run)))
                 said = Path("output").read_text()[-300:]
                 campaign.expect("the exit status is 128 + the signal", right or [f"{status}, {said}"])
@@ -180,12 +185,12 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
 
 
 def has_begun(run: Path) -> bool:
-    """Whether a run has its first checkpoint, and has said all that comes before training."""
+    """Return whether a run has its first checkpoint and has printed everything that precedes training."""
     return (run / "weights" / "last.pth").exists() and b"TensorBoard" in Path("output").read_bytes()
 
 
 def count_steps(path: Path) -> Callable[[], None]:
-    """A hook that adds a byte to a file for each step of the optimizer."""
+    """Return a hook that appends a byte to a file for each optimizer step."""
 
     def hook() -> None:
         step = torch.optim.SGD.step
@@ -202,18 +207,18 @@ def count_steps(path: Path) -> Callable[[], None]:
 
 
 def is_over(run: Path) -> bool:
-    """Whether last.pth is that of the run's end."""
+    """Return whether last.pth was saved at the end of the run."""
     return torch.load(run / "weights" / "last.pth", weights_only=True)["resume"]["over"]
 
 
 def position(run: Path) -> int:
-    """The steps of training that last.pth stands for."""
+    """Return the number of training steps behind last.pth."""
     resume = torch.load(run / "weights" / "last.pth", weights_only=True)["resume"]
     return resume["epoch"] * STEPS + resume["progress"]["steps"]
 
 
 class _FullDisk:
-    """A file on a disk that is full from the `which`-th write on."""
+    """A file on a disk that is full after `which` writes."""
 
     def __init__(self, file, which: int) -> None:
         self.file, self.left = file, which
@@ -235,11 +240,11 @@ class _FullDisk:
 
 
 def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """No space at each write of a checkpoint and an event file (a failing file object), or in a tmpfs; no folder."""
+    """Fail each write of a checkpoint and of an event file (failing file object or tmpfs), or remove the folder."""
     old, new = {"epoch": 1, "weights": torch.zeros(1000)}, {"epoch": 2, "weights": torch.ones(1000)}
     path = Path("last.pth")
     save_checkpoint(old, path)
-    for which in range(1000):  # it writes fewer times
+    for which in range(1000):  # more than the number of writes
         checkpoint.open = lambda name, mode, which=which: _FullDisk(Path(name).open(mode), which)  # noqa: SIM115
         try:
             save_checkpoint(new, path)
@@ -275,26 +280,26 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
         campaign.expect("the run's folder is removed: one line", one_complaint())
         campaign.expect("the run's folder is removed: no process is left", child.orphans())
 
-    # Parts of a checkpoint to go on from, which is twice as large as that of the best epoch: each fails elsewhere.
+    # Fractions of the size of last.pth, which is twice as large as best.pth. Each fails at another point.
     undisturbed, _ = campaign.undisturbed()
     for part in (0.01, 0.7, 1.2, 1.7, 2.2)[-rounds:]:
         small_file_system(campaign, math.ceil(part * (undisturbed / "weights" / "last.pth").stat().st_size / 2**20))
 
 
 def save_after_epochs_only() -> None:
-    """A hook: it is the event file, not a checkpoint, that finds out about a folder that is gone."""
+    """Save only after epochs (a hook), so that the event file is the first to miss a removed folder."""
     Run.save_is_due = lambda run: False
 
 
 def one_complaint() -> list[str]:
-    """The output of a run, if it does not hold one line, and no more, of what went wrong."""
+    """Return the end of the run's output, unless exactly one line of it reports an error."""
     said = Path("output").read_text()
     complaints = [line for line in said.splitlines() if "error" in line.lower() or "Traceback" in line]
     return [] if len(complaints) == 1 else [said[-500:]]
 
 
 def small_file_system(campaign: Campaign, mib: int) -> None:
-    """A run in a file system of so many MiB, which is too little, and then in a larger one."""
+    """Run in a file system of `mib` MiB, which is too small, and resume in a larger one."""
     undisturbed, _ = campaign.undisturbed()
     folder = Path("small").resolve()
     folder.mkdir(exist_ok=True)
@@ -318,7 +323,7 @@ def small_file_system(campaign: Campaign, mib: int) -> None:
 
 
 def full_events(which: int) -> Callable[[], None]:
-    """A hook: no space is left for an event file from its `which`-th write on."""
+    """Return a hook that leaves no space for an event file after `which` writes."""
 
     def hook() -> None:
         from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
@@ -341,7 +346,7 @@ def full_events(which: int) -> Callable[[], None]:
 
 
 def concurrent(campaign: Campaign, rounds: int, generator: random.Random) -> None:
-    """`rounds` runs of one name that start at the same instant."""
+    """Start `rounds` runs of the same name at the same instant."""
     start = time.time() + 1
 
     def wait_for_it() -> None:
@@ -358,7 +363,7 @@ def concurrent(campaign: Campaign, rounds: int, generator: random.Random) -> Non
         campaign.expect("every run has its own events", max(raw_events(run).values()) == 1)
 
 
-CAMPAIGNS = {  # rounds of each, and of its short form
+CAMPAIGNS = {  # rounds of each campaign, and of its short version
     kill: (100, 2),
     signals: (30, 3),
     disk: (1000, 1),
@@ -369,7 +374,7 @@ CAMPAIGNS = {  # rounds of each, and of its short form
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit status."""
+    """Run the campaigns and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     by_name = {campaign.__name__: campaign for campaign in CAMPAIGNS}
     parser.add_argument("campaign", choices=[*by_name, "all"])
@@ -383,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random instants (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.short:  # for the forks as well
+    if args.short:  # inherited by the forks
         MODELS["resnet18"] = functools.partial(ResNet, BasicBlock, [1, 1, 1, 1])
     done = []
     with tempfile.TemporaryDirectory() as folder:
@@ -397,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
             done.append(campaign)
             try:
                 by_name[name](campaign, args.rounds or CAMPAIGNS[by_name[name]][args.short], random.Random(args.seed))
-            except (HopelessError, OSError) as error:  # of a full disk, for example
+            except (HopelessError, OSError) as error:  # a full disk, for example
                 campaign.expect("the campaign comes to its end", [str(error)])
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
         os.chdir("/")

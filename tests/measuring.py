@@ -1,4 +1,4 @@
-"""What the figures of bench.py have in common: programs and passes to time, and the ratio of two, over some rounds."""
+"""Helpers shared by the benchmarks: timed programs and passes, and ratios over several rounds."""
 
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ from train_eval_utils import collect_logits, train_one_epoch
 
 
 def hardware(device: torch.device) -> str:
-    """The machine, in a line."""
+    """Describe the machine in one line."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -46,18 +46,18 @@ def hardware(device: torch.device) -> str:
 
 
 class Comparison:
-    """How many times as long B takes as A, over some rounds; printed, and added to the CSV file."""
+    """Ratio of the times of B and A over several rounds, printed and appended to the CSV file."""
 
     def __init__(self, args: argparse.Namespace, what: str, a: str, b: str, images: int = 0) -> None:
         self.args, self.what, self.a, self.b, self.images = args, what, a, b, images
-        self.rounds: dict[str, list[tuple[float, float]]] = {}  # by figure, where a round gives several
+        self.rounds: dict[str, list[tuple[float, float]]] = {}  # keyed by figure
         self.hardware = hardware(torch.device(args.device))
         names = ("model", "img_size", "batch_size", "images", "epochs", "workers", "amp", "data_path")
         self.settings = ", ".join(f"{name} {getattr(args, name)}" for name in names)
         print(f"{what}\n  {self.hardware}\n  {self.settings}", flush=True)
 
     def add(self, seconds_a: float, seconds_b: float, figure: str = "") -> None:
-        """A round."""
+        """Record one round."""
         self.rounds.setdefault(figure, []).append((seconds_a, seconds_b))
         number = len(self.rounds[figure])
         print(f"  round {number} {figure:12} {self.a} {seconds_a:.3f} s, {self.b} {seconds_b:.3f} s", flush=True)
@@ -77,7 +77,7 @@ class Comparison:
         append_rows([row], self.args.csv)
 
     def report(self) -> None:
-        """The median ratio of each figure, its spread, and the median times."""
+        """Print the median ratio of each figure, its range, and the median times."""
         for figure, pairs in self.rounds.items():
             ratios = [seconds_b / seconds_a for seconds_a, seconds_b in pairs]
             medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
@@ -90,7 +90,7 @@ class Comparison:
 
 
 def append_rows(rows: list[dict], path: str | os.PathLike) -> None:
-    """Add lines to a CSV file, or begin one."""
+    """Append rows to a CSV file. A new file gets a header."""
     write_header = not Path(path).exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -100,7 +100,7 @@ def append_rows(rows: list[dict], path: str | os.PathLike) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file, if there is one."""
+    """Read the rows of a CSV file. A missing file has none."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def compare(comparison: Comparison, measure_a: Callable, measure_b: Callable) -> None:
-    """Rounds A B, B A, A B, ...; each function gives seconds, or a dict of several figures in seconds."""
+    """Run rounds A B, B A, A B, ...; each function returns seconds, or a dict of seconds per figure."""
     for number in range(comparison.args.rounds):
         if number % 2 == 0:
             a, b = measure_a(), measure_b()
@@ -123,7 +123,7 @@ def compare(comparison: Comparison, measure_a: Callable, measure_b: Callable) ->
 
 
 def seconds_of(action: Callable, device: torch.device | None = None) -> float:
-    """How long a call takes, what it leaves to do on a GPU included."""
+    """Time a call, including the GPU work that it leaves pending."""
     start = time.perf_counter()
     action()
     if device is not None and device.type == "cuda":
@@ -132,12 +132,12 @@ def seconds_of(action: Callable, device: torch.device | None = None) -> float:
 
 
 def seconds_of_program(command: list, folder: str | os.PathLike) -> float:
-    """How long a program takes from start to end."""
+    """Time a program from start to end."""
     return seconds_of(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL))
 
 
 def seconds_of_epochs(command: list) -> dict[str, float]:
-    """A training program in a folder of its own: the median of its epochs from the second on, and from start to end."""
+    """Time a training program in its own folder: from start to end, and the median epoch after the first."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as complaint:
         start = time.perf_counter()
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=complaint, text=True) as run:
@@ -150,7 +150,7 @@ def seconds_of_epochs(command: list) -> dict[str, float]:
 
 
 def programs(args: argparse.Namespace, data: Path) -> tuple[list[str], list[str]]:
-    """The command lines of our training, with its default flags but for those given, and of the baseline's."""
+    """Return the command lines of our training, with default flags except those given, and of the baseline."""
     flags = ["--data-path", str(data), "--epochs", str(args.epochs), "--device", args.device]
     flags += ["--model", args.model, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
     return [
@@ -160,14 +160,14 @@ def programs(args: argparse.Namespace, data: Path) -> tuple[list[str], list[str]
 
 
 def our_flags(args: argparse.Namespace) -> list[str]:
-    """Those that the baseline does not have."""
+    """Return the flags that the baseline does not have."""
     workers = [] if args.workers is None else ["--workers", str(args.workers)]
     return ["--amp", args.amp, *workers]
 
 
 @contextlib.contextmanager
 def subset(data_path: str | None, images: int):
-    """A folder of links to the first images of each class, so many of all classes together; 0: all of them."""
+    """Yield a folder of links to the first images of each class, `images` in total (0: all)."""
     data_path = Path(data_path or drawn_sample())
     split, _ = find_split(data_path)
     by_class = {name: [] for name in split.class_names}
@@ -185,12 +185,12 @@ def subset(data_path: str | None, images: int):
 
 
 def drawn_sample() -> Path:
-    """The built-in data set, drawn if it is not there yet."""
+    """Return the built-in data set, drawn if it is missing."""
     return Path(find_data(argparse.Namespace(download=False, data_path=None)))
 
 
 class Ours:
-    """The parts of our training in this process, made as train.py makes them."""
+    """The components of our training in this process, built as in train.py."""
 
     def __init__(self, args: argparse.Namespace, data: Path) -> None:
         flags = ["--data-path", str(data), "--device", args.device, "--model", args.model, *our_flags(args)]
@@ -211,18 +211,18 @@ class Ours:
         self.optimizer = make_optimizer(self.model, self.args, self.device, self.amp_dtype)
 
     def loader(self, train_set: MyDataSet) -> DataLoader:
-        """Of training batches, in the order of the first epoch."""
+        """Return a loader of training batches in the order of the first epoch."""
         batches = DistributedBatchSampler(EpochSampler(len(train_set)), self.args.batch_size)
         return make_loader(train_set, batches, self.args, self.device, Distributed())
 
     def val_loader(self, images: MyDataSet) -> DataLoader:
-        """Of evaluation batches."""
+        """Return a loader of evaluation batches."""
         return make_val_loader(images, self.args, self.device, Distributed())
 
     def train(self, loader) -> float:
-        """An epoch of `loader`; the mean loss."""
+        """Train one epoch on `loader` and return the mean loss."""
         return train_one_epoch(self.model, self.optimizer, loader, self.device, 0, amp_dtype=self.amp_dtype)
 
     def evaluate(self, loader) -> torch.Tensor:
-        """The logits."""
+        """Return the logits."""
         return collect_logits(self.model, loader, self.device, amp_dtype=self.amp_dtype)[0]

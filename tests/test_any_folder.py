@@ -1,4 +1,4 @@
-"""Folders from anywhere: what cannot be used is left out and said, what breaks during training is stepped over."""
+"""Arbitrary image folders: unusable images are skipped and reported, before and during training."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def test_each_file_is_used_or_reported(open_folder):
     assert len(left.train_paths + left.val_paths) == len(found) - len(problems)
 
 
-def test_a_class_without_a_usable_image_is_told_by_one_of_its_own(tmp_path):
+def test_class_without_usable_images_raises(tmp_path):
     folder = write_classes(tmp_path / "pets", {"cat": 5, "dog": 5})
     for path in [folder / "cat" / "cat 00.png", *(folder / "dog").iterdir()]:
         path.write_bytes(b"")
@@ -67,7 +67,7 @@ def test_a_class_without_a_usable_image_is_told_by_one_of_its_own(tmp_path):
         drop_unusable(split, check_images(split.train_paths + split.val_paths, {}))
 
 
-def test_an_unreadable_file_is_reported(open_folder):
+def test_unreadable_file_is_reported(open_folder):
     folder = write_classes(open_folder / "pets", {"cat": 2, "dog": 2})
     (folder / "cat" / "cat 00.png").chmod(0)
     with as_another_user():
@@ -77,8 +77,8 @@ def test_an_unreadable_file_is_reported(open_folder):
     ]
 
 
-def test_training_may_be_started_in_the_folder_of_the_classes():
-    """Where the runs of the first training are no class of the second, nor images to predict."""
+def test_training_runs_inside_the_data_folder():
+    """The runs folder is neither a class of the next training nor a source of images to predict."""
     write_classes(Path(), {"cat": 5, "dog": 5})
     for _ in range(2):
         assert train.main(["--data-path", ".", *SMALL, "--epochs", "1"]) == 0
@@ -88,7 +88,7 @@ def test_training_may_be_started_in_the_folder_of_the_classes():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, workers):
+def test_only_new_and_changed_files_are_rechecked(tmp_path, monkeypatch, workers):
     paths = files_in(write_classes(tmp_path / "pets", {"cat": 60, "dog": 60}))
     Path(paths[0]).write_bytes(b"hello")
     random_state = torch.get_rng_state()
@@ -98,7 +98,7 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     read = []
     monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert check_images(paths, json.loads(json.dumps(first))) == first
-    assert read == paths[:1]  # what was wrong may have been too little memory
+    assert read == paths[:1]  # failures are retried: the cause may have been a lack of memory
     read.clear()
     damaged = dict(zip(first, [None, [], [1, 2, 3, 4], {}, "text"], strict=False))
     assert check_images(paths[1:5], damaged | {paths[1]: [*first[paths[1]][:3], 7]}) == {
@@ -111,10 +111,10 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path, monkeypatch, wor
     assert read == [paths[0], paths[5]]
 
 
-def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, monkeypatch):
+def test_training_skips_and_lists_unusable_images(tmp_path, capsys, monkeypatch):
     folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
     zoo = draw_zoo(folder / "dog")
-    (folder / "dog" / "secret.png").unlink()  # the superuser may read it
+    (folder / "dog" / "secret.png").unlink()  # root can read it
     bad = [folder / "dog" / name for name, usable in zoo.items() if not usable and name != "secret.png"]
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     said = capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
     monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     assert f"skipped      {len(bad)} unusable images" in capsys.readouterr().out
-    assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are known
+    assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are cached
 
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1", "--strict"]) == 1
     said = capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_training_leaves_out_what_it_cannot_use_and_says_why(tmp_path, capsys, m
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 there")
-def test_a_class_name_that_is_no_unicode(tmp_path):
+def test_class_name_that_is_not_valid_unicode(tmp_path):
     folder = write_classes(tmp_path / "pets", {os.fsdecode("狗".encode("gbk")): 5, "cat": 5})
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     assert train.main(["--resume", "--epochs", "2"]) == 0
@@ -154,7 +154,7 @@ def stretch(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [damage, stretch])
-def test_a_class_of_which_nothing_can_be_used_is_one_line(spoil, tmp_path, capsys):
+def test_training_fails_if_a_class_has_no_usable_image(spoil, tmp_path, capsys):
     folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
     for path in (folder / "cat").iterdir():
         spoil(path)
@@ -165,7 +165,7 @@ def test_a_class_of_which_nothing_can_be_used_is_one_line(spoil, tmp_path, capsy
     assert not Path("runs").exists()
 
 
-def test_files_are_told_apart_by_their_content(tmp_path):
+def test_files_are_identified_by_content(tmp_path):
     split = split_folder(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}), val_rate=0)
 
     def describe() -> dict[str, list]:
@@ -185,7 +185,7 @@ def test_files_are_told_apart_by_their_content(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_next_image_takes_the_place_of_one_that_breaks(tmp_path, capfd, workers):
+def test_unreadable_image_is_replaced_by_the_next(tmp_path, capfd, workers):
     paths = files_in(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}))
     images = SafeImages(MyDataSet(paths, range(6), TrainTransform(32)), replace=True)
     for index in (1, 2, 5):
@@ -202,7 +202,7 @@ def test_the_next_image_takes_the_place_of_one_that_breaks(tmp_path, capfd, work
         images[0]
 
 
-def test_evaluation_leaves_out_what_breaks(tmp_path, capsys):
+def test_evaluation_skips_unreadable_images(tmp_path, capsys):
     paths = files_in(write_classes(tmp_path / "pets", {"cat": 3, "dog": 3}))
     images = SafeImages(MyDataSet(paths, range(6), EvalTransform(32)), replace=False)
     for index in (0, 1, 5):
@@ -213,7 +213,7 @@ def test_evaluation_leaves_out_what_breaks(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_a_run_goes_on_when_files_vanish(tmp_path, capsys, monkeypatch):
+def test_training_continues_when_files_vanish(tmp_path, capsys, monkeypatch):
     folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
     split = split_folder(folder)
     due = Run.save_is_due
@@ -231,22 +231,22 @@ def test_a_run_goes_on_when_files_vanish(tmp_path, capsys, monkeypatch):
     assert f"{split.train_paths[0]!r}: No such file or directory; the next image takes its place" in said.err
 
 
-def test_a_folder_that_vanishes_is_one_line(two_classes, capsys, monkeypatch):
+def test_vanished_validation_set_is_a_one_line_error(two_classes, capsys, monkeypatch):
     split, _ = find_split(two_classes)
     monkeypatch.setattr(Run, "save_is_due", lambda run: [Path(path).unlink(True) for path in split.val_paths] and False)
     assert train.main(["--data-path", str(two_classes), *SMALL, "--epochs", "2"]) == 1
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(split.val_paths) + 1  # one for each of them, and one
+    assert len(said) == len(split.val_paths) + 1  # one per image, and the final error
     assert "nothing to evaluate" in said[-1]
 
 
-def test_a_worker_that_dies_is_one_line(two_classes, capsys, monkeypatch):
-    late = iter(DataLoader(range(9), num_workers=1))  # dies when the program has said why it ends
+def test_dead_worker_is_a_one_line_error(two_classes, capsys, monkeypatch):
+    late = iter(DataLoader(range(9), num_workers=1))  # killed after the program has reported its error
     others = multiprocessing.active_children()
 
     def kill_a_worker(run: Run) -> bool:
         next(worker for worker in multiprocessing.active_children() if worker not in others).kill()
-        time.sleep(10)  # ended by the report of its death
+        time.sleep(10)  # interrupted when the worker's death is reported
         return False
 
     monkeypatch.setattr(Run, "save_is_due", kill_a_worker)

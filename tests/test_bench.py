@@ -1,4 +1,4 @@
-"""What the ruler compares; how fast it is depends on the machine."""
+"""The comparisons of bench.py. The timings depend on the machine and are not checked."""
 
 import csv
 import re
@@ -14,7 +14,7 @@ SMALL = ["--model", "resnet18", "--device", "cpu"]
 
 @pytest.fixture
 def printed_by_bench(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
-    """What it prints, in an empty folder."""
+    """Return a function that runs bench.py in an empty folder and returns its output."""
 
     def run(*flags: object) -> str:
         monkeypatch.chdir(tmp_path)
@@ -25,13 +25,13 @@ def printed_by_bench(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     return run
 
 
-def test_without_mixed_precision_the_losses_are_the_tutorials(sample, printed_by_bench):
+def test_float32_losses_match_the_tutorial(sample, printed_by_bench):
     printed = printed_by_bench("losses", "--data-path", sample, "--img-size", "32", "--batch-size", "8")
     assert float(re.search(r"same weights: (\S+)", printed)[1]) < 1e-4
-    assert len(re.findall(r"^ +\d+  ", printed, re.M)) == 10  # steps: 80 images, 8 a step
+    assert len(re.findall(r"^ +\d+  ", printed, re.M)) == 10  # steps: 80 images, 8 per step
 
 
-def test_training_is_compared_with_the_tutorials(sample, tmp_path, printed_by_bench):
+def test_training_time_is_compared_with_the_tutorial(sample, tmp_path, printed_by_bench):
     flags = ["--data-path", sample, "--images", "24", "--rounds", "1", "--img-size", "32"]
     printed = printed_by_bench("train", *flags)
     with open(tmp_path / "bench.csv", newline="", encoding="utf-8") as file:
@@ -43,12 +43,12 @@ def test_training_is_compared_with_the_tutorials(sample, tmp_path, printed_by_be
 
 
 @pytest.mark.parametrize(("figure", "ratio"), [("evaluate", "tutorial/ours"), ("ceiling", "memory/files")])
-def test_passes_over_images_are_compared(figure, ratio, sample, printed_by_bench):
+def test_evaluation_and_ceiling_report_a_ratio(figure, ratio, sample, printed_by_bench):
     flags = ["--data-path", sample, "--images", "24", "--rounds", "1", "--img-size", "32", "--workers", "0"]
     assert float(re.search(rf"{ratio}: (\S+)", printed_by_bench(figure, *flags))[1]) > 0
 
 
-def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, printed_by_bench):
+def test_accuracy_compares_recipes_and_reuses_finished_runs(sample, tmp_path, printed_by_bench):
     flags = ["accuracy", "--data-path", sample, "--minutes", "0", "--epochs", "1", "--img-size", "32", "--rounds", "1"]
     flags += ["--kinds", "scratch:lr=0.01,nesterov=False"]
     printed = printed_by_bench(*flags)
@@ -64,7 +64,7 @@ def test_recipes_are_compared_and_no_run_is_repeated(sample, tmp_path, printed_b
     assert (tmp_path / "accuracy.csv").read_bytes() == before
 
 
-def test_a_fifth_of_the_images_is_set_aside(sample):
+def test_a_fifth_of_the_images_is_held_out(sample):
     def names(set_aside: bool) -> dict[str, set[str]]:
         with divided(str(sample), set_aside) as data:
             return {side: {path.name for path in (data / side).rglob("*.jpg")} for side in ("train", "val")}

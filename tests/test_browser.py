@@ -1,6 +1,6 @@
-"""TensorBoard as a person sees it: every tab of a fresh run, opened in headless Chromium.
+"""TensorBoard in headless Chromium: each test opens one tab of a fresh run.
 
-SCREENSHOTS=FOLDER keeps a picture of each tab.
+Set SCREENSHOTS=FOLDER to keep a screenshot of each tab.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its chromedriver")
 
 NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
-SECONDS = 25  # at most, until something is to be seen
-# TensorBoard's pages are nested in shadow roots, which the document itself does not look into.
+SECONDS = 25  # timeout for content to appear
+# TensorBoard nests its pages in shadow roots, which document.querySelectorAll does not search.
 FIND = """
 const below = (root, selector) => [...root.querySelectorAll('*'), ...(root.shadowRoot ? [root.shadowRoot] : [])]
     .flatMap(node => [
@@ -44,7 +44,7 @@ const text = node => {
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, sample) -> Iterator[str]:
-    """Where TensorBoard serves a run of two epochs on the drawn sample."""
+    """Serve a run of two epochs on the drawn sample with TensorBoard, and yield its address."""
     folder = tmp_path_factory.mktemp("browser")
     command = [sys.executable, train.__file__, "--data-path", sample, "--model", "resnet18", "--img-size", "64"]
     command += ["--epochs", "2", "--device", "cpu", "--name", "seen"]
@@ -67,7 +67,7 @@ def address(tmp_path_factory, sample) -> Iterator[str]:
 
 
 class Browser:
-    """A window of Chromium."""
+    """A Chromium window."""
 
     def __init__(self, address: str) -> None:
         from selenium import webdriver
@@ -90,11 +90,11 @@ class Browser:
         return self.driver.execute_script(f"{FIND} return found;", selector)
 
     def text(self, selector: str) -> str:
-        """What these elements say, hidden parts included."""
+        """Return the text of the matching elements, hidden parts included."""
         return self.driver.execute_script(f"{FIND} return found.map(text).join(' ').replace(/\\s+/g, ' ');", selector)
 
     def curves(self, selector: str) -> bool:
-        """Whether curves with several points are drawn in each of these elements."""
+        """Return whether each matching element contains a curve with several points."""
         script = f"""{FIND}
             const isIcon = path => path.getRootNode().host?.matches('iron-icon');
             const isCurve = path => /^M[^N]*L[^N]*$/.test(path.getAttribute('d')) && !isIcon(path);
@@ -103,7 +103,7 @@ class Browser:
         return self.driver.execute_script(script, selector)
 
     def until(self, look: Callable[[], object]) -> object:
-        """What `look` gives, as soon as there is something."""
+        """Poll `look` until it returns a true value, and return that value."""
         end = time.monotonic() + SECONDS
         while not (seen := look()):
             assert time.monotonic() < end, "nothing to be seen"
@@ -115,7 +115,7 @@ class Browser:
             self.driver.save_screenshot(str(Path(os.environ["SCREENSHOTS"], f"{tab}.png")))
 
     def errors(self) -> list[str]:
-        """What the console complains about, but for what TensorBoard itself asks the internet for."""
+        """Return the console's errors, except those of TensorBoard's requests to the internet."""
         entries = self.driver.get_log("browser")
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE" and "localhost" in entry["message"]]
 
@@ -174,7 +174,7 @@ def test_graphs(browser):
 
     browser.open("graphs")
     node = browser.until(lambda: [g for g in browser.find("g.node") if g.get_attribute("data-name") == "ResNet"])[0]
-    time.sleep(1)  # it moves into its place
+    time.sleep(1)  # wait for the layout animation
     ActionChains(browser.driver).double_click(node).perform()
     browser.until(lambda: {"conv1", "layer4"} <= set(re.findall(r"\w+", browser.text("g.node"))))
     browser.look("graphs")
@@ -208,7 +208,7 @@ def test_pr_curves(browser):
 
 def test_projector(browser):
     browser.open("projector")
-    for _ in range(2):  # a page in a page in a page
+    for _ in range(2):  # two nested iframes
         browser.driver.switch_to.frame(browser.until(lambda: browser.find("iframe"))[0])
     browser.until(lambda: re.search(r"Points: *20", browser.text("vz-projector")))
     browser.until(lambda: browser.find("canvas"))

@@ -1,4 +1,4 @@
-"""check_data.py from its command line, and its search for near-identical pictures."""
+"""The command line of check_data.py, and its search for near-identical images."""
 
 import csv
 import shutil
@@ -22,13 +22,13 @@ ROOT = Path(check_data.__file__).parent
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
-    """500 drawn flowers of 64 px: five classes of 100, no two alike."""
+    """Draw 500 distinct flowers of 64 px, 100 per class."""
     return draw_sample(tmp_path_factory.mktemp("drawn") / "flowers", images_per_class=100, size=64)
 
 
 @pytest.fixture
 def flowers(tmp_path, drawn) -> Path:
-    """20 of each class, in a folder to add to."""
+    """Copy 20 images per class into a folder that the test may change."""
     for kind in KINDS:
         (tmp_path / "flowers" / kind).mkdir(parents=True)
         for path in sorted((drawn / kind).iterdir())[:20]:
@@ -38,14 +38,14 @@ def flowers(tmp_path, drawn) -> Path:
 
 @pytest.fixture(autouse=True)
 def somewhere_else(tmp_path, monkeypatch) -> Path:
-    """The current directory."""
+    """Change to an empty folder and return it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
 
 def run(capsys, *argv, plot: str = "") -> tuple[int, str, str]:
-    """Exit status, output, complaints; without a figure."""
+    """Run check_data.py, by default without a figure; return its exit status, standard output and standard error."""
     try:
         status = check_data.main([*map(str, argv), "--save-plot", plot])
     except SystemExit as stop:
@@ -54,7 +54,7 @@ def run(capsys, *argv, plot: str = "") -> tuple[int, str, str]:
 
 
 def groups_of(capsys, folder, *argv) -> dict[frozenset[str], tuple[str, str, str]]:
-    """The paths of each group -> its kind, conflict and leak, as the CSV file has it."""
+    """Map the paths of each group to its kind, conflict and leak columns in the CSV file."""
     run(capsys, folder, "--csv", "groups.csv", *argv)
     with open("groups.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -68,7 +68,7 @@ def groups_of(capsys, folder, *argv) -> dict[frozenset[str], tuple[str, str, str
 
 
 def copies(path: Path) -> dict[str, tuple[Image.Image, dict]]:
-    """What becomes of a picture on its way through the world: the end of a file's name -> image, how to save it."""
+    """Return typical copies of an image: file-name suffix -> (image, options for saving)."""
     image = Image.open(path).convert("RGB")
     found = {f"_q{quality}.jpg": (image, {"quality": quality}) for quality in (30, 50, 75, 95)}
     found |= {".png": (image, {}), "_30.webp": (image, {"quality": 30}), ".webp": (image, {"quality": 80})}
@@ -76,14 +76,14 @@ def copies(path: Path) -> dict[str, tuple[Image.Image, dict]]:
         size = (round(image.width * scale), round(image.height * scale))
         found[f"_{scale}.png"] = (image.resize(size, Image.Resampling.BICUBIC), {})
         found[f"_{scale}.jpg"] = (image.resize(size, Image.Resampling.BICUBIC), {"quality": 75})
-    turned = image.transpose(Image.Transpose.ROTATE_90)  # as a camera stores it, with a tag that says so
+    turned = image.transpose(Image.Transpose.ROTATE_90)  # as a camera stores it, with an EXIF tag
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     found["_turned.jpg"] = (turned, {"quality": 90, "exif": exif})
     return found
 
 
-def test_drawn_flowers_are_all_different(capsys, drawn):
+def test_drawn_flowers_have_no_duplicates(capsys, drawn):
     status, output, complaints = run(capsys, drawn)
     assert (status, complaints) == (0, "")
     assert "500 images were found" in output
@@ -96,7 +96,7 @@ def test_drawn_flowers_are_all_different(capsys, drawn):
     assert "mode: RGB 500\nformat: JPEG 500\nunusable: 0" in output
 
 
-def test_every_copy_is_found(capsys, flowers):
+def test_all_copies_are_found(capsys, flowers):
     expected = {}
     for number, kind in enumerate(KINDS):
         path = flowers / kind / f"{kind}_{number:03d}.jpg"
@@ -109,7 +109,7 @@ def test_every_copy_is_found(capsys, flowers):
     assert groups_of(capsys, flowers, "--val-rate", "0") == expected
 
 
-def test_conflicts_leaks_and_the_rest(capsys, tmp_path, flowers):
+def test_conflicts_leaks_and_other_duplicates(capsys, tmp_path, flowers):
     val = tmp_path / "val"
     for kind in KINDS:
         (val / kind).mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_conflicts_leaks_and_the_rest(capsys, tmp_path, flowers):
     assert lines[-1].startswith("LABEL CONFLICTS: 3 pictures in several classes, 3 in both training and validation, 7 ")
 
 
-def test_a_folder_validated_on_itself_leaks(capsys, flowers):
+def test_validating_on_the_training_folder_leaks(capsys, flowers):
     status, output, _ = run(capsys, flowers, "--val-path", flowers)
     assert status == 0
     assert "LEAK: the same picture in training and validation: 100" in output
@@ -164,7 +164,7 @@ def test_a_folder_validated_on_itself_leaks(capsys, flowers):
     assert len(groups_of(capsys, flowers, "--val-path", flowers)) == 100
 
 
-def test_train_and_val_in_the_folder(capsys, tmp_path, flowers):
+def test_train_and_val_sub_folders(capsys, tmp_path, flowers):
     shutil.copytree(flowers, tmp_path / "data" / "train")
     (tmp_path / "data" / "val" / "roses").mkdir(parents=True)
     shutil.copy(flowers / "roses" / "roses_000.jpg", tmp_path / "data" / "val" / "roses" / "x.jpg")
@@ -173,7 +173,7 @@ def test_train_and_val_in_the_folder(capsys, tmp_path, flowers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unusable_files_are_listed_and_change_nothing_else(capsys, flowers, workers):
+def test_unusable_files_are_listed(capsys, flowers, workers):
     for number in range(11):
         (flowers / "daisy" / f"broken {number:02d}.jpg").write_bytes(b"not an image")
     (flowers / "daisy" / "bad\x1bname.jpg").write_bytes(b"")
@@ -188,7 +188,7 @@ def test_unusable_files_are_listed_and_change_nothing_else(capsys, flowers, work
     assert output.splitlines()[-1].endswith("0 more than once in all; 12 of 112 files unusable")
 
 
-def test_sizes_modes_formats_and_classes(capsys, tmp_path):
+def test_summary_of_sizes_modes_formats_and_classes(capsys, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     pictures = {"a.png": (300, 250), "b.bmp": (30, 310), "c.tif": (90, 20)}
     for kind in ("a", "b"):
@@ -198,7 +198,7 @@ def test_sizes_modes_formats_and_classes(capsys, tmp_path):
     Image.fromarray(noise[:230, 100:]).convert("CMYK").save(tmp_path / "data" / "b" / "d.jpg")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 8
-    Image.fromarray(noise[:50, :290]).convert("L").save(tmp_path / "data" / "b" / "e.jpg", exif=exif)  # stands upright
+    Image.fromarray(noise[:50, :290]).convert("L").save(tmp_path / "data" / "b" / "e.jpg", exif=exif)  # 50 x 290 px
     for number in range(20):
         Image.fromarray(noise[number * 10 :, :240]).save(tmp_path / "data" / "a" / f"more {number}.png")
     _, output, _ = run(capsys, tmp_path / "data", "--val-rate", "0")
@@ -211,7 +211,7 @@ def test_sizes_modes_formats_and_classes(capsys, tmp_path):
 
 
 def digit(number: int, random: np.random.Generator) -> Image.Image:
-    """A digit by hand, 28 x 28 px, black on white."""
+    """Draw a digit in a random hand, 28 x 28 px, black on white."""
     corners = {
         0: "30 01 03 36 63 61 30",
         2: "11 30 51 53 16 66",
@@ -230,7 +230,7 @@ def digit(number: int, random: np.random.Generator) -> Image.Image:
     return image.resize((28, 28), Image.Resampling.BOX)
 
 
-def test_digits_on_white_differ_and_their_copies_do_not(capsys, tmp_path):
+def test_only_copied_digits_match(capsys, tmp_path):
     random = np.random.default_rng(0)
     for number in (0, 2, 3, 4, 5, 6, 7, 8, 9):
         (tmp_path / "digits" / str(number)).mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_digits_on_white_differ_and_their_copies_do_not(capsys, tmp_path):
     assert groups_of(capsys, tmp_path / "digits", "--val-rate", "0") == expected
 
 
-def test_blank_pictures_are_the_same_where_their_colour_is(capsys, tmp_path):
+def test_blank_images_match_by_colour(capsys, tmp_path):
     colours = {"white": (255,) * 3, "grey": (128,) * 3, "black": (0,) * 3, "red": (200, 0, 0), "blue": (0, 0, 255)}
     for name, colour in colours.items():
         (tmp_path / "blank" / name).mkdir(parents=True)
@@ -254,7 +254,7 @@ def test_blank_pictures_are_the_same_where_their_colour_is(capsys, tmp_path):
     assert groups_of(capsys, tmp_path / "blank", "--val-rate", "0") == expected
 
 
-def test_another_colour_is_another_picture(capsys, tmp_path):
+def test_colour_distinguishes_images(capsys, tmp_path):
     for name, colour in {"red": (200, 60, 60), "blue": (60, 95, 246)}.items():  # equally bright
         image = Image.new("RGB", (100, 80), (180, 180, 180))
         ImageDraw.Draw(image).rounded_rectangle((20, 25, 80, 55), 10, colour)
@@ -264,18 +264,18 @@ def test_another_colour_is_another_picture(capsys, tmp_path):
 
 
 def blank(shades: np.ndarray) -> np.ndarray:
-    """Thumbnails (N, 16, 16, 3) of one grey each."""
+    """Return thumbnails (N, 16, 16, 3), each of a single grey."""
     return np.full((len(shades), 16, 16, 3), 128, dtype=np.uint8) * [0, 1, 1] + shades[:, None, None, None] * [1, 0, 0]
 
 
-def test_shades_that_become_others_little_by_little_are_no_one_group():
+def test_gradual_shades_are_not_chained_into_one_group():
     thumbnails = blank(np.arange(256)).astype(np.uint8)
     groups = check_data.near_groups(check_data.perceptual_hashes(thumbnails), thumbnails)
     assert np.ptp(np.flatnonzero(groups == groups[0])) <= check_data.MAX_SPREAD * check_data.MAX_LUMA
     assert (np.unique(groups, return_counts=True)[1] > 5).sum() > 10
 
 
-def test_a_crowd_of_blank_pictures_is_one_group():
+def test_many_blank_images_form_one_group():
     random = np.random.default_rng(0)
     thumbnails = np.concatenate([blank(np.full(20000, 255)), 255 - random.integers(0, 3, (2000, 16, 16, 3))])
     thumbnails = thumbnails.astype(np.uint8)
@@ -284,13 +284,13 @@ def test_a_crowd_of_blank_pictures_is_one_group():
     assert (groups == 0).all()
 
 
-def test_the_search_finds_what_comparing_all_pairs_finds():
+def test_search_matches_brute_force():
     random = np.random.default_rng(0)
     hashes = random.integers(0, 2**63, 20000, dtype=np.uint64)
     brightness = random.uniform(0, 255, 20000)
-    for number in range(1100):  # 100 pairs of each distance from 0 to 10, 8 being allowed, as bright or less alike
+    for number in range(1100):  # 100 pairs per Hamming distance from 0 to 10 (limit: 8), of varying brightness
         flips = random.choice(63, number % 11, replace=False)
-        if number % 11 == 8:  # one in each part of the hash but one
+        if number % 11 == 8:  # one flip in all but one chunk of the hash
             flips = np.delete(np.arange(9) * 7 + random.integers(0, 7, 9), number // 11 % 9)
         hashes[2 * number + 1] = hashes[2 * number] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64))
         brightness[2 * number + 1] = brightness[2 * number] + random.uniform(-6, 6)
@@ -310,7 +310,7 @@ def test_the_search_finds_what_comparing_all_pairs_finds():
     assert len(expected) > 700
 
 
-def test_the_figure(capsys, tmp_path, somewhere_else, flowers):
+def test_figure(capsys, tmp_path, somewhere_else, flowers):
     shutil.copy(flowers / "daisy/daisy_000.jpg", flowers / "roses/$x^2$ another.jpg")
     status, output, _ = run(capsys, flowers, plot="data_health.png")
     assert status == 1
@@ -326,7 +326,7 @@ def test_the_figure(capsys, tmp_path, somewhere_else, flowers):
 
 
 @pytest.mark.parametrize("classes", [2, 100])
-def test_nothing_overlaps_in_the_figure(classes):
+def test_figure_labels_do_not_overlap(classes):
     names = [f"a rather long name $x^{{{i}}}$ of a class, the {i}th" for i in range(classes)]
     picture = np.zeros((50, 70, 3), dtype=np.uint8)
     pair = ([picture, picture.transpose(1, 0, 2)], names[:2], ["a_file_name_that_does_not_end.jpg"] * 2)
@@ -338,8 +338,8 @@ def test_nothing_overlaps_in_the_figure(classes):
     boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
     assert len(boxes) > classes + 12
     assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
-    room = figure.bbox.padded(5)  # the layout is a few pixels wrong in a figure of 2,600
-    boxes = [box for box in boxes if room.fully_overlaps(box)]  # without labels of ticks beyond an axis
+    room = figure.bbox.padded(5)  # the layout is a few pixels off in a figure of 2,600 px
+    boxes = [box for box in boxes if room.fully_overlaps(box)]  # drops tick labels beyond an axis
     assert len(boxes) > classes + 12
     assert all(room.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
@@ -357,14 +357,14 @@ def test_nothing_overlaps_in_the_figure(classes):
         (["{data}", "--csv", "nowhere/x.csv"], "give a file in an existing folder"),
     ],
 )
-def test_what_cannot_be_checked(capsys, two_classes, flags, reason):
+def test_invalid_arguments_are_rejected(capsys, two_classes, flags, reason):
     status, output, complaints = run(capsys, *[flag.format(data=two_classes) for flag in flags])
     assert (status, output) == (2, "")
     assert reason in complaints
     assert complaints.count("\n") == 1
 
 
-def test_a_class_without_a_usable_image(capsys, two_classes):
+def test_class_without_usable_images(capsys, two_classes):
     for path in (two_classes / "cat").iterdir():
         path.write_bytes(b"")
     status, output, complaints = run(capsys, two_classes)
@@ -373,10 +373,10 @@ def test_a_class_without_a_usable_image(capsys, two_classes):
     assert complaints == "check_data.py: class cat: none of its images for training can be used\n"
 
 
-def test_no_figure_among_the_data(capsys, two_classes, monkeypatch):
+def test_figure_is_not_written_into_the_data(capsys, two_classes, monkeypatch):
     status, _, complaints = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
     assert (status, "that is inside the data" in complaints) == (2, True)
-    monkeypatch.chdir(two_classes)  # who works there gets the figure there
+    monkeypatch.chdir(two_classes)  # allowed in the current directory
     assert run(capsys, ".", plot="data_health.png")[0] == 0
     assert Path("data_health.png").is_file()
 
@@ -390,7 +390,7 @@ def test_names_are_escaped(capsys, tmp_path):
     assert "\x1b" not in output + Path("out.svg").read_text(encoding="utf-8")
 
 
-def test_a_csv_file_is_written_whole_or_not_at_all(capsys, two_classes, somewhere_else, monkeypatch):
+def test_csv_file_is_written_atomically(capsys, two_classes, somewhere_else, monkeypatch):
     shutil.copy(two_classes / "cat" / "cat 00.png", two_classes / "dog")
     Path("x.csv").write_text("from before")
 
@@ -405,7 +405,7 @@ def test_a_csv_file_is_written_whole_or_not_at_all(capsys, two_classes, somewher
     assert [(path.name, path.read_text()) for path in somewhere_else.iterdir()] == [("x.csv", "from before")]
 
 
-def test_as_a_program(two_classes, somewhere_else):
+def test_command_line(two_classes, somewhere_else):
     shutil.copy(two_classes / "cat" / "cat 00.png", two_classes / "dog")
     done = subprocess.run(
         [sys.executable, ROOT / "check_data.py", two_classes], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Command lines, devices, and what a machine has."""
+"""Command-line parsing, file replacement, devices and machine resources."""
 
 import contextlib
 import multiprocessing
@@ -23,7 +23,7 @@ from cli_utils import (
 )
 
 
-def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+def test_atomic_file_keeps_links_and_pipes(tmp_path):
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     link.symlink_to(target)
     with atomic_file(link) as unfinished:
@@ -36,7 +36,7 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_a_worker_ends_at_the_word_of_the_run_however_it_was_started():
+def test_sigterm_ends_a_worker_that_was_not_forked():
     loader = DataLoader(
         range(9),
         num_workers=1,
@@ -51,7 +51,7 @@ def test_a_worker_ends_at_the_word_of_the_run_however_it_was_started():
         worker.join(10)
         assert not worker.is_alive()
     finally:
-        worker.kill()  # this process would wait for it
+        worker.kill()  # pytest would wait for it at exit
 
 
 def parser() -> FlagParser:
@@ -63,11 +63,11 @@ def parser() -> FlagParser:
 
 
 @pytest.mark.parametrize("argv", [["--num_classes", "3"], ["--num-classes=3"], ["--num_classes=3"]])
-def test_both_spellings(argv):
+def test_flags_accept_dashes_and_underscores(argv):
     assert parser().parse_args(argv).num_classes == 3
 
 
-def test_values_keep_their_underscores():
+def test_flag_values_keep_underscores():
     assert parser().parse_args(["--data_path=a_b/--c_d"]).data_path == "a_b/--c_d"
     assert parser().parse_args(["--data-path", "a_b"]).data_path == "a_b"
 
@@ -81,12 +81,12 @@ def test_values_keep_their_underscores():
         (["--freeze_layers", "false"], False),
     ],
 )
-def test_freeze_layers_means_what_it_says(argv, value):
+def test_boolean_flag_values(argv, value):
     assert parser().parse_args(argv).freeze_layers is value
 
 
 @pytest.mark.parametrize("argv", [["--freeze-layers", "maybe"], ["--num-classes", "x"], ["--unknown"]])
-def test_a_wrong_flag_is_one_line(argv, capsys):
+def test_invalid_flag_is_a_one_line_error(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(argv)
     assert caught.value.code == 2
@@ -95,12 +95,12 @@ def test_a_wrong_flag_is_one_line(argv, capsys):
     assert len(said.splitlines()) == 1
 
 
-def test_names_are_printed_as_text():
+def test_printable_escapes_control_characters():
     assert printable("daisy 向日葵 🌷") == "daisy 向日葵 🌷"
     assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
 
 
-def test_devices(monkeypatch, capsys):
+def test_select_device(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert select_device("cpu") == torch.device("cpu")
@@ -117,12 +117,12 @@ def test_devices(monkeypatch, capsys):
             select_device(name)
 
 
-def test_cores_are_those_of_this_process():
+def test_available_cores():
     assert 1 <= available_cores() <= os.cpu_count()
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
-def test_available_memory_is_some_of_the_machines():
+def test_available_memory():
     assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -136,7 +136,7 @@ def test_available_memory_is_some_of_the_machines():
         ({"avx512_bf16": True}, "off", None, "--amp off"),
     ],
 )
-def test_mixed_precision_where_the_cpu_has_it(monkeypatch, capabilities, amp, dtype, why):
+def test_select_precision_on_the_cpu(monkeypatch, capabilities, amp, dtype, why):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     chosen, words = select_precision(amp, torch.device("cpu"))
     assert chosen == dtype
@@ -144,7 +144,7 @@ def test_mixed_precision_where_the_cpu_has_it(monkeypatch, capabilities, amp, dt
 
 
 @pytest.mark.parametrize("has_it", [False, True])
-def test_mixed_precision_on_older_versions_of_torch(monkeypatch, has_it):
+def test_select_precision_with_older_torch(monkeypatch, has_it):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -162,7 +162,7 @@ def test_mixed_precision_on_older_versions_of_torch(monkeypatch, has_it):
         ((9, 0), "off", None),
     ],
 )
-def test_mixed_precision_where_the_gpu_has_it(monkeypatch, capability, amp, dtype):
+def test_select_precision_on_the_gpu(monkeypatch, capability, amp, dtype):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

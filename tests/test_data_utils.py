@@ -1,4 +1,4 @@
-"""Folders into lists, class names and labels on disk, the figures, and the download."""
+"""Splitting folders, class indices and pickles, figures, and the download."""
 
 import functools
 import hashlib
@@ -40,14 +40,14 @@ from plot_utils import class_distribution, labelled_images, predictions
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
-    """As functions read and write class_indices.json in the current directory."""
+    """Change to an empty folder: class_indices.json is read from and written to the current directory."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The figures that plt.show() would have shown."""
+    """Collect the figures that plt.show() would display."""
     figures = []
 
     def show():
@@ -77,7 +77,7 @@ def test_a_fifth_of_each_class_is_held_out(two_classes, capsys):
     assert Path("class_indices.json").read_text(encoding="utf-8") == '{\n    "0": "cat",\n    "1": "dog"\n}'
 
 
-def test_the_split_is_a_private_sample_over_sorted_names(two_classes):
+def test_split_samples_sorted_names_with_its_own_generator(two_classes):
     generator = random.Random(0)
     expected = []
     for name, count in (("cat", 2), ("dog", 3)):
@@ -88,7 +88,7 @@ def test_the_split_is_a_private_sample_over_sorted_names(two_classes):
     assert random.getstate() == state
 
 
-def test_the_split_does_not_depend_on_the_order_of_the_disk(two_classes, monkeypatch):
+def test_split_is_independent_of_directory_order(two_classes, monkeypatch):
     expected = read_split_data(two_classes)
     iterdir = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(iterdir(self))))
@@ -100,7 +100,7 @@ def test_val_rate(two_classes, val_rate, held_out):
     assert len(read_split_data(two_classes, val_rate)[2]) == held_out
 
 
-def test_every_extension_in_any_case_counts(tmp_path):
+def test_image_extensions_are_case_insensitive(tmp_path):
     names = ["a.jpg", "b.JPEG", "c.Png", "d.webp", "e.bmp", "f.GIF", "g.tif", "h.TIFF"]
     for name in [*names, "i.txt", "Thumbs.db", ".hidden.jpg", "._a.jpg", "nameless"]:
         (tmp_path / "data" / "x").mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def test_hidden_folders_and_macosx_are_not_classes(two_classes):
     assert read_class_indices() == ["cat", "dog"]
 
 
-def test_any_class_names(tmp_path):
+def test_class_names_with_special_characters(tmp_path):
     names = ["a b", "Ä", "向日葵", "$x$"]
     write_classes(tmp_path / "data", dict.fromkeys(names, 5))
     read_split_data(tmp_path / "data")
@@ -133,7 +133,7 @@ def test_any_class_names(tmp_path):
         ({"cat": 4, "dog": 3}, r"too few images.*0\.2 some class must have 5 images"),
     ],
 )
-def test_folders_that_cannot_be_split(tmp_path, counts, message):
+def test_invalid_folders_are_rejected(tmp_path, counts, message):
     (tmp_path / "data").mkdir()
     for name in counts:
         (tmp_path / "data" / name).mkdir()
@@ -144,12 +144,12 @@ def test_folders_that_cannot_be_split(tmp_path, counts, message):
     assert not Path("class_indices.json").exists()
 
 
-def test_a_tiny_val_rate_holds_nothing_out(two_classes):
+def test_val_rate_too_small_to_hold_out_an_image(two_classes):
     with pytest.raises(DataError, match="some class must have 10000000 images"):
         read_split_data(two_classes, 1e-7)
 
 
-def test_what_is_no_folder(tmp_path, two_classes):
+def test_invalid_path_or_val_rate(tmp_path, two_classes):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_split_data(tmp_path / "nowhere")
     with pytest.raises(NotADirectoryError, match="a file, not a folder"):
@@ -159,7 +159,7 @@ def test_what_is_no_folder(tmp_path, two_classes):
 
 
 @pytest.mark.parametrize("locked", [".", "cat"])
-def test_a_folder_without_permission(open_folder, locked):
+def test_folder_without_read_permission(open_folder, locked):
     write_classes(open_folder, {"cat": 5, "dog": 5})
     (open_folder / locked).chmod(0)
     with as_another_user(), pytest.raises(PermissionError, match="no permission to read this folder"):
@@ -168,7 +168,7 @@ def test_a_folder_without_permission(open_folder, locked):
 
 def test_train_and_val_folders_are_recognised(tmp_path):
     write_classes(tmp_path / "data" / "train", {"cat": 3, "dog": 2})
-    write_classes(tmp_path / "data" / "valid", {"dog": 2})  # a class less: its labels are still the training folder's
+    write_classes(tmp_path / "data" / "valid", {"dog": 2})  # labels follow the training folder's classes
     (tmp_path / "data" / "valid" / "cat").mkdir()
     write_image(tmp_path / "data" / "valid" / "cat" / "a.png")
     split, line = find_split(tmp_path / "data")
@@ -176,7 +176,7 @@ def test_train_and_val_folders_are_recognised(tmp_path):
     assert line == f"from {tmp_path / 'data' / 'valid'}"
 
 
-def test_a_folder_without_classes_does_not_serve_for_validation(tmp_path):
+def test_folder_without_classes_is_not_used_for_validation(tmp_path):
     write_classes(tmp_path / "data" / "train", {"cat": 5, "dog": 5})
     write_image(tmp_path / "data" / "test" / "1.png")
     split, line = find_split(tmp_path / "data")
@@ -184,12 +184,12 @@ def test_a_folder_without_classes_does_not_serve_for_validation(tmp_path):
     assert line == f"0.2 of each class in {tmp_path / 'data' / 'train'}, held out"
 
 
-def test_a_class_named_train_is_a_class(tmp_path):
+def test_classes_may_be_named_train_and_test(tmp_path):
     write_classes(tmp_path / "data", {"train": 5, "test": 5})
     assert find_split(tmp_path / "data")[0].class_names == ["test", "train"]
 
 
-def test_a_validation_folder_of_ones_own(tmp_path, two_classes):
+def test_separate_validation_folder(tmp_path, two_classes):
     write_classes(tmp_path / "val", {"cat": 1, "dog": 2})
     split, line = find_split(two_classes, tmp_path / "val")
     assert (len(split.train_paths), split.val_labels) == (25, [0, 1, 1])
@@ -199,13 +199,13 @@ def test_a_validation_folder_of_ones_own(tmp_path, two_classes):
         find_split(two_classes, tmp_path / "val")
 
 
-def test_a_validation_folder_may_lack_a_class(tmp_path, two_classes):
+def test_validation_folder_may_lack_a_class(tmp_path, two_classes):
     write_classes(tmp_path / "val", {"dog": 2})
     split, _ = find_split(two_classes, tmp_path / "val")
     assert split.val_labels == [1, 1]
 
 
-def test_the_photographs_split(flower_photos):
+def test_split_of_the_photographs(flower_photos):
     split, _ = find_split(flower_photos)
     assert split.class_names == ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
     counts = [split.val_labels.count(label) for label in range(5)]
@@ -222,7 +222,7 @@ def test_class_indices_round_trip():
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"1": "a"}', '{"0": 1}', '{"0": "a", "2": "b"}', "[" * 100_000])
-def test_what_is_no_class_indices(text):
+def test_invalid_class_indices(text):
     Path("class_indices.json").write_text(text)
     with pytest.raises(DataError, match=r"class_indices\.json: not of the form"):
         read_class_indices()
@@ -236,7 +236,7 @@ def test_pickles_round_trip():
     assert read_pickle("list.pkl") == value
 
 
-def test_a_pickle_runs_no_code():
+def test_pickles_cannot_execute_code():
     class Payload:
         def __reduce__(self):
             return open, ("marker", "w")
@@ -256,7 +256,7 @@ def test_a_pickle_runs_no_code():
 # --- figures ----------------------------------------------------------------------------------------------------
 
 
-def test_the_class_distribution(two_classes, shown):
+def test_class_distribution(two_classes, shown):
     read_split_data(two_classes, plot_image=True)
     axes = shown[0].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog"]
@@ -264,7 +264,7 @@ def test_the_class_distribution(two_classes, shown):
     assert [text.get_text() for text in axes.texts] == ["10", "15"]
 
 
-def test_class_names_are_text_in_every_figure():
+def test_class_names_are_escaped_in_figures():
     name, shown = "$x$ \x1b[31m\n\u202eé", r"$x$ \x1b[31m\n\u202eé"
     picture = np.zeros((1, 4, 4, 3), np.uint8)
     assert class_distribution([name], [1]).axes[0].get_xticklabels()[0].get_text() == shown
@@ -273,7 +273,7 @@ def test_class_names_are_text_in_every_figure():
 
 
 @pytest.mark.parametrize("kind", ["uint8", "normalised"])
-def test_the_images_of_a_loader(tmp_path, shown, kind):
+def test_images_of_a_loader_are_plotted(tmp_path, shown, kind):
     colours = [(200, 30, 10), (10, 90, 200), (250, 250, 250), (0, 0, 0), (9, 99, 9)]
     paths = []
     for index, colour in enumerate(colours):
@@ -291,7 +291,7 @@ def test_the_images_of_a_loader(tmp_path, shown, kind):
 
 
 class Brightness(torch.nn.Module):
-    """Says "dark" (0) or "light" (1); notes in which mode it was asked."""
+    """Predicts "dark" (0) or "light" (1), and records whether it ran in training mode or with gradients."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +306,7 @@ class Brightness(torch.nn.Module):
 
 @pytest.fixture
 def plot_img(tmp_path):
-    """Two dark and two light pictures, the last one labelled wrongly."""
+    """Create two dark and two light images, with a wrong label for the last one."""
     folder = tmp_path / "plot_img"
     folder.mkdir()
     for index, grey in enumerate((10, 240, 30, 250)):
@@ -320,7 +320,7 @@ FLOAT_TRANSFORM = v1.Compose([v1.Resize(36), v1.CenterCrop(32), v1.ToTensor(), v
 
 
 @pytest.mark.parametrize("transform", [FLOAT_TRANSFORM, EvalTransform(32)])
-def test_the_prediction_figure(plot_img, transform):
+def test_prediction_figure(plot_img, transform):
     net = Brightness().train()
     net.dropout.eval()
     figure = plot_class_preds(net, str(plot_img), transform, num_plot=5, device="cpu")
@@ -343,7 +343,7 @@ def test_the_prediction_figure(plot_img, transform):
     plt.close(figure)
 
 
-def test_the_figure_takes_the_first_usable_lines(plot_img, capsys):
+def test_prediction_figure_skips_unusable_lines(plot_img, capsys):
     (plot_img / "broken.png").write_bytes(b"no image")
     lines = ["gone.png dark", "0.png purple", "alone", "broken.png dark", "1.png light", "3.png light", "2.png dark"]
     (plot_img / "label.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -355,13 +355,13 @@ def test_the_figure_takes_the_first_usable_lines(plot_img, capsys):
     plt.close(figure)
 
 
-def test_names_with_spaces(plot_img):
+def test_label_file_with_spaces_in_names(plot_img):
     write_class_indices(["dark", "very dark", "light"])
     write_image(plot_img / "a very.png")
     write_image(plot_img / "my cat.png")
     (plot_img / "0.png").rename(plot_img / "x.png very")
     write_image(plot_img / "both.png")
-    shutil.copy(plot_img / "both.png", plot_img / "both.png very")  # then the longest class name counts
+    shutil.copy(plot_img / "both.png", plot_img / "both.png very")  # ambiguous: the longest class name wins
     lines = ["my cat.png very dark", "a very.png dark", "x.png very dark", "both.png very dark"]
     (plot_img / "label.txt").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     labelled, problems = data_utils.read_label_file(plot_img, read_class_indices())
@@ -374,7 +374,7 @@ def test_names_with_spaces(plot_img):
     assert problems == []
 
 
-def test_no_figure_says_why(plot_img, tmp_path, capsys):
+def test_missing_prediction_figure_is_explained(plot_img, tmp_path, capsys):
     def say(folder):
         assert plot_class_preds(Brightness(), folder, FLOAT_TRANSFORM) is None
         return capsys.readouterr().out
@@ -398,7 +398,7 @@ def test_no_figure_says_why(plot_img, tmp_path, capsys):
 
 
 def make_archive(path: Path, extra: tarfile.TarInfo | None = None) -> str:
-    """An archive of the form of flower_photos.tgz; its md5."""
+    """Create an archive laid out like flower_photos.tgz and return its MD5 checksum."""
     with tarfile.open(path, "w:gz") as tar:
         for name in ("daisy/a.png", "roses/b.png"):
             tar.add(write_image(path.parent / "source" / name), f"flower_photos/{name}")
@@ -410,7 +410,7 @@ def make_archive(path: Path, extra: tarfile.TarInfo | None = None) -> str:
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on loopback: its folder and its address."""
+    """Serve a folder over HTTP on loopback; yield the folder and its address."""
     folder = tmp_path / "www"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -434,12 +434,12 @@ def test_download(server, tmp_path, exists):
     assert sorted(path.name for path in root.glob("[!.]*")) == ["LICENSE.txt", "daisy", "roses"]
     assert list(root.parent.iterdir()) == [root]
     (folder / "a.tgz").unlink()
-    download_flower_photos(root, f"{address}/a.tgz", md5)  # the same command again
+    download_flower_photos(root, f"{address}/a.tgz", md5)  # a repeat downloads nothing
     with pytest.raises(DataError, match="not an empty folder"):
         download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
 
 
-def test_a_download_goes_where_a_link_leads(server, tmp_path):
+def test_download_follows_a_symbolic_link(server, tmp_path):
     folder, address = server
     md5 = make_archive(folder / "a.tgz")
     for target in ("empty", "not there yet"):
@@ -451,12 +451,12 @@ def test_a_download_goes_where_a_link_leads(server, tmp_path):
         assert (tmp_path / target / "daisy" / "a.png").is_file()
 
 
-def test_the_current_folder_is_no_place_for_a_download(server):
+def test_download_into_the_current_folder_is_rejected(server):
     with pytest.raises(DataError, match="the current folder"):
         download_flower_photos(".", f"{server[1]}/a.tgz", "0" * 32)
 
 
-def test_a_download_that_fails_leaves_nothing(server, tmp_path):
+def test_failed_download_leaves_no_files(server, tmp_path):
     folder, address = server
     root = tmp_path / "new" / "flowers"
     make_archive(folder / "a.tgz")
@@ -476,7 +476,7 @@ def test_a_download_that_fails_leaves_nothing(server, tmp_path):
     ("name", "link"),
     [("../../escaped", None), ("flower_photos/a", "/etc/passwd"), ("flower_photos/a", "../../../escaped")],
 )
-def test_a_hostile_archive_stays_inside(server, tmp_path, name, link):
+def test_hostile_archive_is_rejected(server, tmp_path, name, link):
     folder, address = server
     member = tarfile.TarInfo(name)
     if link:
@@ -487,6 +487,6 @@ def test_a_hostile_archive_stays_inside(server, tmp_path, name, link):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_json_is_what_the_tutorial_writes(two_classes):
+def test_class_indices_match_the_tutorial_format(two_classes):
     read_split_data(two_classes)
     assert json.loads(Path("class_indices.json").read_text(encoding="utf-8")) == {"0": "cat", "1": "dog"}

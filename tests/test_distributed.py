@@ -1,4 +1,4 @@
-"""Several processes: they see the images that one would see, and end with its weights; they stop and fail together."""
+"""Distributed training: same images and weights for any world size, stop signals, failures, restarts, two hosts."""
 
 import contextlib
 import functools
@@ -54,13 +54,13 @@ def free_port() -> int:
 
 
 def run_ranks(count: int, program: Callable[[], int | None]) -> list[int]:
-    """The exit statuses of `program` in so many processes, which are told what torchrun would tell them."""
+    """Run `program` in `count` forked ranks, with the variables that torchrun sets, and return their exit statuses."""
     port = free_port()
 
     def one(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os._exit(program() or 0)  # not the end of pytest
+        os._exit(program() or 0)  # skips pytest's own shutdown
 
     processes = [multiprocessing.get_context("fork").Process(target=one, args=[rank]) for rank in range(count)]
     end = time.monotonic() + 120
@@ -80,7 +80,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "weights" / "last.pth", weights_only=True)["state_dict"]
 
 
-def test_processes_see_the_images_of_one_process():
+def test_each_step_has_the_same_images_for_any_world_size():
     def steps_of(count: int, batch_size: int, accumulate: int) -> list[list[tuple[int, ...]]]:
         steps: list[list[tuple[int, ...]]] = []
         for rank in range(count):
@@ -104,11 +104,11 @@ def test_processes_see_the_images_of_one_process():
 
 
 @pytest.mark.parametrize(("recipe", "epochs", "lr"), [("tutorial", 2, 0.004), ("scratch", 1, 0.03)])
-def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, epochs, lr):
-    """In float64: in so small a network a single ReLU that float32's rounding flips can show in the fourth digit."""
+def test_weights_are_equal_for_any_world_size(sample, monkeypatch, recipe, epochs, lr):
+    """Compare in float64: in a network this small, a ReLU flipped by float32 rounding shows in the fourth digit."""
     split, _ = find_split(sample, val_rate=0.1)
     images = MyDataSet(split.train_paths[::2], split.train_labels[::2])
-    assert len(images) == 45  # the last step of an epoch is smaller
+    assert len(images) == 45  # the last step of each epoch is smaller
 
     def train_epochs(name: str, batch_size: int, accumulate: int = 1) -> None:
         flags = [*SMALL, "--recipe", recipe, "--lr", str(lr)]
@@ -128,9 +128,9 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, ep
                 torch.save(model.state_dict(), f"{name}.pth")
 
     flags = ["--data-path", str(sample), *SMALL, "--val-rate", "0.1", "--epochs", "2", "--lr", "0.01"]
-    assert train.main(flags) == 0  # statistics for BatchNorm
+    assert train.main(flags) == 0  # provides BatchNorm statistics
     before = weights_of(Path("runs/flower_experiment"))
-    # Statistics over a process's own batch are not those of the whole.
+    # Batch statistics differ between a rank's share and the whole batch, so BatchNorm stays in evaluation mode.
     monkeypatch.setattr(nn.BatchNorm2d, "train", lambda module, mode=True: nn.Module.train(module, False))
     monkeypatch.setattr(
         train_eval_utils,
@@ -150,8 +150,8 @@ def test_weights_agree_with_those_of_one_process(sample, monkeypatch, recipe, ep
                 assert (alone[key] - before[key]).norm() > 3e-4 * before[key].norm(), key
 
 
-def test_all_go_on_from_the_weights_of_the_first():
-    """Two kinds of machine may round differently, and only gradients are averaged."""
+def test_broadcast_model_copies_the_weights_of_rank_0():
+    """Ranks on different hardware may round differently, and all-reduce covers gradients only."""
 
     def share() -> None:
         with Distributed() as dist:
@@ -165,20 +165,20 @@ def test_all_go_on_from_the_weights_of_the_first():
     assert not any(value.any() for value in torch.load("1.pth").values())
 
 
-def test_too_few_images_for_a_step(two_classes):
-    """Synchronised BatchNorm takes whole steps only."""
+def test_too_few_images_for_one_step_are_refused(two_classes):
+    """Synchronised BatchNorm needs complete steps."""
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
     args = train.parse_args([*SMALL, "--batch-size", "16"])
     args.sync_bn = True
-    assert len(make_train_loader(images, args, torch.device("cpu"), Distributed())) == 1  # of 20 images
+    assert len(make_train_loader(images, args, torch.device("cpu"), Distributed())) == 1  # for 20 images
     args.accumulate = 2
     with pytest.raises(UsageError, match=r"20 images .* too few: .* 32"):
         make_train_loader(images, args, torch.device("cpu"), Distributed())
 
 
 @pytest.mark.parametrize("images", [587, 2])
-def test_evaluation_does_not_depend_on_the_number_of_processes(images, tmp_path):
+def test_evaluation_is_bit_identical_for_any_world_size(images, tmp_path):
     half = images // 2
     folder = write_classes(tmp_path / "pets", {"cat": half, "dog": images - half})
     paths = sorted(folder.rglob("*.png"))
@@ -204,7 +204,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(images, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory files")
-def test_what_one_process_has_decoded_the_others_need_not(tmp_path):
+def test_image_cache_is_shared_between_ranks(tmp_path):
     paths = [write_image(tmp_path / f"{number}.png", (300, 300), seed=number) for number in range(6)]
 
     def read() -> None:
@@ -250,7 +250,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.fixture
 def program() -> Path:
-    """Train.py with a small network, each process of which keeps its weights after epoch 1."""
+    """Write a train.py with a small network that saves the weights of each rank after epoch 1."""
     path = Path("program.py").absolute()
     path.write_text(PROGRAM.format(folder=str(Path(train.__file__).parent)))
     return path
@@ -262,7 +262,7 @@ def torchrun(
     when: Callable[[str, subprocess.Popen], None] = lambda line, process: None,
     *options: str,
 ) -> tuple[int, str]:
-    """The exit status of a program in two processes of torchrun, and what they said; `when` is told each line."""
+    """Run a program in two torchrun ranks, call `when` for each line, and return the exit status and the output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
     command += [*options, str(program), *flags]
     lines = []
@@ -271,18 +271,18 @@ def torchrun(
             for line in process.stdout:
                 lines.append(line)
                 when(line, process)
-        except BaseException:  # the end of the test's time, for example: it would be waited for
+        except BaseException:  # a test timeout, for example: leaving the block would wait for the process
             process.kill()
             raise
     return process.returncode, "".join(lines)
 
 
 def children_of(pid: int, program: str) -> list[int]:
-    """The processes that it has started, and that have not ended, with `program` in their command line."""
+    """Return the running child processes of `pid` that have `program` in their command line."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     found = []
     for child in children.read_text().split() if children.exists() else []:
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             if program in Path(f"/proc/{child}/cmdline").read_text():
                 found.append(int(child))
     return found
@@ -291,8 +291,8 @@ def children_of(pid: int, program: str) -> list[int]:
 @pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="only Linux tells which processes torchrun has started"
 )
-def test_processes_are_killed_and_stopped_and_nothing_is_lost(sample, program):
-    """KILLS=10 in the environment: as often."""
+def test_restarts_after_kills_and_a_stop_are_bit_identical(sample, program):
+    """Kill a rank once, or as often as the environment variable KILLS says."""
     kills = int(os.environ.get("KILLS", "1"))
     flags = ["--data-path", str(sample), *SMALL, "--epochs", str(kills + 3), "--batch-size", "4"]
     ends = []
@@ -319,7 +319,7 @@ def test_processes_are_killed_and_stopped_and_nothing_is_lost(sample, program):
     assert all(value.equal(undisturbed[key]) for key, value in weights_of(Path("runs/interrupted")).items())
 
 
-def test_an_error_in_one_process_ends_all(sample, monkeypatch, capfd):
+def test_an_error_on_one_rank_ends_all_ranks(sample, monkeypatch, capfd):
     step = train.train_one_epoch
 
     def fail(*arguments: object, **options: object) -> float:
@@ -338,7 +338,7 @@ def test_an_error_in_one_process_ends_all(sample, monkeypatch, capfd):
     assert not any("Traceback" in line for line in said)
 
 
-def test_one_process_downloads_and_the_others_find_it():
+def test_local_rank_zero_first_makes_other_ranks_wait():
     def download() -> None:
         if os.environ["RANK"] == "0":
             time.sleep(0.5)
@@ -353,14 +353,14 @@ def test_one_process_downloads_and_the_others_find_it():
 
 
 @pytest.mark.parametrize("flag", ["--data-path", "--weights"])
-def test_an_error_before_training_is_said_once(sample, capfd, flag):
+def test_an_error_before_training_is_printed_once(sample, capfd, flag):
     flags = ["--data-path", str(sample), *SMALL, flag, "nowhere"]
     assert run_ranks(2, lambda: train.main(flags)) == [1, 1]
     (line,) = capfd.readouterr().err.splitlines()
     assert "nowhere: no such" in line
 
 
-def test_a_frozen_backbone_is_that_of_one_process(sample, monkeypatch):
+def test_frozen_backbone_training_does_not_depend_on_world_size(sample, monkeypatch):
     collect = data_loading.collect_features
 
     def count_features(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,7 +371,7 @@ def test_a_frozen_backbone_is_that_of_one_process(sample, monkeypatch):
 
     monkeypatch.setattr(data_loading, "collect_features", count_features)
     flags = ["--data-path", str(sample), *SMALL, "--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
-    flags += ["--amp", "off"]  # bfloat16 rounds differently in batches of another size
+    flags += ["--amp", "off"]  # bfloat16 results depend on the batch size
     for count in (1, 2):
         own = ["--batch-size", str(16 // count), "--name", f"by {count}"]
         assert run_ranks(count, lambda own=own: train.main([*flags, *own])) == [0] * count
@@ -381,12 +381,12 @@ def test_a_frozen_backbone_is_that_of_one_process(sample, monkeypatch):
         assert torch.allclose(value, alone[key], atol=1e-5), key
 
 
-def test_a_time_budget_of_several_processes(sample):
+def test_time_budget_with_two_ranks(sample):
     assert run_ranks(2, lambda: train.main(["--data-path", str(sample), *SMALL, "--time-budget", "0.05"])) == [0, 0]
     assert (Path("runs/flower_experiment/weights/best.pth")).exists()
 
 
-def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, capfd):
+def test_resume_mid_epoch_with_two_ranks_is_bit_identical(sample, monkeypatch, capfd):
     flags = ["--data-path", str(sample), *SMALL, "--epochs", "2", "--batch-size", "4"]
     monkeypatch.setattr("distributed.SECONDS_BETWEEN_SYNCS", 0)  # after each step
     save = run_utils.save_checkpoint
@@ -418,13 +418,13 @@ def test_a_group_that_died_within_an_epoch_goes_on_there(sample, monkeypatch, ca
     tables = [Path("runs", name, "metrics.csv").read_text().splitlines() for name in ("undisturbed", "died")]
     losses = [[float(row.split(",")[1]) for row in table[1:]] for table in tables]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    # Another number of processes would see other images in each step.
+    # Another world size would change the images of each step.
     assert run_ranks(1, lambda: train.main(["--resume", "died", "--epochs", "3"])) == [1]
     assert "as many processes as before" in capfd.readouterr().err
 
 
-def test_every_wait_for_a_process_that_is_silent_says_that_it_is_lost():
-    """The first that runs out of time ends the others, with words of their own."""
+def test_each_wait_for_a_silent_rank_is_a_lost_connection():
+    """The first wait to time out aborts the later ones, which raise other messages."""
 
     def lose_the_other() -> int:
         with Distributed(timeout=2) as dist:
@@ -439,12 +439,12 @@ def test_every_wait_for_a_process_that_is_silent_says_that_it_is_lost():
                 with pytest.raises(RuntimeError) as raised:
                     wait.wait()
                 assert is_connection_lost(raised.value), raised.value
-            os._exit(0)  # nobody is left to say goodbye to
+            os._exit(0)  # skips destroy_process_group: no other rank is left
 
     assert run_ranks(2, lose_the_other) == [0, 0]
 
 
-def test_processes_that_are_not_alike_are_refused(sample, capfd):
+def test_ranks_with_different_flags_are_refused(sample, capfd):
     flags = ["--data-path", str(sample), *SMALL]
     assert run_ranks(2, lambda: train.main([*flags, "--lr", f"0.00{os.environ['RANK']}1"])) == [1, 1]
     (line,) = capfd.readouterr().err.splitlines()
@@ -453,7 +453,7 @@ def test_processes_that_are_not_alike_are_refused(sample, capfd):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with a cable between them; of each its name, its end of the cable and its address."""
+    """Create two linked network namespaces and return the name, interface and address of each."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need iproute2, and root")
     hosts = [(f"ranks{os.getpid()}{name}", f"veth{name}", f"10.213.7.{number}") for number, name in enumerate("ab", 1)]
@@ -478,7 +478,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_hosts, program, monkeypatch):
+def test_two_hosts_train_together_and_exit_when_the_link_fails(sample, two_hosts, program, monkeypatch):
     flags = ["--data-path", str(sample), *SMALL, "--batch-size", "16", "--epochs", "1000", "--timeout", "5"]
     endpoint = f"{two_hosts[0][2]}:29500"
 
@@ -493,7 +493,7 @@ def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_host
             command, cwd=address, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
 
-    # A name that both knew would tell them which one it is.
+    # Set is_host explicitly: torchrun recognises only addresses to which the host name resolves.
     processes = [start(host, f"--rdzv-conf=is_host={int(host is two_hosts[0])}") for host in two_hosts]
     try:
         notes = [[Path(address, f"epoch 1 of {rank}.pth") for rank in (0, 1)] for *_, address in two_hosts]
@@ -508,7 +508,7 @@ def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_host
     finally:
         for process in processes:
             for child in [*children_of(process.pid, program.name), process.pid]:
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                with contextlib.suppress(ProcessLookupError):  # the process has just ended
                     os.kill(child, signal.SIGKILL)
     for number, process in enumerate(processes):
         assert "has lost the others" in process.stdout.read(), number
@@ -517,8 +517,8 @@ def test_two_hosts_train_together_and_end_when_the_cable_is_cut(sample, two_host
     assert run_ranks(2, lambda: train.main(["--resume", "--patience", "1"])) == [0, 0]
 
 
-def test_a_restart_is_known_by_any_of_the_machines_that_began_the_run():
-    """Another machine may be the first by then."""
+def test_run_of_matches_the_launch_id_of_any_host():
+    """Rank 0 may be on another host after a restart."""
     for name, launch_ids in {"a": "id one 1 5\nid two 1 7", "b": "id three 1 8", "c": "id four 1 9"}.items():
         Path("runs", name, "weights").mkdir(parents=True)
         Path("runs", name, run_utils.LAUNCH).write_text(launch_ids)
@@ -528,8 +528,8 @@ def test_a_restart_is_known_by_any_of_the_machines_that_began_the_run():
     assert run_utils.run_of({"id five 1 3"}) is run_utils.run_of({"id four 1 9"}) is run_utils.run_of(set()) is None
 
 
-def test_a_process_that_gets_a_signal_twice_under_torchrun_still_saves():
-    """From torchrun, and from what started torchrun."""
+def test_a_second_signal_under_torchrun_does_not_abort():
+    """Torchrun sends one, and whatever started torchrun sends another."""
 
     def get_two_signals() -> int:
         with StopSignals(Distributed()) as stop:

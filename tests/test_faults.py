@@ -1,4 +1,4 @@
-"""A short form of each campaign of faults.py."""
+"""Short versions of the campaigns of faults.py."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def printed(tmp_path_factory) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaigns look into /proc")
 @pytest.mark.parametrize("campaign", ["kill", "signals", "disk", "files", "hostile", "concurrent"])
-def test_nothing_goes_wrong(campaign, printed):
+def test_campaign_finds_no_faults(campaign, printed):
     table = re.search(rf"^{campaign}\n((?:  .* \d+ times, \d+ wrong\n)+)", printed, re.M)
     assert table, printed
     rows = re.findall(r" (\d+) times, (\d+) wrong$", table[1], re.M)

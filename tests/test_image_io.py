@@ -32,7 +32,7 @@ WRITABLE = {
 
 
 @pytest.mark.parametrize(("extension", "mode"), [(ext, mode) for ext, modes in WRITABLE.items() for mode in modes])
-def test_every_mode_becomes_rgb(tmp_path, extension, mode):
+def test_every_mode_is_converted_to_rgb(tmp_path, extension, mode):
     colour = Image.fromarray(np.dstack([RAMP, RAMP.T, 255 - RAMP])).resize((64, 64), Image.Resampling.NEAREST)
     image = colour.convert(mode)
     image.save(tmp_path / f"a.{extension}", **({"lossless": True} if extension == "webp" else {}))
@@ -55,7 +55,7 @@ def test_float_images_are_scaled(tmp_path, white):
     assert np.abs(pixels.astype(int) - RAMP[..., None]).max() <= 1
 
 
-def test_what_is_transparent_becomes_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((0, 0), (255, 0, 0, 255))
     pixels = saved(tmp_path / "a.png", image)
@@ -67,11 +67,11 @@ def test_what_is_transparent_becomes_white(tmp_path):
     ("name", "options"),
     [("a.jpg", {}), ("a.png", {}), ("a.webp", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"})],
 )
-def test_a_photograph_is_turned_upright(tmp_path, name, options):
+def test_exif_orientation_is_applied(tmp_path, name, options):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 20, 20))  # the left half
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
     pixels = saved(tmp_path / name, image, exif=exif, **options)
     assert pixels.shape == (40, 20, 3)
     assert pixels[:18].mean() > 250
@@ -79,7 +79,7 @@ def test_a_photograph_is_turned_upright(tmp_path, name, options):
 
 
 def jpeg(path: Path, size: tuple[int, int] = (1600, 1200), orientation: int = 1) -> Path:
-    """A smooth picture whose every part looks different; as a camera stores it that was held upright or turned."""
+    """Write a smooth JPEG without repeated regions, tagged with an EXIF orientation."""
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     pixels = np.dstack([x, y, 127 + 60 * np.sin(x / 9) * np.cos(y / 7)]).astype(np.uint8)
@@ -93,13 +93,13 @@ def jpeg(path: Path, size: tuple[int, int] = (1600, 1200), orientation: int = 1)
 @pytest.mark.parametrize(
     ("min_side", "factor"), [(1300, 1), (601, 1), (600, 2), (301, 2), (300, 4), (100, 8), (75, 16)]
 )
-def test_a_large_image_is_read_at_no_less_than_is_asked_for(tmp_path, orientation, min_side, factor):
+def test_downscaling_respects_min_side(tmp_path, orientation, min_side, factor):
     image = read_image(jpeg(tmp_path / "a.jpg", orientation=orientation), min_side)
     width, height = (1200, 1600) if orientation in (6, 8) else (1600, 1200)
     assert image.size == (math.ceil(width / factor), math.ceil(height / factor))
 
 
-def test_libjpeg_scales_a_large_image_while_it_decodes(tmp_path, monkeypatch):
+def test_jpeg_is_scaled_during_decoding(tmp_path, monkeypatch):
     decoded = []
     load = JpegImageFile.load
     monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(image.size) or load(image))
@@ -108,7 +108,7 @@ def test_libjpeg_scales_a_large_image_while_it_decodes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "factor"), [("RGB", 3), ("L", 3), ("P", 3), ("RGBA", 3), ("I;16", 3), ("1", 3)])
-def test_images_of_other_formats_are_scaled_after_decoding(tmp_path, mode, factor):
+def test_other_formats_are_scaled_after_decoding(tmp_path, mode, factor):
     picture = Image.new("RGB", (320, 300), "red").convert("L" if mode == "I;16" else mode).convert(mode)
     picture.save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", 100).size == (math.ceil(320 / factor), 100)
@@ -117,7 +117,7 @@ def test_images_of_other_formats_are_scaled_after_decoding(tmp_path, mode, facto
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F"])
 @pytest.mark.parametrize("min_side", [None, 40])
-def test_a_huge_image_is_worked_on_in_strips(tmp_path, monkeypatch, mode, min_side):
+def test_huge_images_are_processed_in_strips(tmp_path, monkeypatch, mode, min_side):
     red, green, blue = (np.roll(RAMP.repeat(16, 0).repeat(16, 1), shift, 1) for shift in (0, 31, 77))
     picture = Image.fromarray(np.dstack([red, green, blue, blue]))
     if mode in ("I;16", "F"):
@@ -135,13 +135,13 @@ def test_a_huge_image_is_worked_on_in_strips(tmp_path, monkeypatch, mode, min_si
     assert np.asarray(whole).std() > 10
 
 
-def test_grey_in_32_bits_spans_what_there_is(tmp_path):
+def test_32_bit_grey_is_scaled_to_its_range(tmp_path):
     for largest, white in ((200, 255), (40_000, 65535), (10**6, 10**6)):
         Image.fromarray(np.full((8, 8), largest, dtype=np.int32)).save(tmp_path / "a.tif")
         assert np.asarray(read_image(tmp_path / "a.tif")).max() == int(largest / white * 255)
 
 
-def test_the_header_tells_the_size_of_the_upright_image(tmp_path):
+def test_header_size_respects_exif_orientation(tmp_path):
     for name, orientation in itertools.product(("a.jpg", "a.png", "a.tif"), (1, 6)):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
@@ -151,12 +151,12 @@ def test_the_header_tells_the_size_of_the_upright_image(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0damaged", b"MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\1\x36\0\0\0\0\0\0\0"])
-def test_a_damaged_note_of_the_orientation_spoils_nothing(tmp_path, name, exif):
+def test_corrupt_exif_is_ignored(tmp_path, name, exif):
     Image.new("RGB", (40, 20), "red").save(tmp_path / name, exif=exif)
     assert read_image(tmp_path / name).size == (40, 20)
 
 
-def test_what_pillow_warns_of_is_not_printed(tmp_path):
+def test_pillow_warnings_are_suppressed(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff")
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
@@ -168,7 +168,7 @@ def test_what_pillow_warns_of_is_not_printed(tmp_path):
         assert not shown
 
 
-def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+def test_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     pixels = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
     assert pixels[0, 0].tolist() == [255, 0, 0]

@@ -1,4 +1,4 @@
-"""The networks against torchvision's, and weights files of every kind."""
+"""The networks compared with torchvision's, and loading of weights files."""
 
 import pickle
 
@@ -28,7 +28,7 @@ NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
 def pair(name: str, num_classes: int = 7) -> tuple[ResNet, torch.nn.Module]:
-    """Our network and torchvision's, with the same weights, and BatchNorm statistics that are not the initial ones."""
+    """Return our network and torchvision's with the same weights and non-initial BatchNorm statistics."""
     torch.manual_seed(0)
     theirs = getattr(torchvision_models, name)(num_classes=num_classes)
     theirs.train()(torch.randn(4, 3, 64, 64))
@@ -40,7 +40,7 @@ def pair(name: str, num_classes: int = 7) -> tuple[ResNet, torch.nn.Module]:
 @pytest.mark.parametrize(
     ("name", "training"), [*((name, True) for name in NAMES), ("resnet18", False), ("resnet50", False)]
 )
-def test_logits_and_gradients_equal_torchvisions(name, training):
+def test_logits_and_gradients_match_torchvision(name, training):
     ours, theirs = pair(name)
     images = torch.randn(2, 3, 50, 70)
     our_logits, their_logits = (network.train(training)(images) for network in (ours, theirs))
@@ -50,12 +50,12 @@ def test_logits_and_gradients_equal_torchvisions(name, training):
     for (our_name, our), (their_name, their) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert our_name == their_name
         torch.testing.assert_close(our.grad, their.grad, rtol=1e-3, atol=1e-3 * their.grad.abs().max().item())
-    for key, value in ours.state_dict().items():  # the running statistics as well
+    for key, value in ours.state_dict().items():  # running statistics included
         torch.testing.assert_close(value, theirs.state_dict()[key])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_without_the_top_comes_the_feature_map(name):
+def test_feature_map_without_top(name):
     ours, theirs = pair(name)
     headless = MODELS[name](include_top=False).eval()
     headless.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("fc.")})
@@ -75,7 +75,7 @@ def test_torchvision_loads_our_weights(name):
     getattr(torchvision_models, name)(num_classes=3).load_state_dict(ours.state_dict())
 
 
-def test_the_interface_of_the_tutorial():
+def test_tutorial_interface():
     assert (BasicBlock.expansion, Bottleneck.expansion) == (1, 4)
     assert resnet34().fc.out_features == resnet101().fc.out_features == 1000
     assert resnet34(num_classes=5, include_top=True).fc.out_features == 5
@@ -86,13 +86,13 @@ def test_the_interface_of_the_tutorial():
     assert block.conv1.stride == (1, 1)
 
 
-def test_convolutions_start_kaiming_normal_by_fan_out():
+def test_convolutions_use_kaiming_normal_fan_out():
     weight = resnet18().layer3[0].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
     assert weight.mean().item() == pytest.approx(0, abs=1e-3)
 
 
-def test_evaluation_mode_gives_each_module_its_mode_back():
+def test_evaluation_mode_restores_the_mode_of_each_module():
     model = resnet18().train()
     model.bn1.eval()
     with evaluation_mode(model):
@@ -104,7 +104,7 @@ def test_evaluation_mode_gives_each_module_its_mode_back():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_with_batch_norm_folded_the_logits_are_the_same(name):
+def test_folding_batch_norm_preserves_logits(name):
     model, _ = pair(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     folded = fold_batch_norm(model)
@@ -116,13 +116,13 @@ def test_with_batch_norm_folded_the_logits_are_the_same(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_freezing_leaves_fc_alone():
+def test_freezing_leaves_fc_trainable():
     model = resnet18(num_classes=2)
     freeze_backbone(model)
     assert [name for name, value in model.named_parameters() if value.requires_grad] == ["fc.weight", "fc.bias"]
 
 
-# --- weights into a model ---------------------------------------------------------------------------------------
+# --- loading weights into a model -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -134,7 +134,7 @@ def test_pretrained_weights_of_wrapped_models_load(tmp_path, prefix):
         assert torch.equal(ours, theirs)
 
 
-def test_fc_of_another_number_of_classes_is_left_out(tmp_path):
+def test_fc_with_another_number_of_classes_is_skipped(tmp_path):
     source, target = resnet18(num_classes=1000), resnet18(num_classes=5)
     fc = target.fc.weight.clone()
     torch.save(source.state_dict(), tmp_path / "w.pth")
@@ -143,14 +143,14 @@ def test_fc_of_another_number_of_classes_is_left_out(tmp_path):
     assert torch.equal(target.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
-def test_files_from_before_num_batches_tracked_load(tmp_path):
+def test_weights_without_num_batches_tracked_load(tmp_path):
     source, target = resnet18(num_classes=2), resnet18(num_classes=2)
     old = {name: value for name, value in source.state_dict().items() if "num_batches_tracked" not in name}
     torch.save(old, tmp_path / "w.pth")
     assert load_pretrained(target, tmp_path / "w.pth", "resnet18") == []
 
 
-def test_a_mismatch_other_than_fc_is_an_error(tmp_path):
+def test_mismatch_outside_fc_is_an_error(tmp_path):
     state = resnet18(num_classes=2).state_dict()
     path = tmp_path / "w.pth"
     torch.save(resnet34(num_classes=2).state_dict(), path)
@@ -164,7 +164,7 @@ def test_a_mismatch_other_than_fc_is_an_error(tmp_path):
         load_pretrained(resnet18(num_classes=2), path, "resnet18")
 
 
-def test_imagenet_means_torchvisions_default_weights(monkeypatch):
+def test_imagenet_uses_torchvision_default_weights(monkeypatch):
     state = torchvision_models.resnet18().state_dict()
     asked = []
 
@@ -180,7 +180,7 @@ def test_imagenet_means_torchvisions_default_weights(monkeypatch):
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
 
-def test_imagenet_without_a_network_is_one_line(monkeypatch, tmp_path):
+def test_imagenet_download_failure_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(OSError, match=r"cannot download https://.*resnet18.*: no route"):
@@ -188,7 +188,7 @@ def test_imagenet_without_a_network_is_one_line(monkeypatch, tmp_path):
 
 
 class Payload:
-    """Unpickled without restriction, this would make a file."""
+    """Creates a file when unpickled without restrictions."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -198,38 +198,38 @@ class Payload:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"a": 1})])
-def test_what_is_no_weights_file_is_an_error(tmp_path, content):
+def test_invalid_weights_file_is_an_error(tmp_path, content):
     path = tmp_path / "w.pth"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"w\.pth"):
         load_model(path)
 
 
-def test_a_missing_weights_file_is_an_error(tmp_path):
+def test_missing_weights_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such weights file"):
         load_pretrained(resnet18(), tmp_path / "resNet34.pth", "resnet18")
 
 
-def test_a_checkpoint_runs_no_code(tmp_path):
+def test_checkpoints_cannot_execute_code(tmp_path):
     torch.save({"state_dict": Payload(tmp_path / "marker")}, tmp_path / "w.pth")
     with pytest.raises(WeightsError):
         load_model(tmp_path / "w.pth")
     assert not (tmp_path / "marker").exists()
     torch.load(tmp_path / "w.pth", weights_only=False)["state_dict"].close()
-    assert (tmp_path / "marker").exists()  # the payload does work
+    assert (tmp_path / "marker").exists()  # control: the payload works
 
 
-# --- a weights file as a model ----------------------------------------------------------------------------------
+# --- loading a model from a weights file ------------------------------------------------------------------------
 
 
 def checkpoint(**changes) -> dict:
-    """What train.py saves."""
+    """Return a checkpoint like those of train.py."""
     state = resnet18(num_classes=2).state_dict()
     content = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "epoch": 3, "accuracy": 0.75}
     return content | {"state_dict": state} | changes
 
 
-def test_a_checkpoint_tells_everything(tmp_path):
+def test_checkpoint_restores_model_and_metadata(tmp_path):
     content = checkpoint()
     torch.save(content, tmp_path / "best.pth")
     model, info = load_model(tmp_path / "best.pth", "cpu")
@@ -239,7 +239,7 @@ def test_a_checkpoint_tells_everything(tmp_path):
     assert torch.equal(model.fc.weight, content["state_dict"]["fc.weight"])
 
 
-def test_a_plain_state_dict_needs_model_and_classes(tmp_path):
+def test_plain_state_dict_needs_model_and_classes(tmp_path):
     path = tmp_path / "model-29.pth"
     torch.save(resnet18(num_classes=2).state_dict(), path)
     with pytest.raises(WeightsError, match="--model"):
@@ -266,17 +266,17 @@ def test_a_plain_state_dict_needs_model_and_classes(tmp_path):
         {"state_dict": resnet18(num_classes=2).state_dict() | {"bn1.running_var": torch.full([64], torch.inf)}},
     ],
 )
-def test_a_checkpoint_that_lies_is_an_error(tmp_path, changes):
+def test_invalid_checkpoint_content_is_an_error(tmp_path, changes):
     torch.save(checkpoint(**changes), tmp_path / "best.pth")
     with pytest.raises(WeightsError, match=r"best\.pth"):
         load_model(tmp_path / "best.pth")
 
 
-# --- what it looks at ---------------------------------------------------------------------------------------------
+# --- Grad-CAM -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_grad_cam_is_that_of_the_gradients(name):
+def test_grad_cam_matches_its_definition(name):
     torch.manual_seed(0)
     model = MODELS[name](num_classes=3).train()
     images = torch.randn(2, 3, 96, 64)
@@ -288,14 +288,14 @@ def test_grad_cam_is_that_of_the_gradients(name):
     features = model.feature_map(images).detach().requires_grad_()
     logits = model.fc(features.mean(dim=(2, 3)))
     (gradients,) = torch.autograd.grad(logits[[0, 1], classes].sum(), features)
-    expected = (gradients.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1).relu()  # as the paper has it
+    expected = (gradients.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1).relu()  # the paper's formula
     expected = expected / expected.amax(dim=(1, 2), keepdim=True)
     expected = F.interpolate(expected.unsqueeze(1), (96, 64), mode="bilinear").squeeze(1)
     assert torch.allclose(heat, expected.detach(), atol=1e-4)
 
 
 def coloured_squares(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Grey noise with a red (class 0) or a blue square: images (N, 3, 128, 128), labels (N,), squares (N, 128, 128)."""
+    """Draw a red (class 0) or blue square on noise: images (N, 3, 128, 128), labels (N,), squares (N, 128, 128)."""
     size, side = 128, 48
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(88, 168, (count, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -310,7 +310,7 @@ def coloured_squares(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor,
     return prepare_batch(images, "cpu"), labels, squares
 
 
-def test_grad_cam_finds_what_tells_the_classes_apart():
+def test_grad_cam_highlights_the_discriminative_region():
     torch.manual_seed(0)
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -329,7 +329,7 @@ def test_grad_cam_finds_what_tells_the_classes_apart():
     assert heat[squares].mean() > 2 * heat[~squares].mean()
 
 
-def test_convolutions_have_the_tutorials_names():
+def test_convolutions_have_the_tutorial_names():
     names = list(named_convolutions(MODELS["resnet34"](num_classes=2)))
     assert len(names) == 36
     assert names[:3] == ["conv1", "layer1/block0/conv1", "layer1/block0/conv2"]

@@ -1,4 +1,4 @@
-"""The data set, its transforms and normalisation, and the order of an epoch."""
+"""The data set, its transforms and normalisation, the sampler, and the image cache."""
 
 import random
 import re
@@ -46,7 +46,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     ("name", "workers"),
     [("truncated.png", 0), ("empty.jpg", 0), ("text.jpg", 0), ("header.png", 0), ("missing.jpg", 0), ("text.jpg", 1)],
 )
-def test_an_unreadable_file_raises_an_error_of_one_line_that_names_it(tmp_path, name, workers):
+def test_unreadable_file_raises_a_one_line_error(tmp_path, name, workers):
     data_set = MyDataSet([broken_files(tmp_path)[name]], [0], EvalTransform(32))
     loader = DataLoader(data_set, num_workers=workers, collate_fn=MyDataSet.collate_fn)
     with pytest.raises(ImageError) as caught:
@@ -56,14 +56,14 @@ def test_an_unreadable_file_raises_an_error_of_one_line_that_names_it(tmp_path, 
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_data_set_is_made_without_decoding_its_images(tmp_path, monkeypatch):
+def test_construction_does_not_decode_images(tmp_path, monkeypatch):
     paths = [write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", (440, 40))]
     monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
     assert MyDataSet(paths, [0, 1]).images_path == paths[:1]
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_scaled_image_gives_the_same_picture(tmp_path, orientation):
+def test_downscaled_decoding_gives_the_same_image(tmp_path, orientation):
     path, transform = jpeg(tmp_path / "a.jpg", orientation=orientation), EvalTransform(64)
     full, scaled = read_image(path), read_image(path, transform.min_side)
     assert scaled.width == full.width / 8
@@ -87,7 +87,7 @@ def test_items_and_attributes(tmp_path):
         MyDataSet(paths, [0, 1])
 
 
-def test_extremely_long_images_are_left_out_and_the_callers_lists_left_alone(tmp_path, capsys):
+def test_images_of_extreme_aspect_ratio_are_skipped(tmp_path, capsys):
     sizes = [(400, 39), (400, 40), (40, 400), (39, 400), (40, 40)]
     paths = [str(write_image(tmp_path / f"{w}x{h}.png", (w, h))) for w, h in sizes]
     labels = [0, 1, 2, 3, 4]
@@ -116,36 +116,36 @@ def test_collation(dtype):
 
 
 @pytest.mark.parametrize("size", [224, 96])
-def test_evaluation_equals_the_tutorials_transform(tmp_path, size):
+def test_eval_transform_matches_the_tutorial(tmp_path, size):
     image = read_image(write_image(tmp_path / "a.png", (300, 260)))
     tutorial = v1.Compose([v1.Resize(round(size * 256 / 224)), v1.CenterCrop(size)])(image)
     ours = EvalTransform(size)(image)
     assert (ours.dtype, ours.shape) == (torch.uint8, (3, size, size))
     difference = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(tutorial))
-    assert difference.max() <= 1  # torchvision's arithmetic on tensors rounds some values the other way
+    assert difference.max() <= 1  # torchvision rounds some values differently for tensors
     assert difference.mean() < 0.05
 
 
-def test_normalisation_is_the_tutorials():
+def test_normalisation_matches_the_tutorial():
     pixels = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8)
     tutorial = v1.Compose([v1.ConvertImageDtype(torch.float), v1.Normalize(MEAN, STD)])
     torch.testing.assert_close(prepare_batch(pixels, "cpu"), tutorial(pixels), rtol=0, atol=1e-5)
     assert (MEAN, STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_training_crops_and_flips_at_random(tmp_path):
+def test_train_transform_is_random(tmp_path):
     image = read_image(write_image(tmp_path / "a.png", (300, 260)))
     crops = {TrainTransform(64)(image).numpy().tobytes() for _ in range(5)}
     assert len(crops) == 5
     assert TrainTransform(64)(image).shape == (3, 64, 64)
 
 
-def test_a_float_batch_is_used_as_it_is():
+def test_float_batch_is_not_normalised_again():
     batch = torch.randn(2, 3, 8, 8)
     assert torch.equal(prepare_batch(batch, "cpu"), batch)
 
 
-def test_pixels_come_back_from_each_kind_of_batch():
+def test_to_pixels_inverts_normalisation():
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = pixels.permute(0, 2, 3, 1).numpy()
     scaled = pixels.float() / 255
@@ -154,7 +154,7 @@ def test_pixels_come_back_from_each_kind_of_batch():
         assert np.array_equal(to_pixels(batch), expected)
 
 
-# --- what is random ---------------------------------------------------------------------------------------------
+# --- randomness -------------------------------------------------------------------------------------------------
 
 
 def epoch_of(paths: list[str], epoch: int, workers: int, seed: int = 3, batch_size: int = 4) -> tuple:
@@ -169,13 +169,13 @@ def epoch_of(paths: list[str], epoch: int, workers: int, seed: int = 3, batch_si
         persistent_workers=workers > 0,
     )
     if workers:
-        list(loader)  # workers that persist have seen epoch 0
+        list(loader)  # persistent workers have already seen epoch 0
     sampler.set_epoch(epoch)
     images, labels = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
-def test_an_epoch_is_a_function_of_seed_epoch_and_index(tmp_path):
+def test_samples_depend_only_on_seed_epoch_and_index(tmp_path):
     paths = [str(write_image(tmp_path / f"{i}.png", seed=i)) for i in range(10)]
     images, labels = epoch_of(paths, epoch=2, workers=0)
     assert sorted(labels.tolist()) == list(range(10))
@@ -189,7 +189,7 @@ def test_an_epoch_is_a_function_of_seed_epoch_and_index(tmp_path):
     assert len(other_epoch) == 10
 
 
-def test_the_augmentation_changes_with_the_epoch(tmp_path):
+def test_augmentation_changes_per_epoch(tmp_path):
     path = str(write_image(tmp_path / "a.png"))
     data_set = MyDataSet([path], [0], TrainTransform(32))
     sampler = EpochSampler(1, seed=0)
@@ -200,7 +200,7 @@ def test_the_augmentation_changes_with_the_epoch(tmp_path):
     assert len(crops) == 5
 
 
-def test_an_epoch_may_ask_for_another_size(tmp_path):
+def test_image_size_can_change_per_epoch(tmp_path):
     data_set = MyDataSet([str(write_image(tmp_path / "a.png"))], [0], TrainTransform(32))
     sampler = EpochSampler(1)
     sampler.set_epoch(3, img_size=48)
@@ -213,7 +213,7 @@ def test_an_epoch_may_ask_for_another_size(tmp_path):
     assert SafeImages(data_set, replace=True)[item][0].shape == (3, 48, 48)
 
 
-def test_no_global_generator_moves(tmp_path):
+def test_global_random_state_is_unchanged(tmp_path):
     data_set = MyDataSet([str(write_image(tmp_path / "a.png"))], [0], TrainTransform(32))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     for item in EpochSampler(1, seed=5):
@@ -222,7 +222,7 @@ def test_no_global_generator_moves(tmp_path):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
-# --- the images that are kept in memory -------------------------------------------------------------------------
+# --- image cache ------------------------------------------------------------------------------------------------
 
 
 def large_images(folder: Path) -> list[str]:
@@ -249,7 +249,7 @@ def two_epochs(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_large_images_are_read_once_by_whichever_worker_and_the_batches_are_the_same(tmp_path, workers):
+def test_cache_is_shared_by_workers_and_preserves_batches(tmp_path, workers):
     paths = large_images(tmp_path)
     expected = two_epochs(paths, workers=0)
     kept = two_epochs(paths, workers, lambda: [Path(path).unlink() for path in paths], cache=ImageCache(6, 2**20))
@@ -257,21 +257,21 @@ def test_large_images_are_read_once_by_whichever_worker_and_the_batches_are_the_
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
-def test_memory_is_taken_as_it_fills(tmp_path):
+def test_cache_memory_is_allocated_lazily(tmp_path):
     def shared() -> int:
         return int(re.search(r"Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
 
     before = shared()
     data_set = MyDataSet(large_images(tmp_path), range(6), TrainTransform(64), cache=ImageCache(6, 2**32))
     data_set[0]
-    assert shared() - before < 2**21  # KiB: half of it
+    assert shared() - before < 2**21  # in KiB: half the size of the cache
 
 
-def test_no_more_is_kept_than_is_allowed(tmp_path):
+def test_cache_size_is_limited(tmp_path):
     paths = large_images(tmp_path)
     data_set = MyDataSet(
         paths, range(len(paths)), EvalTransform(64), cache=ImageCache(6, 200_000)
-    )  # each takes some 90,000
+    )  # about 90,000 bytes each
     before = [data_set[index][0] for index in range(len(paths))]
     for path in paths:
         Path(path).unlink()
@@ -281,7 +281,7 @@ def test_no_more_is_kept_than_is_allowed(tmp_path):
             data_set[index]
 
 
-def test_images_that_were_not_scaled_are_not_kept(tmp_path):
+def test_unscaled_images_are_not_cached(tmp_path):
     path = write_image(tmp_path / "a.png", (190, 190))
     data_set = MyDataSet([path], [0], EvalTransform(64), cache=ImageCache(1, 2**20))
     assert data_set[0][0].shape == (3, 64, 64)

@@ -1,4 +1,4 @@
-"""Schedules and Muon."""
+"""Learning-rate and image-size schedules, and Muon."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch
 from optimization import Muon, Schedule, TimedSchedule, orthogonalize
 
 
-def test_the_tutorials_rate_changes_by_epoch():
+def test_per_epoch_schedule_is_the_tutorials_cosine():
     schedule = Schedule(30, 100, lr=0.001, lrf=0.1)
     for epoch in (0, 1, 17, 29):
         expected = 0.001 * (((1 + math.cos(math.pi * epoch / 30)) / 2) * (1 - 0.1) + 0.1)
@@ -18,18 +18,18 @@ def test_the_tutorials_rate_changes_by_epoch():
     assert [schedule.is_over(epoch) for epoch in (0, 29, 30)] == [False, False, True]
 
 
-def test_a_rate_by_step_rises_and_then_falls_to_its_end():
+def test_per_step_schedule_warms_up_and_decays():
     schedule = Schedule(10, 5, lr=0.4, lrf=0.01, warmup=0.2, by_step=True)
     rates = [schedule.learning_rate(step // 5, step % 5) for step in range(50)]
     assert rates[0] == pytest.approx(0.4 / 25)
     assert rates[:11] == sorted(rates[:11])
-    assert rates[5] == pytest.approx((rates[0] + 0.4) / 2)  # half-way up
+    assert rates[5] == pytest.approx((rates[0] + 0.4) / 2)  # halfway through warm-up
     assert rates[10] == max(rates) == pytest.approx(0.4)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert schedule.learning_rate(10) == pytest.approx(0.004)
 
 
-def test_images_grow():
+def test_image_size_grows():
     schedule = Schedule(20, 5, lr=1.0, lrf=0.0, img_sizes=(64, 136))
     sizes = [schedule.img_size(epoch) for epoch in range(20)]
     assert sizes == sorted(sizes)
@@ -38,18 +38,18 @@ def test_images_grow():
     assert len(set(sizes)) > 4
 
 
-def test_a_timed_schedule_follows_the_clock():
+def test_timed_schedule_follows_the_clock():
     now = [10.0]
     options = {"lr": 0.4, "lrf": 0.01, "warmup": 0.2, "by_step": True, "img_sizes": (64, 128)}
     schedule = TimedSchedule(100.0, lambda: now[0], **options)
     assert schedule.progress(0) == pytest.approx(0.1)
     assert schedule.learning_rate(3, 7) == pytest.approx(0.4 * (0.04 + 0.96 / 2))
-    schedule.reserve_time(10.0)  # twice that is kept back
+    schedule.reserve_time(10.0)  # reserves twice that
     now[0] = 40.0
     assert schedule.progress(5) == pytest.approx(0.5)
     assert 64 < schedule.img_size(5) < 128
     state = schedule.state_dict()
-    now[0] = 5.0  # interrupted, and gone on later by another process
+    now[0] = 5.0  # interrupted, then resumed by another process
     other = TimedSchedule(100.0, lambda: now[0], **options)
     other.load_state_dict(state)
     assert other.progress(5) == pytest.approx(0.5)
@@ -65,10 +65,10 @@ def test_a_timed_schedule_follows_the_clock():
 
 @pytest.mark.parametrize("shape", [(4, 64, 576), (1, 64, 64), (2, 64, 9), (1, 1, 27)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_become_orthogonal_and_keep_their_directions(shape, dtype):
+def test_orthogonalize_keeps_singular_vectors(shape, dtype):
     rank = min(shape[1:])
     left, _, right = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
-    weak = torch.logspace(0, -1.5, rank)  # the strongest is 30 times the weakest
+    weak = torch.logspace(0, -1.5, rank)  # the largest is 30 times the smallest
     result = orthogonalize(((left * weak) @ right).to(dtype)).float()
     values = left.mT @ result @ right.mT
     assert torch.linalg.svdvals(result).min() > 0.5
@@ -81,18 +81,18 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def convolution(memory_format: torch.memory_format = torch.contiguous_format) -> torch.nn.Conv2d:
-    """Of 96 kernels, which are three blocks of 32 rows."""
+    """Return a convolution of 96 kernels, which Muon splits into three blocks of 32 rows."""
     layer = torch.nn.Conv2d(8, 96, kernel_size=3, bias=False).to(memory_format=memory_format)
     torch.nn.init.normal_(layer.weight, std=0.1, generator=seeded())
     return layer
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_format):
+def test_muon_step_rotates_a_kernel_by_the_learning_rate(memory_format):
     layer = convolution(memory_format)
     before = layer.weight.detach().clone()
     gradient = torch.randn(before.shape, generator=seeded(1))
-    gradient += 10 * gradient.flatten(1)[:, :1, None, None]  # of which one direction outweighs all others
+    gradient += 10 * gradient.flatten(1)[:, :1, None, None]  # one direction dominates
     layer.weight.grad = gradient.clone(memory_format=memory_format)
     Muon([{"params": [layer.weight], "orthogonal": True}], lr=0.02, momentum=0.9).step()
 
@@ -101,7 +101,7 @@ def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_for
     assert after.norm() == pytest.approx(before.norm())
     angle = torch.acos(torch.cosine_similarity(after.flatten().double(), before.flatten().double(), dim=0))
     assert angle == pytest.approx(0.02, rel=0.05)
-    assert ((before - after) * gradient).sum() > 0  # down the loss
+    assert ((before - after) * gradient).sum() > 0  # reduces the loss
     of_step, of_gradient = (
         torch.linalg.svdvals(change.movedim(1, -1).reshape(3, 32, 72)) for change in (before - after, gradient)
     )
@@ -109,7 +109,7 @@ def test_a_step_turns_a_kernel_by_the_learning_rate_in_all_directions(memory_for
     assert of_step.amax() < 3 * of_step.amin()
 
 
-def test_muon_looks_ahead_along_its_momentum():
+def test_muon_uses_nesterov_momentum():
     layer, momentum = convolution(), 0.0
     optimizer = Muon([{"params": [layer.weight], "orthogonal": True}], lr=0.1, momentum=0.9)
     for step in range(4):
@@ -122,12 +122,12 @@ def test_muon_looks_ahead_along_its_momentum():
         left, _, right = torch.linalg.svd(ahead, full_matrices=False)
         expected = (left @ right).reshape(96, 3, 3, 8).movedim(-1, 1)
         moved = before - layer.weight.detach()
-        moved -= before * (moved * before).sum() / before.square().sum()  # across the kernel, whose length stays
+        moved -= before * (moved * before).sum() / before.square().sum()  # tangential: the kernel's norm is constant
         expected -= before * (expected * before).sum() / before.square().sum()
         assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.97, step
 
 
-def test_muon_takes_steps_of_sgd_with_what_is_no_kernel():
+def test_muon_applies_sgd_to_other_parameters():
     layers = [torch.nn.Linear(4, 3) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
@@ -141,8 +141,8 @@ def test_muon_takes_steps_of_sgd_with_what_is_no_kernel():
     assert all(torch.equal(layers[0].get_parameter(name), value) for name, value in layers[1].named_parameters())
 
 
-def test_muon_leaves_kernels_alone_that_have_no_gradient_or_none_but_zeros():
-    """Also from weight decay: their length has no effect."""
+def test_muon_keeps_kernels_with_zero_or_missing_gradients():
+    """Weight decay does not apply either: the norm of a kernel has no effect."""
     with_zeros, without = convolution(), convolution()
     before = with_zeros.weight.detach().clone()
     with_zeros.weight.grad = torch.zeros_like(before)
@@ -152,8 +152,8 @@ def test_muon_leaves_kernels_alone_that_have_no_gradient_or_none_but_zeros():
     torch.testing.assert_close(with_zeros.weight.detach(), before)
 
 
-def test_muon_goes_on_from_its_state():
-    """To the bit, as a run does that is gone on with."""
+def test_muon_resumes_from_its_state():
+    """The result is bit-identical, as resume requires."""
     images = torch.randn(4, 8, 6, 6, generator=seeded())
 
     def steps(layer: torch.nn.Conv2d, optimizer: Muon, count: int) -> None:
@@ -177,4 +177,4 @@ def test_muon_goes_on_from_its_state():
     assert not torch.equal(second.weight, first.weight)
     second.load_state_dict(first.state_dict())
     steps(second, optimizer_of(second), 2)
-    assert not torch.equal(second.weight, whole.weight)  # without its state
+    assert not torch.equal(second.weight, whole.weight)  # the state matters

@@ -1,4 +1,4 @@
-"""The figures: what they show, and that nothing is cut off, warned about or kept."""
+"""The content, layout and fonts of the figures."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ HISTORY = [
 
 
 def all_figures(names: list[str]) -> list[Figure]:
-    """One of each kind, with these class names."""
+    """Return one figure of each kind with these class names."""
     names16 = [names[index % len(names)] for index in range(16)]
     tops = [[(name, 0.5), (names[0], 0.3)] for name in names16]
     return [
@@ -50,7 +50,7 @@ def visible_texts(figure: Figure) -> list[Text]:
 
 
 @pytest.mark.parametrize("classes", [2, 5, 20, 100])
-def test_nothing_is_cut_off_or_overlaps(classes):
+def test_text_is_not_cut_off_and_does_not_overlap(classes):
     names = [f"class {index}" if index % 3 else f"a long name of class {index}" for index in range(classes)]
     for figure in all_figures(names)[:-2]:  # curves have ticks that are not drawn
         boxes = [(text.get_text(), text.get_window_extent()) for text in visible_texts(figure)]
@@ -66,7 +66,7 @@ def test_nothing_is_cut_off_or_overlaps(classes):
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
-def test_one_loss_that_is_far_off_does_not_hide_the_others():
+def test_outlier_loss_does_not_dominate_the_axis():
     axes = curves([HISTORY[0] | {"val_loss": 40.0}, *HISTORY[1:]]).axes[0]
     assert 1.1 < axes.get_ylim()[1] < 3
     assert 40 in axes.lines[1].get_ydata()
@@ -77,7 +77,7 @@ def test_one_loss_that_is_far_off_does_not_hide_the_others():
     assert axes.get_title() == "loss"
 
 
-def test_a_thousand_classes_make_a_figure_that_can_be_opened():
+def test_confusion_matrix_of_a_thousand_classes():
     names = [f"class {index}" for index in range(1000)]
     figure = confusion_matrix(np.ones((1000, 1000), dtype=int), names)
     assert max(figure.get_size_inches()) * figure.dpi < 4000
@@ -88,7 +88,7 @@ def test_a_thousand_classes_make_a_figure_that_can_be_opened():
     assert not any(a.get_window_extent().overlaps(b.get_window_extent()) for a, b in itertools.pairwise(labels))
 
 
-def test_the_confusion_matrix_shows_counts_and_parts_of_rows():
+def test_confusion_matrix_shows_counts_and_row_fractions():
     figure = confusion_matrix(np.array([[3, 1], [0, 0]]), ["cat", "dog"])
     axes = figure.axes[0]
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
@@ -96,14 +96,14 @@ def test_the_confusion_matrix_shows_counts_and_parts_of_rows():
     assert "4 images, 3 right (75.0%)" in axes.get_title()
 
 
-def test_heat_is_bright_where_it_is_hot():
+def test_heat_map_brightness_increases_with_heat():
     grey = np.full((2, 2, 3), 100, dtype=np.uint8)
     shown = heated(grey, np.array([[0.0, 0.3], [0.6, 1.0]])).sum(axis=2).flatten().tolist()
     assert shown == sorted(shown)
     assert shown[0] < shown[-1]
 
 
-def test_characters_that_no_font_has_are_escapes_and_give_no_warning(monkeypatch):
+def test_characters_without_a_font_are_escaped(monkeypatch):
     default = font_manager.findfont("DejaVu Sans")
     monkeypatch.setattr(plot_utils, "_installed_fonts", lambda: [font_manager.FontEntry(fname=default)])
     forget_fonts()
@@ -117,7 +117,7 @@ def test_characters_that_no_font_has_are_escapes_and_give_no_warning(monkeypatch
     forget_fonts()
 
 
-def test_characters_are_drawn_in_a_font_that_has_them(monkeypatch):
+def test_fallback_font_is_used_for_missing_characters(monkeypatch):
     fonts = [font for font in font_manager.fontManager.ttflist if font.name == "STIXGeneral" and font.weight == 400]
     monkeypatch.setattr(plot_utils, "_installed_fonts", lambda: fonts)
     missing = next(

@@ -1,4 +1,4 @@
-"""predict.py from its command line."""
+"""The command line of predict.py."""
 
 import csv
 import json
@@ -29,11 +29,11 @@ NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, sample) -> Path:
-    """A best.pth of a network that says different things of different pictures."""
+    """Save a best.pth of a network whose predictions differ between images."""
     torch.manual_seed(0)
     model = resnet18(num_classes=5)
     images = [EvalTransform(64)(Image.open(path)) for path in list_images_below(sample, print)[::10]]
-    model(prepare_batch(torch.stack(images), "cpu"))  # statistics for BatchNorm
+    model(prepare_batch(torch.stack(images), "cpu"))  # sets the BatchNorm statistics
     path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
     path.parent.mkdir(parents=True)
     content = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "epoch": 0, "accuracy": 0.2}
@@ -42,13 +42,13 @@ def weights(tmp_path_factory, sample) -> Path:
 
 
 def run(capsys, *argv) -> tuple[int, list[str], list[str]]:
-    """Exit status, lines of output, lines of complaint."""
+    """Run predict.py; return its exit status and the lines of standard output and standard error."""
     status = predict.main([*map(str, argv), "--device", "cpu"])
     captured = capsys.readouterr()
     return status, captured.out.splitlines(), captured.err.splitlines()
 
 
-def test_a_line_for_each_image(capsys, weights, sample):
+def test_one_line_per_image(capsys, weights, sample):
     status, lines, complaints = run(capsys, sample / "roses", "--weights", weights, "--topk", "2")
     assert (status, complaints, len(lines)) == (0, [], 20)
     for path, line in zip(sorted((sample / "roses").iterdir()), lines, strict=True):
@@ -59,7 +59,7 @@ def test_a_line_for_each_image(capsys, weights, sample):
         assert float(high) >= float(low)
 
 
-def test_json_lines_agree_with_evaluation(capsys, weights, sample):
+def test_json_lines_match_evaluation(capsys, weights, sample):
     status, lines, _ = run(capsys, sample / "daisy", "--weights", weights, "--json", "--topk", "9", "--amp", "off")
     assert status == 0
     records = [json.loads(line) for line in lines]
@@ -76,7 +76,7 @@ def test_json_lines_agree_with_evaluation(capsys, weights, sample):
         assert (record["class"], record["probability"]) == (record["top"][0]["class"], record["top"][0]["probability"])
 
 
-def test_the_digits_do_not_depend_on_what_else_is_asked_for(capsys, weights, sample):
+def test_probabilities_do_not_depend_on_the_batch(capsys, weights, sample):
     paths = sorted((sample / "tulips").iterdir())[:11]
     _, together, _ = run(capsys, *paths, "--weights", weights, "--json")
     _, folder, _ = run(capsys, sample / "tulips", "--weights", weights, "--json")
@@ -85,7 +85,7 @@ def test_the_digits_do_not_depend_on_what_else_is_asked_for(capsys, weights, sam
     assert alone == together
 
 
-def test_a_labelled_folder_gets_its_accuracy(capsys, weights, sample, tmp_path):
+def test_accuracy_is_reported_for_a_labelled_folder(capsys, weights, sample, tmp_path):
     status, lines, _ = run(capsys, sample, "--weights", weights)
     assert status == 0
     assert len(lines) == 101
@@ -98,10 +98,10 @@ def test_a_labelled_folder_gets_its_accuracy(capsys, weights, sample, tmp_path):
     assert complaints == [f"{sample}: accuracy {right / 100:.4f} ({right} of 100 images)"]
     shutil.copytree(sample / "roses", tmp_path / "mixed" / "other things")
     _, lines, _ = run(capsys, tmp_path / "mixed", "--weights", weights)
-    assert len(lines) == 20  # no class is known: no accuracy
+    assert len(lines) == 20  # no known class, so no accuracy
 
 
-def test_what_cannot_be_read_does_not_stop_the_rest(capsys, weights, sample, tmp_path):
+def test_unreadable_files_do_not_stop_the_rest(capsys, weights, sample, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
     good = next((sample / "roses").iterdir())
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_does_not_stop_the_rest(capsys, weights, sample, tmp
         assert [line.startswith("predict.py: ") for line in complaints if path.name in line] == [True]
 
 
-def test_workers_read_what_is_many(capsys, weights, sample, tmp_path, monkeypatch):
+def test_workers_give_the_same_output(capsys, weights, sample, tmp_path, monkeypatch):
     for path in sorted((sample / "roses").iterdir()):
         shutil.copy(path, tmp_path)
     (tmp_path / "roses_005_broken.jpg").write_bytes(b"no image")
@@ -125,7 +125,7 @@ def test_workers_read_what_is_many(capsys, weights, sample, tmp_path, monkeypatc
     assert (status, len(lines), len(complaints)) == (1, 20, 1)
 
 
-def test_float32_on_request(capsys, weights, sample):
+def test_amp_off_computes_in_float32(capsys, weights, sample):
     image = next((sample / "roses").iterdir())
     outputs = [run(capsys, image, "--weights", weights, "--json", "--amp", amp)[1] for amp in ("off", "on", "auto")]
     assert outputs[0] != outputs[1]
@@ -134,7 +134,7 @@ def test_float32_on_request(capsys, weights, sample):
     assert probabilities[0] == pytest.approx(probabilities[1], abs=0.05)
 
 
-def test_a_very_long_image_is_predicted_by_its_centre(capsys, weights, tmp_path):
+def test_long_image_is_centre_cropped(capsys, weights, tmp_path):
     long, centre = Image.new("RGB", (2, 20_000), "red"), Image.new("RGB", (2, 20), "blue")
     long.paste(centre, (0, 9_990))
     long.save(tmp_path / "long.png")
@@ -144,7 +144,7 @@ def test_a_very_long_image_is_predicted_by_its_centre(capsys, weights, tmp_path)
     assert lines[0].split(".png: ")[1] == lines[1].split(".png: ")[1]
 
 
-def test_links_in_circles_and_locked_folders(capsys, weights, open_folder):
+def test_cyclic_links_and_locked_folders(capsys, weights, open_folder):
     write_image(open_folder / "sub" / "a.png")
     write_image(open_folder / "locked" / "b.png")
     try:
@@ -162,7 +162,7 @@ def test_links_in_circles_and_locked_folders(capsys, weights, open_folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
-def test_names_are_printed_on_one_line(capsys, weights, tmp_path):
+def test_file_names_are_escaped(capsys, weights, tmp_path):
     path = write_image(tmp_path / "two\nlines \x1b[31m 向日葵.png")
     status, lines, _ = run(capsys, path, "--weights", weights)
     assert status == 0
@@ -172,7 +172,7 @@ def test_names_are_printed_on_one_line(capsys, weights, tmp_path):
     assert json.loads(lines[0])["image"] == str(path)
 
 
-def test_the_newest_run_is_the_default(capsys, weights, sample, monkeypatch, tmp_path):
+def test_default_weights_are_of_the_most_recent_run(capsys, weights, sample, monkeypatch, tmp_path):
     image = next((sample / "roses").iterdir())
     monkeypatch.chdir(weights.parents[3])
     status, lines, _ = run(capsys, image)
@@ -184,7 +184,7 @@ def test_the_newest_run_is_the_default(capsys, weights, sample, monkeypatch, tmp
     assert "train first" in complaints[0]
 
 
-def test_a_plain_state_dict(capsys, weights, sample, tmp_path):
+def test_plain_state_dict(capsys, weights, sample, tmp_path):
     plain = tmp_path / "model-29.pth"
     torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
     write_class_indices(NAMES, tmp_path / "class_indices.json")
@@ -199,7 +199,7 @@ def test_a_plain_state_dict(capsys, weights, sample, tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["png", "PDF"])
-def test_the_plot(capsys, weights, sample, tmp_path, extension):
+def test_plot_formats(capsys, weights, sample, tmp_path, extension):
     out = tmp_path / f"out.{extension}"
     status, lines, _ = run(capsys, sample / "roses", sample, "--weights", weights, "--save-plot", out)
     assert (status, len(lines)) == (0, 121)
@@ -207,7 +207,7 @@ def test_the_plot(capsys, weights, sample, tmp_path, extension):
     assert {path.name for path in tmp_path.iterdir()} == {out.name}
 
 
-def test_the_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sample, tmp_path, monkeypatch):
+def test_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sample, tmp_path, monkeypatch):
     drawn = []
     explained = plot_utils.explained
     monkeypatch.setattr(plot_utils, "explained", lambda *content: drawn.append(content) or explained(*content))
@@ -221,7 +221,7 @@ def test_the_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sa
     for row, line in zip(rows, lines, strict=False):
         assert line.startswith(f"{row['image']}: {row['class']} ")
         printed = float(line.removeprefix(f"{row['image']}: {row['class']} ").partition("%")[0])
-        assert printed == pytest.approx(100 * float(row["probability"]), abs=0.0051)  # each is rounded on its own
+        assert printed == pytest.approx(100 * float(row["probability"]), abs=0.0051)  # both are rounded
         assert row["label"] == Path(row["image"]).parent.name
     least_certain = sorted(rows, key=lambda row: float(row["probability"]))[:24]
     images, heats, tops, titles, labels = drawn[0]
@@ -234,7 +234,7 @@ def test_the_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sa
         assert figure.height > 1500  # eight rows
 
 
-def test_images_that_are_named_are_drawn_in_that_order(capsys, weights, sample, tmp_path, monkeypatch):
+def test_plot_keeps_the_order_of_named_images(capsys, weights, sample, tmp_path, monkeypatch):
     drawn = []
     explained = plot_utils.explained
     monkeypatch.setattr(plot_utils, "explained", lambda *content: drawn.append(content) or explained(*content))
@@ -243,8 +243,8 @@ def test_images_that_are_named_are_drawn_in_that_order(capsys, weights, sample, 
     assert drawn[0][3] == paths
 
 
-def test_no_photograph_is_overwritten(capsys, weights, sample, tmp_path):
-    """`--save-plot *.jpg` names the first of them."""
+def test_images_are_not_overwritten(capsys, weights, sample, tmp_path):
+    """The shell expands `--save-plot *.jpg` to the names of images."""
     image = next((sample / "roses").iterdir())
     photograph = Path(shutil.copy(image, tmp_path / "a.png"))
     for flag in ("--save-plot", "--csv"):
@@ -252,12 +252,12 @@ def test_no_photograph_is_overwritten(capsys, weights, sample, tmp_path):
         assert (status, lines, len(complaints)) == (1, [], 1)
         assert str(photograph) in complaints[0]
     assert photograph.read_bytes() == image.read_bytes()
-    for out in ("out.png", "out.png", "out.jpg", "out.jpg"):  # what it has drawn itself is drawn again
+    for out in ("out.png", "out.png", "out.jpg", "out.jpg"):  # its own figures may be replaced
         assert run(capsys, image, "--weights", weights, "--save-plot", tmp_path / out)[0] == 0
 
 
 @needs_fork
-def test_the_csv_goes_into_a_pipe(weights, sample, tmp_path):
+def test_csv_can_be_a_named_pipe(weights, sample, tmp_path):
     image, pipe = str(next((sample / "roses").iterdir())), tmp_path / "pipe"
     os.mkfifo(pipe)
     with (
@@ -269,19 +269,19 @@ def test_the_csv_goes_into_a_pipe(weights, sample, tmp_path):
             assert run_in_fork(lambda: predict.main(arguments), null.fileno()) == (0, "")
             assert len(reader.communicate(timeout=10)[0].splitlines()) == 2
         finally:
-            reader.kill()  # where nobody has written
+            reader.kill()  # in case nothing was written
     assert pipe.is_fifo()
 
 
-def test_no_argument_is_the_current_folder_by_mistake(capsys, weights, tmp_path, monkeypatch):
-    """`predict.py "$PHOTO"` without such a variable."""
+def test_empty_path_is_not_the_current_folder(capsys, weights, tmp_path, monkeypatch):
+    """`predict.py "$PHOTO"` fails if the variable is not set."""
     write_image(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "", "--weights", weights) == (1, [], ["predict.py: '': no such file or folder"])
 
 
 def main_of(program: str, weights: Path, images: Path) -> Callable[[], int]:
-    """What `python PROGRAM IMAGES ...` runs."""
+    """Return a function that does what `python PROGRAM IMAGES ...` does."""
     if program == "predict.py":
         return lambda: predict.main([str(images), "--weights", str(weights), "--device", "cpu"])
     return lambda: check_data.main([str(images), "--save-plot", "", "--workers", "0"])
@@ -289,15 +289,15 @@ def main_of(program: str, weights: Path, images: Path) -> Callable[[], int]:
 
 @needs_fork
 @pytest.mark.parametrize("program", ["predict.py", "check_data.py"])
-def test_programs_run_without_an_output(weights, sample, program):
-    """As services do, and pythonw."""
+def test_programs_run_without_stdout(weights, sample, program):
+    """Services and pythonw have no standard output."""
     assert run_in_fork(main_of(program, weights, sample), stdout=None) == (0, "")
 
 
 @needs_fork
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(("program", "status"), [("predict.py", 1), ("check_data.py", 2)])
-def test_output_that_nobody_takes_is_one_line(weights, sample, program, status):
+def test_failed_output_is_a_one_line_error(weights, sample, program, status):
     main = main_of(program, weights, sample)
     with open("/dev/full", "w") as full:
         said = run_in_fork(main, full.fileno())
@@ -320,7 +320,7 @@ def test_output_that_nobody_takes_is_one_line(weights, sample, program, status):
         (["--save-plot", "."], "--save-plot"),
     ],
 )
-def test_mistakes_are_one_line(capsys, weights, sample, flags, message):
+def test_invalid_arguments_are_one_line_errors(capsys, weights, sample, flags, message):
     image = str(next((sample / "roses").iterdir()))
     assert predict.main([image, "--device", "cpu", "--weights", str(weights), *flags]) == 1
     captured = capsys.readouterr()
@@ -329,7 +329,7 @@ def test_mistakes_are_one_line(capsys, weights, sample, flags, message):
     assert len(captured.err.splitlines()) == 1
 
 
-def test_from_a_shell_that_knows_ascii_only(weights, tmp_path):
+def test_ascii_output_encoding(weights, tmp_path):
     path = write_image(tmp_path / "向日葵.png")
     command = [sys.executable, predict.__file__, path, "--weights", weights, "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
@@ -337,7 +337,7 @@ def test_from_a_shell_that_knows_ascii_only(weights, tmp_path):
     assert done.stdout.count(b"\n") == 1
 
 
-def test_predicting_needs_no_matplotlib(weights, sample):
+def test_predict_does_not_import_matplotlib(weights, sample):
     code = (
         "import sys, predict; predict.main(sys.argv[1:]); "
         "sys.exit('matplotlib was imported' if 'matplotlib' in sys.modules else 0)"
@@ -357,7 +357,7 @@ def test_predicting_needs_no_matplotlib(weights, sample):
         (ConnectionResetError(104, "Connection reset by peer"), "a process that reads images died"),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(capsys, weights, sample, monkeypatch, error, said):
+def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, error, said):
     def fail(*arguments: object) -> None:
         raise error
 

@@ -1,4 +1,4 @@
-"""How train.py trains: recipes and what overrides them, early stopping, a time budget."""
+"""Recipes, the best epoch, early stopping, time budgets, the learning-rate finder and frozen backbones."""
 
 import copy
 import csv
@@ -43,7 +43,7 @@ def metrics() -> list[dict[str, str]]:
 
 
 def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float, float]]) -> None:
-    """Let validation give these accuracies and losses, one pair per epoch."""
+    """Replace the validation results by these accuracies and losses, one pair per epoch."""
     pending = iter(results)
 
     class Scripted(Evaluation):
@@ -60,7 +60,7 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float
 # --- recipes ----------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_is_values_of_flags_which_flags_override():
+def test_flags_override_the_recipe():
     tutorial = train.parse_args([])
     assert (tutorial.recipe, tutorial.epochs, tutorial.batch_size, tutorial.lr, tutorial.lrf) == (
         *("tutorial", 30, 16, 0.001, 0.1),
@@ -74,7 +74,7 @@ def test_a_recipe_is_values_of_flags_which_flags_override():
         assert (args.lr, args.label_smoothing, args.epochs) == (0.5, 0.3, recipe["epochs"])
 
 
-def test_the_tutorials_optimizer_is_the_tutorials():
+def test_tutorial_recipe_uses_plain_sgd():
     model = MODELS["resnet18"](num_classes=5)
     optimizer = make_optimizer(model, train.parse_args([]), torch.device("cpu"))
     (group,) = optimizer.param_groups
@@ -83,7 +83,7 @@ def test_the_tutorials_optimizer_is_the_tutorials():
 
 
 @pytest.mark.parametrize("muon_rate", [0.0, 0.4])
-def test_each_part_learns_at_its_own_rate(muon_rate):
+def test_learning_rate_scale_of_each_parameter_group(muon_rate):
     model = MODELS["resnet18"](num_classes=5)
     args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
     args.backbone_rate, args.muon_rate = 0.1, muon_rate
@@ -94,7 +94,7 @@ def test_each_part_learns_at_its_own_rate(muon_rate):
     assert seen.keys() == set(names.values())
     for name, group in seen.items():
         layer = model.get_submodule(name.rpartition(".")[0])
-        turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # by Muon
+        turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # Muon updates it
         assert group["orthogonal"] == turns, name
         assert group["weight_decay"] == 0.25, name
         rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_rate if turns else 1)
@@ -103,14 +103,14 @@ def test_each_part_learns_at_its_own_rate(muon_rate):
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
-def test_muon_computes_in_bfloat16_where_the_network_does(amp_dtype):
+def test_muon_uses_bfloat16_with_bfloat16_precision(amp_dtype):
     args, cpu = train.parse_args(["--recipe", "scratch"]), torch.device("cpu")
     optimizer = make_optimizer(MODELS["resnet18"](num_classes=5), args, cpu, amp_dtype)
     assert optimizer.dtype == (torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
     assert optimizer.defaults["fused"] == (None if amp_dtype == torch.float16 else True)  # a scaler may skip steps
 
 
-def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
+def test_scratch_recipe_sets_sizes_smoothing_and_rates(two_classes, monkeypatch, capsys):
     sizes, smoothing = [], []
     train_one_epoch = train.train_one_epoch
 
@@ -126,7 +126,7 @@ def test_a_run_does_what_its_recipe_says(two_classes, monkeypatch, capsys):
     assert smoothing == [0.1] * 4
     schedule = Schedule(4, 4, lr=0.01, lrf=0.0, warmup=train.RECIPES["scratch"]["warmup"], by_step=True)
     rates = [float(row["learning_rate"]) for row in metrics()]
-    assert rates == pytest.approx([schedule.learning_rate(epoch, 3) for epoch in range(4)])  # each epoch's last step's
+    assert rates == pytest.approx([schedule.learning_rate(epoch, 3) for epoch in range(4)])  # at each last step
     assert "recipe       scratch, 4 epochs, batch size 5, lr 0.01," in capsys.readouterr().out
     flags = json.loads((RUN / "args.json").read_text(encoding="utf-8"))["flags"]
     assert flags["recipe"] == "scratch"
@@ -148,7 +148,7 @@ def test_validation_uses_batch_norm_statistics_of_the_current_weights(two_classe
         torch.testing.assert_close(value, state[name], msg=name)
 
 
-def test_the_average_of_the_weights_is_validated_and_saved(two_classes, monkeypatch):
+def test_weight_average_is_validated_and_saved(two_classes, monkeypatch):
     weights = []
     step = Muon.step
 
@@ -168,7 +168,7 @@ def test_the_average_of_the_weights_is_validated_and_saved(two_classes, monkeypa
     assert not torch.equal(best["state_dict"][name], weights[-1])
 
 
-def test_a_run_by_steps_goes_on_as_if_never_stopped(two_classes):
+def test_resume_with_per_step_schedule_is_bit_identical(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "64", "--epochs", "3"]
     assert train.main([*flags, "--name", "undisturbed"]) == 0
     with after_steps(6, send(signal.SIGTERM)):
@@ -189,28 +189,28 @@ def test_a_run_by_steps_goes_on_as_if_never_stopped(two_classes):
 # --- the best epoch ---------------------------------------------------------------------------------------------
 
 
-def test_of_epochs_with_equal_accuracy_the_one_with_the_lowest_loss_is_the_best(two_classes, monkeypatch, capsys):
+def test_lower_loss_breaks_ties_for_the_best_epoch(two_classes, monkeypatch, capsys):
     script_validation(monkeypatch, [(0.6, 2.0), (0.8, 1.5), (0.8, 1.0), (0.8, 1.2), (0.6, 0.1), (0.8, 1.0)])
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--patience", "4"]
     assert train.main([*flags, "--epochs", "3"]) == 0
-    assert train.main(["--resume", "--epochs", "9"]) == 0  # the best epoch is remembered
+    assert train.main(["--resume", "--epochs", "9"]) == 0  # the checkpoint keeps the best epoch
     best = torch.load(RUN / "weights" / "best.pth", weights_only=True)
     assert (best["epoch"], best["accuracy"], best["val_loss"]) == (2, 0.8, 1.0)
     assert "best accuracy 0.800 at epoch 2" in capsys.readouterr().out
-    assert len(metrics()) == 6  # a lower loss is no better accuracy: patience counts from epoch 1
+    assert len(metrics()) == 6  # a lower loss does not reset patience, which counts from epoch 1
     assert train.main(["--resume"]) == 0
     assert "is complete: 4 epochs without a better accuracy" in capsys.readouterr().out
 
 
-# --- the end of a training --------------------------------------------------------------------------------------
+# --- early stopping and time budgets ----------------------------------------------------------------------------
 
 
-def test_patience_ends_a_run_that_no_longer_improves(two_classes, monkeypatch, capsys):
+def test_patience_stops_a_run_without_improvement(two_classes, monkeypatch, capsys):
     script_validation(monkeypatch, [(accuracy, 1.0) for accuracy in (0.4, 0.6, 0.4, 0.6, 0.5)])
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--epochs", "9"]
     assert train.main([*flags, "--patience", "2"]) == 0
     assert len(metrics()) == 4
-    assert len(list(RUN.glob("0000*/validation/tensors.tsv"))) == 1  # what a last epoch leaves
+    assert len(list(RUN.glob("0000*/validation/tensors.tsv"))) == 1  # written by the last epoch only
     capsys.readouterr()
     assert train.main(["--resume"]) == 0
     assert "is complete: 2 epochs without a better accuracy" in capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_patience_ends_a_run_that_no_longer_improves(two_classes, monkeypatch, c
     assert len(metrics()) == 5
 
 
-def test_a_run_with_patience_that_has_not_lost_it_goes_on_with_more_epochs(two_classes, capsys):
+def test_resume_with_more_epochs_and_patience_left(two_classes, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--lr", "1e-12", "--patience", "2"]
     assert train.main([*flags, "--epochs", "1"]) == 0
     assert train.main(["--resume", "--epochs", "2"]) == 0
@@ -230,8 +230,8 @@ def test_a_run_with_patience_that_has_not_lost_it_goes_on_with_more_epochs(two_c
     assert "is complete: 2 epochs" in capsys.readouterr().out
 
 
-def test_a_run_of_a_recipe_with_whole_numbers_goes_on(two_classes, monkeypatch):
-    """Who edits the table writes 0 for 0.0; and the table of a run that was begun before may have had that."""
+def test_resume_with_integers_in_the_recipe(two_classes, monkeypatch):
+    """A recipe may contain 0 for 0.0, both in the current table and in the checkpoint."""
     monkeypatch.setitem(train.RECIPES["scratch"], "lrf", 0)
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--recipe", "scratch", "--epochs", "1"]
     assert train.main(flags) == 0
@@ -240,7 +240,7 @@ def test_a_run_of_a_recipe_with_whole_numbers_goes_on(two_classes, monkeypatch):
     assert len(metrics()) == 2
 
 
-def test_patience_ends_a_run_before_its_time(two_classes, monkeypatch, capsys):
+def test_patience_stops_a_run_before_its_time_budget(two_classes, monkeypatch, capsys):
     script_validation(monkeypatch, [(accuracy, 1.0) for accuracy in (0.6, 0.4, 0.5)])
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--time-budget", "1"]
     assert train.main([*flags, "--patience", "1"]) == 0
@@ -251,7 +251,7 @@ def test_patience_ends_a_run_before_its_time(two_classes, monkeypatch, capsys):
     assert len(metrics()) == 3
 
 
-def test_a_time_budget_has_no_number_of_epochs(two_classes, monkeypatch, capsys):
+def test_recipe_epochs_do_not_limit_a_time_budget(two_classes, monkeypatch, capsys):
     monkeypatch.setitem(train.RECIPES, "scratch", train.RECIPES["scratch"] | {"epochs": 1})
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--time-budget", "0.5"]
     with after_steps(11, send(signal.SIGTERM)):
@@ -261,7 +261,7 @@ def test_a_time_budget_has_no_number_of_epochs(two_classes, monkeypatch, capsys)
     assert "resumed at epoch 2, step 3" in capsys.readouterr().out
 
 
-def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):
+def test_time_budget_completes_the_schedule(two_classes, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.1"]
     assert train.main(flags) == 0
     printed = capsys.readouterr().out
@@ -276,15 +276,15 @@ def test_a_time_budget_ends_with_a_complete_schedule(two_classes, capsys):
     assert "its time is up" in capsys.readouterr().out
 
 
-def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes, monkeypatch):
+def test_plan_picks_the_largest_size_for_the_recipes_epochs(two_classes, monkeypatch):
     def speed(model: ResNet, optimizer: Optimizer, loader: DataLoader, *_: object, **options: object) -> float:
-        return 1e7 / loader.batch_sampler.order.img_size**2  # images a second
+        return 1e7 / loader.batch_sampler.order.img_size**2  # images per second
 
     monkeypatch.setattr("tuning.measure_speed", speed)
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels)
     planned = {}
-    for recipe in ("scratch", "finetune"):  # 30 epochs, and 10
+    for recipe in ("scratch", "finetune"):  # 30 and 10 epochs
         args = train.parse_args([*TINY, "--recipe", recipe, "--time-budget", "0.0147"])
         planned[recipe], _ = plan(
             args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Distributed()
@@ -292,7 +292,7 @@ def test_a_time_budget_has_the_largest_images_for_the_recipes_epochs(two_classes
     assert planned == {"scratch": 128, "finetune": 224}
 
 
-def test_planning_leaves_the_network_alone(two_classes):
+def test_plan_does_not_change_the_model(two_classes):
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels)
     args = train.parse_args([*TINY, "--recipe", "scratch", "--time-budget", "0.01"])
@@ -302,7 +302,7 @@ def test_planning_leaves_the_network_alone(two_classes):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_time_that_is_over_at_once_trains_an_epoch_nevertheless(two_classes):
+def test_tiny_time_budget_trains_one_epoch(two_classes):
     assert train.main(["--data-path", str(two_classes), *TINY, "--img-size", "64", "--time-budget", "1e-6"]) == 0
     assert len(metrics()) == 1
     assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["epoch"] == 0
@@ -321,14 +321,14 @@ def test_a_time_that_is_over_at_once_trains_an_epoch_nevertheless(two_classes):
         ["--timeout", "1e14"],
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(flags, capsys):
+def test_invalid_training_flags_are_one_line_errors(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(flags)
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
+def test_resume_continues_the_time_budget(two_classes, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.1"]
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
@@ -342,13 +342,13 @@ def test_a_time_budget_is_kept_over_an_interruption(two_classes, capsys):
     assert after["img_size"] == before["img_size"]
     assert after["resume"]["over"]
     assert after["resume"]["schedule"]["spent"] >= spent
-    assert len(metrics()) == after["resume"]["epoch"] > before["resume"]["epoch"]  # what was begun has been evaluated
+    assert len(metrics()) == after["resume"]["epoch"] > before["resume"]["epoch"]  # the interrupted epoch was evaluated
 
 
-def test_a_run_keeps_its_recipe_when_the_program_has_another_one_by_now(two_classes, monkeypatch, capsys):
+def test_resume_keeps_the_stored_recipe(two_classes, monkeypatch, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch", "--epochs", "2"]
     recipe = train.RECIPES["scratch"]
-    once = {"zero_init": True, "decay_norms": True, "least_area": 0.08}  # ingredients that there were
+    once = {"zero_init": True, "decay_norms": True, "least_area": 0.08}  # values of an older recipe
     monkeypatch.setitem(train.RECIPES, "scratch", recipe | once)
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
@@ -360,7 +360,7 @@ def test_a_run_keeps_its_recipe_when_the_program_has_another_one_by_now(two_clas
     assert max(float(row["learning_rate"]) for row in metrics()) < 1
 
 
-def test_a_run_of_a_recipe_that_is_no_more_is_refused(two_classes, monkeypatch, capsys):
+def test_resume_with_a_removed_recipe_value_is_refused(two_classes, monkeypatch, capsys):
     recipe = train.RECIPES["scratch"]
     monkeypatch.setitem(train.RECIPES, "scratch", recipe | {"least_area": 0.25})
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch"]
@@ -378,7 +378,7 @@ def test_a_run_of_a_recipe_that_is_no_more_is_refused(two_classes, monkeypatch, 
     assert (RUN / "weights" / "last.pth").read_bytes() == before
 
 
-def test_a_size_that_is_asked_for_is_not_planned(two_classes):
+def test_explicit_img_size_is_not_planned(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--time-budget", "0.02", "--img-size", "40"]
     assert train.main(flags) == 0
     assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["img_size"] == 40
@@ -387,7 +387,7 @@ def test_a_size_that_is_asked_for_is_not_planned(two_classes):
 # --- finding a learning rate ------------------------------------------------------------------------------------
 
 
-def test_a_rate_is_suggested_and_the_curve_is_drawn(sample, capsys):
+def test_find_lr_suggests_a_rate_and_draws_the_curve(sample, capsys):
     flags = ["--data-path", str(sample), *TINY[:-2], "--img-size", "32", "--find-lr"]
     assert train.main(flags) == 0
     suggestion = float(re.search(r"suggestion +--lr (\S+)", capsys.readouterr().out)[1])
@@ -402,7 +402,7 @@ def test_a_rate_is_suggested_and_the_curve_is_drawn(sample, capsys):
 # --- a frozen backbone ------------------------------------------------------------------------------------------
 
 
-def test_features_of_a_frozen_backbone_are_computed_once(two_classes, tmp_path, monkeypatch):
+def test_frozen_backbone_features_are_computed_once(two_classes, tmp_path, monkeypatch):
     weights = MODELS["resnet18"](num_classes=2)
     torch.save(weights.state_dict(), tmp_path / "w.pth")
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--weights", str(tmp_path / "w.pth")]
@@ -417,12 +417,12 @@ def test_features_of_a_frozen_backbone_are_computed_once(two_classes, tmp_path, 
     assert len(rows) == 8
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     views = train.RECIPES["finetune"]["feature_views"]
-    figures = 8 * 2 + 4 * 8  # two images after each epoch, up to eight mistakes after four
+    figures = 8 * 2 + 4 * 8  # 2 images after each epoch, up to 8 mistakes after 4 of them
     projector = 5
-    assert sum(passes) <= views * 20 + 5 + figures + projector + 1  # and one for the graph
+    assert sum(passes) <= views * 20 + 5 + figures + projector + 1  # 1 for the graph
 
 
-def test_features_are_in_the_order_of_the_images(two_classes):
+def test_cached_features_match_their_images(two_classes):
     args = train.parse_args(["--recipe", "finetune", "--freeze-layers", *TINY, "--img-size", "64"])
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(64))

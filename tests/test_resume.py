@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, out of disk or out of luck, and go on as if nothing had happened."""
+"""Resume after a stop signal, a crash or a full disk, and the checkpoints that this needs."""
 
 import errno
 import itertools
@@ -28,7 +28,7 @@ from tensorboard_logger import BackgroundWriter, TensorBoardLogger
 
 pytestmark = pytest.mark.usefixtures("small_network")
 ROOT = Path(train.__file__).parent
-EPOCHS, STEPS = 3, 5  # of the run below: 20 images, four a step
+EPOCHS, STEPS = 3, 5  # steps per epoch: 20 images, batches of 4
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def flags(data: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_network, pets, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """Return the folder of a run that was never interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("undisturbed"))
         assert train.main(flags(pets)) == 0
@@ -57,7 +57,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @contextmanager
 def after_steps(number: int, action: Callable[[Run], object]) -> Iterator[None]:
-    """Do `action` after so many steps of training, counted from the start of the process."""
+    """Call `action` after training step `number`, counted from the start of the process."""
     taken, due = itertools.count(1), Run.save_is_due
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "save_is_due", lambda run: bool(next(taken) == number and action(run)) or due(run))
@@ -73,16 +73,16 @@ def fail(run: Run) -> None:
 
 
 def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw figures beside the training, as for a GPU, and slowly."""
+    """Draw figures slowly, in the background writer, as for a GPU."""
     draw = TensorBoardLogger.draw
     monkeypatch.setattr(tensorboard_logger, "BackgroundWriter", lambda synchronous: BackgroundWriter(synchronous=False))
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
 
 
-# --- it goes on ---------------------------------------------------------------------------------------------------
+# --- resume -------------------------------------------------------------------------------------------------------
 
 
-def test_figures_that_are_drawn_beside_the_training_stay(pets, monkeypatch):
+def test_resume_keeps_figures_of_the_background_writer(pets, monkeypatch):
     draw_late(monkeypatch)
     assert train.main(flags(pets, "--epochs", "1")) == 0
     assert train.main(["--resume", "--epochs", "2"]) == 0
@@ -97,7 +97,7 @@ def test_figures_that_are_drawn_beside_the_training_stay(pets, monkeypatch):
         (STEPS + 2, signal.SIGTERM, "epoch 1, step 2"),
     ],
 )
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pets, undisturbed, capsys, steps, number, where):
+def test_resume_after_a_signal_is_bit_identical(pets, undisturbed, capsys, steps, number, where):
     with after_steps(steps, send(number)):
         assert train.main(flags(pets)) == 128 + number
     said = capsys.readouterr().err
@@ -109,10 +109,10 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pets, undisturbed, ca
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(pets, undisturbed, monkeypatch, capsys):
+def test_resume_after_crashes_is_bit_identical(pets, undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(run_utils, "SECONDS_BETWEEN_SAVES", 0)
     monkeypatch.setattr(Run, "save_is_due", lambda run: run.progress.steps + len(run.progress.unread) == 3)
-    for steps in (1, 4, 4, 6):  # what has not been saved is done again
+    for steps in (1, 4, 4, 6):  # unsaved steps are repeated
         with after_steps(steps, fail):
             status = train.main(["--resume"] if Path("runs").exists() else flags(pets))
             assert status == 1
@@ -122,7 +122,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(pets, undisturbed, mon
 
 
 @pytest.mark.parametrize("moment", [("best.pth", 1), ("last.pth", 3)])
-def test_what_was_logged_but_not_saved_is_logged_once(pets, undisturbed, monkeypatch, moment):
+def test_resume_after_a_failed_save_logs_each_epoch_once(pets, undisturbed, monkeypatch, moment):
     save, saved = save_checkpoint, []
 
     def save_or_die(content: dict, path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_was_logged_but_not_saved_is_logged_once(pets, undisturbed, monkeyp
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
-def test_more_epochs_are_allowed_and_fewer_are_not(pets, undisturbed, capsys):
+def test_resume_accepts_more_epochs_but_not_fewer(pets, undisturbed, capsys):
     shutil.copytree(undisturbed, "runs/a")
     assert train.main(["--resume", "a"]) == 0
     assert "is complete" in capsys.readouterr().out
@@ -148,19 +148,19 @@ def test_more_epochs_are_allowed_and_fewer_are_not(pets, undisturbed, capsys):
     rates = accumulated(Path("runs/a"))["learning_rate"]
     assert [step for step, _ in rates] == [0, 1, 2, 3]
     assert rates[3][1] == pytest.approx(0.001 * ((1 + math.cos(math.pi * 3 / 4)) / 2 * 0.9 + 0.1))
-    assert train.main(["--resume", "a"]) == 0  # remembers that it is four now
+    assert train.main(["--resume", "a"]) == 0  # the new number of epochs is stored
     assert "4 epochs" in capsys.readouterr().out
 
 
-def test_a_run_may_go_on_in_another_number_format(pets, undisturbed, monkeypatch):
+def test_resume_with_another_precision(pets, undisturbed, monkeypatch):
     shutil.copytree(undisturbed, "runs/a")
     monkeypatch.setattr(train, "select_precision", lambda *arguments: (torch.float16, "float16"))
     assert train.main(["--resume", "a", "--epochs", "4"]) == 0
     assert torch.load("runs/a/weights/last.pth", weights_only=True)["resume"]["scaler"]["scale"] > 0
 
 
-def test_it_goes_on_from_what_is_there_when_it_has_the_run_to_itself(pets, undisturbed, monkeypatch, capsys):
-    """Another process may have finished the run while this one was starting."""
+def test_resume_reads_the_checkpoint_after_locking_the_run(pets, undisturbed, monkeypatch, capsys):
+    """Another process may finish the run while this one starts."""
     with after_steps(STEPS + 1, send(signal.SIGTERM)):
         assert train.main(flags(pets)) == 143
     lock = run_utils.lock_run
@@ -176,7 +176,7 @@ def test_it_goes_on_from_what_is_there_when_it_has_the_run_to_itself(pets, undis
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
-def test_the_newest_run_is_meant_without_a_name(pets, undisturbed, capsys):
+def test_resume_defaults_to_the_most_recent_run(pets, undisturbed, capsys):
     assert train.main(["--resume"]) == 1
     assert "no run in runs" in capsys.readouterr().err
     shutil.copytree(undisturbed, "runs/old")
@@ -186,7 +186,7 @@ def test_the_newest_run_is_meant_without_a_name(pets, undisturbed, capsys):
     assert "new is complete" in capsys.readouterr().out
 
 
-def test_what_was_downloaded_is_not_downloaded_again(pets, undisturbed, monkeypatch):
+def test_resume_does_not_download_again(pets, undisturbed, monkeypatch):
     downloads = []
     monkeypatch.setattr(config, "FLOWER_PHOTOS", pets)
     monkeypatch.setattr(prepare_data, "download_flower_photos", downloads.append)
@@ -197,20 +197,20 @@ def test_what_was_downloaded_is_not_downloaded_again(pets, undisturbed, monkeypa
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
-# --- it refuses ---------------------------------------------------------------------------------------------------
+# --- refused resumes and other errors -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [["--model", "resnet34"], ["--batch-size", "8"], ["--lr", "0.1"], ["--seed", "1"]])
-def test_a_flag_that_contradicts_the_run_is_one_line(undisturbed, capsys, words):
+def test_resume_with_a_conflicting_flag_is_a_one_line_error(undisturbed, capsys, words):
     assert train.main(["--resume", str(undisturbed), *words, "--epochs", "9"]) == 1
     said = capsys.readouterr().err
     assert words[0] in said
     assert len(said.splitlines()) == 1
 
 
-def test_data_that_has_changed_is_named_file_by_file(pets, undisturbed, tmp_path, capsys):
+def test_changed_data_is_listed_file_by_file(pets, undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed, "runs/a")
-    shutil.copytree(pets, "pets", copy_function=shutil.copyfile)  # without their times
+    shutil.copytree(pets, "pets", copy_function=shutil.copyfile)  # does not keep modification times
     assert train.main(["--resume", "a", "--data-path", "pets"]) == 0
     resume = ["--resume", "a", "--epochs", "4", "--data-path", "pets"]
     Path("pets/cat/cat 03.png").unlink()
@@ -232,14 +232,14 @@ def test_data_that_has_changed_is_named_file_by_file(pets, undisturbed, tmp_path
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": [[1, 2]]}', '{"a": [["train"]]}'])
-def test_a_damaged_list_of_files_is_one_line(pets, undisturbed, capsys, text):
+def test_corrupt_files_json_is_a_one_line_error(pets, undisturbed, capsys, text):
     shutil.copytree(undisturbed, "runs/a")
     Path("runs/a/files.json").write_text(text)
     assert train.main(["--resume", "a", "--epochs", "4"]) == 1
     assert "--allow-changed-data" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_file_that_has_moved_to_the_other_side_is_named(pets, tmp_path, capsys):
+def test_files_moved_between_training_and_validation_are_listed(pets, tmp_path, capsys):
     for side in ("train", "val"):
         shutil.copytree(pets, tmp_path / "sides" / side)
     (tmp_path / "sides/val/cat/cat 00.png").unlink()
@@ -250,7 +250,7 @@ def test_a_file_that_has_moved_to_the_other_side_is_named(pets, tmp_path, capsys
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the other process is forked")
-def test_a_run_is_trained_by_one_process_at_a_time(undisturbed, capsys):
+def test_a_locked_run_is_refused(undisturbed, capsys):
     shutil.copytree(undisturbed, "runs/a")
     fork = multiprocessing.get_context("fork")
     is_locked = fork.Event()
@@ -300,7 +300,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content.update(class_names="cat"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(undisturbed, capsys, damage):
+def test_corrupt_checkpoint_is_a_one_line_error_and_changes_nothing(undisturbed, capsys, damage):
     shutil.copytree(undisturbed, "runs/a")
     path = Path("runs/a/weights/last.pth")
     content = torch.load(path, weights_only=True)
@@ -309,14 +309,14 @@ def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(undisturbed, capsy
     before = contents(Path("runs/a"))
     try:
         status = train.main(["--resume", "a", "--epochs", "4"])
-    except SystemExit as stop:  # a command line that argparse refuses
+    except SystemExit as stop:  # argparse rejects the stored command line
         status = stop.code
     assert status != 0
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert contents(Path("runs/a")) == before
 
 
-def test_a_checkpoint_outside_a_run_is_refused_and_nothing_beside_it_touched(undisturbed, tmp_path, capsys):
+def test_resume_from_a_checkpoint_outside_a_run_is_refused(undisturbed, tmp_path, capsys):
     (tmp_path / "downloads").mkdir()
     shutil.copy(undisturbed / "weights" / "last.pth", tmp_path / "downloads" / "last.pth")
     (tmp_path / "events.out.tfevents.1.another").write_bytes(b"somebody's")
@@ -330,7 +330,7 @@ def test_a_checkpoint_outside_a_run_is_refused_and_nothing_beside_it_touched(und
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_too_little_memory_is_one_line(pets, monkeypatch, capsys, error):
+def test_out_of_memory_is_a_one_line_error(pets, monkeypatch, capsys, error):
     def run_out(*arguments: object, **keywords: object) -> None:
         raise error
 
@@ -341,11 +341,11 @@ def test_too_little_memory_is_one_line(pets, monkeypatch, capsys, error):
     assert len(said.splitlines()) == 1
 
 
-# --- what is saved is whole -----------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["fsync", "write", "replace"])
-def test_a_disk_that_is_full_leaves_the_checkpoint_from_before(tmp_path, monkeypatch, call):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call):
     save_checkpoint({"epoch": 1}, tmp_path / "last.pth")
 
     def full(*arguments: object) -> None:
@@ -360,12 +360,12 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_from_before(tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
-def test_weights_that_are_not_finite_are_not_saved(pets, capsys):
+def test_non_finite_weights_are_not_saved(pets, capsys):
     def spoil(run: Run) -> None:
         run.model.fc.weight.data.fill_(float("nan"))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with after_steps(STEPS, spoil):  # in the first evaluation it is to be saved
+    with after_steps(STEPS, spoil):  # the signal requests a save during the first evaluation
         assert train.main(flags(pets)) == 1
     assert "weights are infinite or not a number in epoch 0" in capsys.readouterr().err
     saved = torch.load("runs/flower_experiment/weights/last.pth")

@@ -1,4 +1,4 @@
-"""What train.py as a program writes into its run's folder, to TensorBoard and to its output."""
+"""Files, TensorBoard events and output of train.py run as a program."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, sample):
-    """A run of three epochs on the drawn sample: its folder and what it printed."""
+    """Train three epochs on the drawn sample and return the run's folder, stdout and stderr."""
     folder = tmp_path_factory.mktemp("run")
     command = [
         sys.executable,
@@ -60,7 +60,7 @@ def run(tmp_path_factory, sample):
     return folder / "runs" / "flower_experiment", done.stdout, done.stderr
 
 
-def test_what_a_run_leaves_behind(run):
+def test_files_written_by_a_run(run):
     folder, *_ = run
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
@@ -77,7 +77,7 @@ def test_what_a_run_leaves_behind(run):
     assert json.loads((folder / "class_indices.json").read_text(encoding="utf-8"))["4"] == "tulips"
 
 
-def test_the_events(run):
+def test_tensorboard_tags_and_steps(run):
     events = read_events(run[0])
     tags = events.Tags()
     assert tags["graph"]
@@ -88,7 +88,7 @@ def test_the_events(run):
     }
     for tag in set(tags["scalars"]) - {"step/train_loss"}:
         assert [scalar.step for scalar in events.Scalars(tag)] == [0, 1, 2]
-    assert [scalar.step for scalar in events.Scalars("step/train_loss")] == list(range(15))  # 5 steps an epoch
+    assert [scalar.step for scalar in events.Scalars("step/train_loss")] == list(range(15))  # 5 steps per epoch
     images = {"predictions vs. actuals", "confusion matrix", "worst mistakes", "training batch"}
     assert set(tags["images"]) == images
     for tag in images:
@@ -106,10 +106,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_mistakes_are_what_the_best_weights_say_of_each_image(run):
+def test_mistakes_csv_matches_the_best_weights(run):
     folder, *_ = run
     best = torch.load(folder / "weights" / "best.pth", weights_only=True)
-    model = torchvision_resnet18(num_classes=5)  # on its own: no code of ours
+    model = torchvision_resnet18(num_classes=5)  # torchvision only, none of our code
     model.load_state_dict(best["state_dict"])
     amp_dtype, _ = select_precision("auto", torch.device("cpu"))
     scale = v2.Compose(
@@ -131,7 +131,7 @@ def test_mistakes_are_what_the_best_weights_say_of_each_image(run):
     assert [float(row["loss"]) for row in rows] == pytest.approx(losses.tolist(), abs=5 * tolerance)
     runners_up = logits.softmax(dim=1).topk(2).values[:, 1]
     for row, index, margin in zip(rows, predicted.tolist(), (probabilities - runners_up).tolist(), strict=True):
-        assert row["predicted"] == names[index] or margin < 2 * tolerance  # rounding decides between the two
+        assert row["predicted"] == names[index] or margin < 2 * tolerance  # a tie within rounding
     assert [row["true"] for row in rows] == [Path(row["path"]).parent.name for row in rows]
     assert [float(row["loss"]) for row in rows] == sorted((float(row["loss"]) for row in rows), reverse=True)
     assert len({row["path"] for row in rows}) == 20  # the validation images, each once
@@ -139,7 +139,7 @@ def test_mistakes_are_what_the_best_weights_say_of_each_image(run):
     assert right / 20 == pytest.approx(best["accuracy"])
 
 
-def test_metrics_are_those_of_tensorboard(run):
+def test_metrics_csv_matches_tensorboard(run):
     folder, *_ = run
     events = read_events(folder)
     rows = read_csv(folder / "metrics.csv")
@@ -149,11 +149,11 @@ def test_metrics_are_those_of_tensorboard(run):
         values = [scalar.value for scalar in events.Scalars(tag)]
         assert [float(row[tag]) for row in rows] == pytest.approx(values, rel=1e-5)
     recalls = [float(rows[-1][f"recall/{name}"]) for name in ("daisy", "dandelion", "roses", "sunflowers", "tulips")]
-    assert sum(recalls) / 5 == pytest.approx(float(rows[-1]["accuracy"]))  # as many images of each class
+    assert sum(recalls) / 5 == pytest.approx(float(rows[-1]["accuracy"]))  # the classes are balanced
     assert float(rows[-1]["best_accuracy"]) == max(float(row["accuracy"]) for row in rows)
 
 
-def test_what_the_other_tabs_show(run):
+def test_text_projector_and_hparams_tabs(run):
     folder, *_ = run
     tensors = read_events(folder).Tags()["tensors"]
     assert {f"class/{name}" for name in ("daisy", "dandelion", "roses", "sunflowers", "tulips")} < set(tensors)
@@ -184,7 +184,7 @@ def test_what_the_other_tabs_show(run):
     assert sum(data.HasField("session_end_info") for data in content) == 1
 
 
-def test_the_graph_is_the_models(run):
+def test_graph_shows_the_model(run):
     graph = read_events(run[0]).Graph()
     names = {node.name for node in graph.node}
     assert any("layer4" in name and "conv2" in name for name in names)
@@ -192,7 +192,7 @@ def test_the_graph_is_the_models(run):
     assert [dim.size for dim in sizes[0][0].dim] == [1, 3, 224, 224]
 
 
-def test_what_a_run_prints(run):
+def test_output_of_a_run(run):
     folder, printed, complaints = run
     assert "cpu" in printed
     assert select_precision("auto", torch.device("cpu"))[1] in printed
@@ -205,12 +205,12 @@ def test_what_a_run_prints(run):
     assert len(re.findall(r"^\[epoch \d\] train_loss", printed, re.M)) == 3
     assert "python predict.py" in printed
     assert len(printed.splitlines()) < 15
-    assert complaints == ""  # no bar where there is no terminal
+    assert complaints == ""  # no progress bar without a terminal
     best = torch.load(folder / "weights" / "best.pth", weights_only=True)
     assert f"best accuracy {best['accuracy']:.3f} at epoch {best['epoch']}" in printed
 
 
-def test_the_weights_tell_what_was_measured(run, sample):
+def test_best_checkpoint_stores_its_metrics(run, sample):
     folder, *_ = run
     model, info = load_model(folder / "weights" / "best.pth")
     assert (info["model"], info["img_size"]) == ("resnet18", 32)
@@ -222,24 +222,24 @@ def test_the_weights_tell_what_was_measured(run, sample):
     assert info["epoch"] == best
     paths, labels = find_split(sample)[0].val_paths, find_split(sample)[0].val_labels
     data_set = MyDataSet(paths, labels, EvalTransform(32))
-    loader = torch.utils.data.DataLoader(data_set, batch_size=16, collate_fn=data_set.collate_fn)  # rounds as the run
+    loader = torch.utils.data.DataLoader(data_set, batch_size=16, collate_fn=data_set.collate_fn)  # as in the run
     amp_dtype, _ = select_precision("auto", torch.device("cpu"))
     assert evaluate(model, loader, "cpu", amp_dtype=amp_dtype) == pytest.approx(info["accuracy"])
 
 
-def test_last_holds_what_a_resume_needs(run):
+def test_last_checkpoint_contains_the_resume_state(run):
     last = torch.load(run[0] / "weights" / "last.pth", weights_only=True)
     assert last["epoch"] == 2
     resume = last["resume"]
     assert (resume["epoch"], resume["progress"]["steps"]) == (3, 0)
     assert resume["optimizer"]["state"]
     assert resume["best"].keys() == {"accuracy", "epoch", "val_loss"}
-    assert resume["scaler"] == {}  # of float16 alone
+    assert resume["scaler"] == {}  # float16 only
     plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()
 
 
-def test_events_can_be_read_while_training_goes_on_and_ctrl_c_saves_though_nobody_listens(sample, tmp_path):
+def test_live_events_and_ctrl_c_with_a_closed_pipe(sample, tmp_path):
     command = [sys.executable, PROGRAM, "--data-path", sample, *TINY, "--epochs", "1000"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -252,7 +252,7 @@ def test_events_can_be_read_while_training_goes_on_and_ctrl_c_saves_though_nobod
         for tag in ("train_loss", "accuracy", "learning_rate"):
             assert [scalar.step for scalar in events.Scalars(tag)][:2] == [0, 1]
         assert events.Tags()["graph"]
-        # As Ctrl-C does to `train.py 2>&1 | tee log`: it ends the reader, too.
+        # Ctrl-C in `train.py 2>&1 | tee log` ends the reader as well.
         running.stderr.close()
         running.send_signal(signal.SIGINT)
         assert running.wait(60) == 130
@@ -263,7 +263,7 @@ def test_events_can_be_read_while_training_goes_on_and_ctrl_c_saves_though_nobod
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
-def test_names_that_the_output_cannot_show(tmp_path):
+def test_unprintable_class_names_are_escaped(tmp_path):
     data = write_classes(tmp_path / "data", {"向日葵": 5, "two\nlines": 5})
     command = [sys.executable, PROGRAM, "--data-path", data, *TINY, "--epochs", "1"]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False)

@@ -1,4 +1,4 @@
-"""The folders and checkpoints of runs."""
+"""Run folders, metadata and checkpoint writing."""
 
 import argparse
 import errno
@@ -16,7 +16,7 @@ from cli_utils import UsageError
 from run_utils import create_run_folder, newest_weights, write_args
 
 
-def test_runs_do_not_share_a_folder(tmp_path):
+def test_concurrent_runs_get_separate_folders(tmp_path):
     made = []
     threads = [threading.Thread(target=lambda: made.append(create_run_folder("run", tmp_path))) for _ in range(20)]
     for thread in threads:
@@ -27,13 +27,13 @@ def test_runs_do_not_share_a_folder(tmp_path):
     assert all((folder / "weights").is_dir() for folder in made)
 
 
-def test_runs_cannot_be_made_in_a_file(tmp_path):
+def test_run_folder_inside_a_file_is_an_error(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(OSError, match="runs"):
         create_run_folder("run", tmp_path / "runs")
 
 
-def test_the_newest_weights(tmp_path):
+def test_newest_weights(tmp_path):
     with pytest.raises(UsageError, match="train first"):
         newest_weights(tmp_path)
     for name, age in (("a", 10), ("b", 5), ("c", 20)):
@@ -45,7 +45,7 @@ def test_the_newest_weights(tmp_path):
     assert newest_weights(tmp_path) == tmp_path / "b" / "weights" / "best.pth"
 
 
-def test_args_json(tmp_path):
+def test_args_json_stores_flags_and_versions(tmp_path):
     write_args(argparse.Namespace(num_classes=3, data_path=None), tmp_path / "args.json")
     content = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
     assert content["flags"] == {"num_classes": 3, "data_path": None}
@@ -53,7 +53,7 @@ def test_args_json(tmp_path):
     assert {"python", "torchvision", "tensorboard", "numpy"} <= content["versions"].keys()
 
 
-def test_a_file_system_may_not_sync_folders(tmp_path, monkeypatch):
+def test_checkpoint_without_folder_fsync_support(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def refuse(handle: int) -> None:
@@ -66,7 +66,7 @@ def test_a_file_system_may_not_sync_folders(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "best.pth", weights_only=True) == {"epoch": 1}
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_failed_save_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "best.pth"
     save_checkpoint({"epoch": 1}, path)
     with pytest.raises((AttributeError, TypeError)):

@@ -1,4 +1,4 @@
-"""The drawn sample: repeatable, and not to be told apart by colour."""
+"""The drawn sample is reproducible, and colour alone does not separate its classes."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from sample_flowers import CLASS_NAMES, draw_flower, draw_sample
 
 
 @pytest.mark.parametrize("kind", CLASS_NAMES)
-def test_same_seed_same_pixels(kind):
+def test_drawing_is_reproducible(kind):
     first = np.asarray(draw_flower(kind, index=1, size=96, seed=5))
     assert first.shape == (96, 96, 3)
     assert np.array_equal(first, np.asarray(draw_flower(kind, index=1, size=96, seed=5)))
@@ -21,16 +21,16 @@ def test_same_seed_same_pixels(kind):
         assert np.abs(first.astype(int) - np.asarray(other)).mean() > 5
 
 
-def test_the_folder_has_one_sub_folder_a_class(tmp_path):
+def test_one_sub_folder_per_class(tmp_path):
     folder = draw_sample(tmp_path / "deep" / "sample", images_per_class=2, size=32)
     assert sorted(path.name for path in folder.iterdir()) == sorted(CLASS_NAMES)
     assert all(len(list(path.iterdir())) == 2 for path in folder.iterdir())
-    assert list(folder.parent.iterdir()) == [folder]  # nothing unfinished is left behind
+    assert list(folder.parent.iterdir()) == [folder]  # no temporary files remain
     with pytest.raises(FileExistsError, match="exists already"):
         draw_sample(folder)
 
 
-def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_drawing_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.Image.Image.save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         draw_sample(tmp_path / "sample", images_per_class=1, size=32)
@@ -42,7 +42,7 @@ def test_unknown_flower():
         draw_flower("orchid")
 
 
-def test_from_the_command_line(tmp_path):
+def test_command_line(tmp_path):
     program = Path(__file__).parents[1] / "sample_flowers.py"
     command = [sys.executable, program, tmp_path / "s", "--images-per-class", "1", "--size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -54,7 +54,7 @@ def test_from_the_command_line(tmp_path):
 
 
 def colour_histograms(per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms of 4 x 4 x 4 colours (N, 64), and labels (N,)."""
+    """Return histograms of 4 x 4 x 4 colours (N, 64) and labels (N,)."""
     histograms, labels = [], []
     for label, kind in enumerate(CLASS_NAMES):
         for index in range(per_class):
@@ -65,7 +65,7 @@ def colour_histograms(per_class: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(histograms), np.array(labels)
 
 
-def test_colour_alone_does_not_tell_the_flowers_apart():
+def test_colour_alone_does_not_separate_the_classes():
     histograms, labels = colour_histograms(per_class=120)
     held_out = np.arange(len(labels)) % 4 == 0
     train_x, train_y, test_x, test_y = histograms[~held_out], labels[~held_out], histograms[held_out], labels[held_out]
@@ -76,7 +76,7 @@ def test_colour_alone_does_not_tell_the_flowers_apart():
 
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     x, y = torch.tensor((train_x - mean) / std).float(), torch.tensor(train_y)
-    for weight_decay in (1e-3, 1e-2, 1e-1):  # the best of them counts
+    for weight_decay in (1e-3, 1e-2, 1e-1):  # even the best value must fail
         torch.manual_seed(0)
         classifier = torch.nn.Linear(64, 5)
         optimizer = torch.optim.Adam(classifier.parameters(), lr=0.05, weight_decay=weight_decay)

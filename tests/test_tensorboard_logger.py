@@ -1,4 +1,4 @@
-"""What a run writes to TensorBoard and its folder, over many epochs."""
+"""TensorBoard logging: locked files, diverged weights, the projector and memory use over many epochs."""
 
 import argparse
 import gc
@@ -28,8 +28,8 @@ def resident_mib() -> float:
 
 @pytest.fixture
 def logger(tmp_path, monkeypatch, small_network):
-    """The logger of a run that has not started, with one image."""
-    monkeypatch.setattr("tensorboard_logger.PLOT_IMG", tmp_path)  # no images of flowers
+    """Return the logger of a run with one image, before its first epoch."""
+    monkeypatch.setattr("tensorboard_logger.PLOT_IMG", tmp_path)  # without the flower images
     paths = sorted(write_classes(tmp_path / "pets", {"cat": 1}).rglob("*.png"))
     labels = [CLASSES.index(path.parent.name) for path in paths]
     train_set = SafeImages(MyDataSet(paths, labels, TrainTransform(SIZE)), replace=True)
@@ -62,8 +62,8 @@ def logger(tmp_path, monkeypatch, small_network):
         yield logger
 
 
-def test_a_file_that_is_open_on_windows_stays_as_it_is(logger, monkeypatch, capsys):
-    """A spreadsheet that shows metrics.csv ends no training there; elsewhere the same error has other reasons."""
+def test_a_file_open_on_windows_is_left_unchanged(logger, monkeypatch, capsys):
+    """On Windows a spreadsheet may lock metrics.csv, which must not stop training; elsewhere the error is raised."""
 
     def refuse(path: Path, target: Path) -> Path:
         raise PermissionError(13, "Permission denied")
@@ -85,8 +85,8 @@ def test_a_file_that_is_open_on_windows_stays_as_it_is(logger, monkeypatch, caps
     assert len(path.read_text().splitlines()) == 4
 
 
-def test_no_checkpoint_is_written_of_a_diverged_network(logger):
-    """An infinite variance in BatchNorm can leave the losses finite."""
+def test_diverged_model_is_not_saved(logger):
+    """The losses can stay finite although a BatchNorm variance is infinite."""
     logger.run.weights.mkdir()
     assert logger.run.judge(0.5, 1.0)
     logger.run.model.bn1.running_var.fill_(torch.inf)
@@ -95,8 +95,8 @@ def test_no_checkpoint_is_written_of_a_diverged_network(logger):
     assert list(logger.run.weights.iterdir()) == []
 
 
-def test_the_projector_shows_images_of_all_classes(monkeypatch):
-    """Class follows class in the validation set."""
+def test_projector_samples_evenly_across_the_data(monkeypatch):
+    """The validation set is ordered by class, so an even sample covers all classes."""
     monkeypatch.setattr("tensorboard_logger.PROJECTED", 10)
     collected = ProjectorFeatures(25)
     for numbers in torch.arange(25).split(8):
@@ -105,8 +105,8 @@ def test_the_projector_shows_images_of_all_classes(monkeypatch):
     assert numbers.tolist() == features.flatten().tolist() == list(range(0, 25, 3))
 
 
-def test_hundreds_of_epochs_of_figures_leave_nothing_in_memory(logger):
-    """The figures with many images and the curves are drawn eight times on the way, the predictions each time."""
+def test_figures_of_many_epochs_do_not_leak_memory(logger):
+    """The large figures and the curves are drawn after 1, 2, 4, ... 64 epochs, the predictions after every epoch."""
     numbers, labels = torch.arange(1), torch.tensor([0])
     generator = torch.Generator().manual_seed(0)
     seen, features = [], ProjectorFeatures(1)
@@ -118,6 +118,6 @@ def test_hundreds_of_epochs_of_figures_leave_nothing_in_memory(logger):
             gc.collect()
             seen.append((len(gc.get_objects()), resident_mib()))
     objects, mib = (after - before for before, after in zip(*seen, strict=True))
-    assert objects < 5000  # a figure alone has more than 300
-    assert mib < 40  # figures that stay take more than 70
+    assert objects < 5000  # one figure has more than 300
+    assert mib < 40  # leaked figures take more than 70
     assert len(logger.run.history) == EPOCHS

@@ -1,4 +1,4 @@
-"""train.py from its command line, in this process: reproducibility, data, weights, and what it refuses."""
+"""`train.main` in this process: reproducibility, data, initial weights and user errors."""
 
 import os
 import re
@@ -38,15 +38,15 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(a, b), name
 
 
-def test_every_convolution_in_histograms(two_classes):
+def test_histograms_all_covers_every_convolution(two_classes):
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--histograms", "all"]) == 0
     tags = read_events(Path("runs/flower_experiment")).Tags()["histograms"]
     names = set(named_convolutions(MODELS["resnet18"](num_classes=2)))
     assert set(tags) == names | {f"gradients/{name}" for name in names}
 
 
-def test_a_small_network_learns_to_tell_flowers_apart(tmp_path):
-    """The chance level is 0.2."""
+def test_a_small_network_learns_the_sample(tmp_path):
+    """The accuracy of guessing is 0.2."""
     data = draw_sample(tmp_path / "sample", images_per_class=40, size=72)
     flags = ["--data-path", str(data), *TINY, "--recipe", "scratch", "--img-size", "48", "--batch-size", "16"]
     assert train.main([*flags, "--epochs", "6"]) == 0
@@ -54,13 +54,13 @@ def test_a_small_network_learns_to_tell_flowers_apart(tmp_path):
     assert last["accuracy"] >= 0.4
 
 
-# --- repeatability ----------------------------------------------------------------------------------------------
+# --- reproducibility --------------------------------------------------------------------------------------------
 
 
-def test_weights_are_a_function_of_the_flags(two_classes):
+def test_weights_depend_on_the_flags_only(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--batch-size", "4", "--epochs", "2", "--seed", "7"]
     assert train.main(flags) == 0
-    torch.rand(3)  # what happened before does not matter
+    torch.rand(3)  # the global random state must not matter
     assert train.main([*flags, "--workers", "2"]) == 0
     assert_same_weights(Path("runs/flower_experiment"), Path("runs/flower_experiment-2"))
     assert train.main([*flags, "--seed", "8", "--epochs", "1", "--name", "other"]) == 0
@@ -68,7 +68,7 @@ def test_weights_are_a_function_of_the_flags(two_classes):
     assert not torch.equal(one, other)
 
 
-def test_workers_that_are_spawned_give_the_same(sample):
+def test_batches_do_not_depend_on_how_workers_start(sample):
     args = train.parse_args(["--data-path", str(sample), *TINY[:-1], "1"])
     split, _ = find_split(sample)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
@@ -86,7 +86,7 @@ def test_workers_that_are_spawned_give_the_same(sample):
 
 
 @pytest.mark.parametrize("amp", ["on", "off"])
-def test_mixed_precision_is_repeatable_too(two_classes, capsys, amp):
+def test_mixed_precision_is_reproducible(two_classes, capsys, amp):
     flags = ["--data-path", str(two_classes), *TINY, "--batch-size", "4", "--epochs", "1", "--amp", amp]
     assert train.main(flags) == 0
     assert f"precision    {'bfloat16' if amp == 'on' else 'float32 (--amp off)'}" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_mixed_precision_is_repeatable_too(two_classes, capsys, amp):
     assert_same_weights(Path("runs/flower_experiment"), Path("runs/flower_experiment-2"))
 
 
-def test_a_last_batch_of_one_image_is_left_out(tmp_path):
+def test_a_last_batch_of_one_image_is_dropped(tmp_path):
     data = write_classes(tmp_path / "data", {"cat": 3, "dog": 6})
     assert train.main(["--data-path", str(data), *TINY, "--epochs", "1", "--batch-size", "7"]) == 0
 
@@ -102,7 +102,7 @@ def test_a_last_batch_of_one_image_is_left_out(tmp_path):
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def test_without_data_the_sample_is_drawn_once(monkeypatch, tmp_path, capsys):
+def test_sample_data_is_drawn_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(prepare_data, "SAMPLE", tmp_path / "data" / "sample")
     drawn = []
 
@@ -117,7 +117,7 @@ def test_without_data_the_sample_is_drawn_once(monkeypatch, tmp_path, capsys):
     assert drawn == [tmp_path / "data" / "sample"]
 
 
-def test_folders_of_ones_own(tmp_path, capsys):
+def test_separate_validation_folders(tmp_path, capsys):
     data = write_classes(tmp_path / "pets" / "train", {"cat": 4, "a dog": 3}).parent
     write_classes(data / "val", {"cat": 1, "a dog": 2})
     assert train.main(["--data-path", str(data), *TINY, "--epochs", "1"]) == 0
@@ -129,7 +129,7 @@ def test_folders_of_ones_own(tmp_path, capsys):
     assert f"7 for training, 2 for validation (from {tmp_path / 'mine'})" in capsys.readouterr().out
 
 
-def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_classes, sample):
+def test_figure_images_are_plot_img_or_one_per_class(two_classes, sample):
     split, _ = find_split(sample)
     data_set = MyDataSet(split.val_paths, split.val_labels, EvalTransform(32))
     images, names = choose_figure_images(data_set, split.class_names, tensorboard_logger.PLOT_IMG)
@@ -143,7 +143,7 @@ def test_the_prediction_figure_shows_plot_img_or_else_an_image_a_class(two_class
 
 
 @pytest.mark.parametrize("damage", ["label.txt", "photograph"])
-def test_a_damaged_file_in_plot_img_ends_no_training(two_classes, tmp_path, monkeypatch, capsys, damage):
+def test_corrupt_file_in_plot_img_does_not_stop_training(two_classes, tmp_path, monkeypatch, capsys, damage):
     picture = write_image(tmp_path / "plot_img" / "a.png")
     (tmp_path / "plot_img" / "label.txt").write_text("a.png cat", encoding="utf-16" if damage == "label.txt" else None)
     if damage == "photograph":
@@ -154,7 +154,7 @@ def test_a_damaged_file_in_plot_img_ends_no_training(two_classes, tmp_path, monk
     assert len(read_events(Path("runs/flower_experiment")).Images("predictions vs. actuals")) == 1
 
 
-def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
+def test_download_runs_before_training(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "download_flower_photos", lambda root: two_classes.rename(root))
     assert train.main(["--download", "--data-path", str(tmp_path / "new"), *TINY, "--epochs", "1"]) == 0
     assert (tmp_path / "new" / "cat").is_dir()
@@ -163,8 +163,8 @@ def test_download_comes_before_training(two_classes, tmp_path, monkeypatch):
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["tutorial", "scratch"])  # finetune, which computes its features once, is apart
-def test_a_frozen_backbone_keeps_the_weights_it_starts_from(two_classes, tmp_path, recipe, capsys):
+@pytest.mark.parametrize("recipe", ["tutorial", "scratch"])  # finetune caches features and has its own test
+def test_frozen_backbone_keeps_its_initial_weights(two_classes, tmp_path, recipe, capsys):
     source = MODELS["resnet18"](num_classes=9)
     torch.save(source.state_dict(), tmp_path / "w.pth")
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1", "--weights", str(tmp_path / "w.pth")]
@@ -180,14 +180,14 @@ def test_a_frozen_backbone_keeps_the_weights_it_starts_from(two_classes, tmp_pat
     assert not torch.equal(moved["conv1.weight"], source.state_dict()["conv1.weight"])
 
 
-def test_a_frozen_random_backbone_is_warned_about(two_classes, capsys):
+def test_frozen_random_backbone_prints_a_warning(two_classes, capsys):
     assert (
         train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--freeze-layers", "--weights", ""]) == 0
     )
     assert "warning: --freeze-layers without --weights freezes a random backbone" in capsys.readouterr().out
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------
+# --- user errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_frozen_random_backbone_is_warned_about(two_classes, capsys):
         ["--no-such-flag"],
     ],
 )
-def test_values_out_of_range_are_refused_in_one_line(flags, capsys):
+def test_invalid_flags_are_one_line_errors(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(flags)
     assert caught.value.code == 2
@@ -248,7 +248,7 @@ def test_values_out_of_range_are_refused_in_one_line(flags, capsys):
         (["--download"], "not an empty folder"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(two_classes, flags, message, capsys):
+def test_user_errors_are_one_line_and_write_nothing(two_classes, flags, message, capsys):
     Path("empty").mkdir()
     Path("loop").symlink_to("loop")
     write_image(Path("a.png"))
@@ -264,8 +264,8 @@ def test_mistakes_are_one_line_and_leave_nothing(two_classes, flags, message, ca
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("batch_size", ["4", "32"])  # found in a later step, or in the evaluation after the only one
-def test_divergence_is_one_line_and_nothing_is_saved_of_it(two_classes, capsys, batch_size):
+@pytest.mark.parametrize("batch_size", ["4", "32"])  # fails in a later step, or in evaluation after the only step
+def test_divergence_is_a_one_line_error_and_not_saved(two_classes, capsys, batch_size):
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "30", "--lr", "1e25", "--batch-size", batch_size]
     assert train.main(flags) == 1
     assert [path.name for path in Path("runs/flower_experiment/weights").iterdir()] == ["last.pth"]
@@ -276,13 +276,13 @@ def test_divergence_is_one_line_and_nothing_is_saved_of_it(two_classes, capsys, 
     assert len(said.splitlines()) == 1
 
 
-def test_runs_where_nothing_may_be_written(two_classes, capsys):
+def test_a_file_named_runs_is_an_error(two_classes, capsys):
     Path("runs").write_text("a file")
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 1
     assert "runs" in capsys.readouterr().err
 
 
-def test_help_names_every_flag(capsys):
+def test_readme_documents_every_flag(capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(["--help"])
     assert caught.value.code == 0

@@ -1,4 +1,4 @@
-"""An epoch of training, a pass of evaluation."""
+"""Training for one epoch, evaluation, metrics and feature collection."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def tiny_resnet() -> ResNet:
 
 
 def loader(count: int = 10, batch_size: int = 4, seed: int = 0) -> DataLoader:
-    """uint8 images, dark ones of class 0 and light ones of class 1."""
+    """Return a loader of uint8 images, dark in class 0 and light in class 1."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 2, (count,), generator=generator)
     images = torch.randint(0, 128, (count, 3, 40, 40), generator=generator) + 120 * labels.view(-1, 1, 1, 1)
@@ -39,7 +39,7 @@ def loader(count: int = 10, batch_size: int = 4, seed: int = 0) -> DataLoader:
 
 
 class Stream(IterableDataset):
-    """The images of another data set, of which nobody knows how many there are."""
+    """Iterable version of a data set, without a length."""
 
     def __init__(self, images: TensorDataset) -> None:
         self.images = images
@@ -51,7 +51,7 @@ class Stream(IterableDataset):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def test_the_mean_loss_is_over_images_not_batches():
+def test_mean_loss_is_per_image():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
     data = loader(count=10, batch_size=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -60,7 +60,7 @@ def test_the_mean_loss_is_over_images_not_batches():
     assert train_one_epoch(model, optimizer, data, CPU, 0) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loader_without_a_length_is_trained_on():
+def test_training_on_a_loader_without_length():
     losses = []
     for images in (loader().dataset, Stream(loader().dataset)):
         model = tiny_resnet()
@@ -68,11 +68,11 @@ def test_a_loader_without_a_length_is_trained_on():
     assert losses[0] == losses[1]
 
 
-def test_a_step_is_torchs_own():
+def test_training_matches_a_plain_torch_loop():
     data = loader(count=8, batch_size=4)
     ours, plain = tiny_resnet(), tiny_resnet()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.01, momentum=0.9)
-    ours.conv1.weight.grad = torch.ones_like(ours.conv1.weight)  # left over from before: must not count
+    ours.conv1.weight.grad = torch.ones_like(ours.conv1.weight)  # a stale gradient must be cleared
     train_one_epoch(model=ours, optimizer=optimizer, data_loader=data, device=CPU, epoch=0)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
     plain.train()
@@ -84,7 +84,7 @@ def test_a_step_is_torchs_own():
         assert torch.equal(our, expected)
 
 
-def test_labels_are_smoothed_in_training():
+def test_label_smoothing_applies_in_training():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
     data = loader()
     images, labels = data.dataset.tensors
@@ -93,7 +93,7 @@ def test_labels_are_smoothed_in_training():
     assert train_one_epoch(model, optimizer, data, CPU, 0, label_smoothing=0.2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_comes_before_a_step_sets_its_rate_or_ends_the_epoch():
+def test_before_step_callback_sets_the_rate_or_ends_the_epoch():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     weights, progress = [], Progress()
@@ -110,7 +110,7 @@ def test_what_comes_before_a_step_sets_its_rate_or_ends_the_epoch():
     assert torch.equal(weights[2], model[1].weight)
 
 
-def test_it_learns():
+def test_training_reduces_the_loss():
     model = tiny_resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = [train_one_epoch(model, optimizer, loader(32, 8), CPU, epoch) for epoch in range(4)]
@@ -118,7 +118,7 @@ def test_it_learns():
     assert evaluate(model, loader(32, 8, seed=1), CPU) > 0.9
 
 
-def test_a_frozen_batchnorm_stays_as_it_is():
+def test_frozen_batchnorm_is_unchanged():
     model = tiny_resnet().eval()
     freeze_backbone(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -130,7 +130,7 @@ def test_a_frozen_batchnorm_stays_as_it_is():
     assert not model.bn1.training
 
 
-def test_a_batchnorm_that_learns_is_trained():
+def test_trainable_batchnorm_updates_its_statistics():
     model = tiny_resnet().eval()
     freeze_backbone(model)
     model.bn1.requires_grad_(True)
@@ -140,14 +140,14 @@ def test_a_batchnorm_that_learns_is_trained():
     assert not model.layer1[0].bn1.training
 
 
-def test_a_batchnorm_without_parameters_is_trained():
+def test_batchnorm_without_parameters_updates_its_statistics():
     model = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
     train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=1e-4), loader(), CPU, 0)
     assert model[0].running_mean.abs().sum() > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_epoch(value):
+def test_non_finite_loss_ends_the_epoch(value):
     model = tiny_resnet()
     with torch.no_grad():
         model.fc.bias.fill_(value)
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_ends_the_epoch(value):
         train_one_epoch(model, optimizer, loader(), CPU, 3)
 
 
-def test_the_step_at_which_it_happened_is_named():
+def test_divergence_error_names_the_step():
     images, labels = next(iter(loader(10, batch_size=10)))
     images = prepare_batch(images, CPU)
     images[5] = math.nan
@@ -166,7 +166,7 @@ def test_the_step_at_which_it_happened_is_named():
         train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=1e-3), data, CPU, 0)
 
 
-def test_how_often_the_losses_are_read_changes_nothing(monkeypatch):
+def test_loss_read_interval_does_not_change_results(monkeypatch):
     results = []
     for seconds in (0, math.inf):
         monkeypatch.setattr(train_eval_utils, "READ_SECONDS", seconds)
@@ -177,7 +177,7 @@ def test_how_often_the_losses_are_read_changes_nothing(monkeypatch):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_mixed_precision_is_near_float32():
+def test_mixed_precision_is_close_to_float32():
     losses, logits = [], []
     for amp_dtype in (None, torch.bfloat16):
         model = tiny_resnet()
@@ -193,12 +193,12 @@ def test_mixed_precision_is_near_float32():
     torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
 
 
-def test_a_step_that_the_scaler_skips_is_no_divergence():
+def test_a_step_skipped_by_the_scaler_is_not_divergence():
     model = tiny_resnet()
     with torch.no_grad():
         model.fc.weight *= 1000
     before = model.conv1.weight.clone()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # gradients a little larger than this overflow
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # gradients above 2 overflow
     data = loader(4, batch_size=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert math.isfinite(train_one_epoch(model, optimizer, data, CPU, 0, scaler=scaler))
@@ -206,7 +206,7 @@ def test_a_step_that_the_scaler_skips_is_no_divergence():
     assert scaler.get_scale() < 2.0**127
 
 
-def test_accuracy_is_over_the_images_seen():
+def test_accuracy_is_per_image():
     class FirstPixel(nn.Module):
         def forward(self, images):
             return torch.stack([-images[:, 0, 0, 0], images[:, 0, 0, 0]], 1)
@@ -222,7 +222,7 @@ def test_accuracy_is_over_the_images_seen():
     assert Evaluation(logits, seen).accuracy == pytest.approx(3 / 5)
 
 
-def test_evaluation_has_no_gradients_and_gives_the_mode_back():
+def test_evaluation_has_no_gradients_and_restores_the_mode():
     model = tiny_resnet().train()
     statistics = model.bn1.running_mean.clone()
     result = evaluate(model, loader(), CPU)
@@ -233,7 +233,7 @@ def test_evaluation_has_no_gradients_and_gives_the_mode_back():
 
 
 @pytest.mark.parametrize("device", ["cpu", CPU])
-def test_a_normalised_float_batch_gives_the_same(device):
+def test_normalised_float_batches_give_equal_logits(device):
     data = loader()
     images, labels = data.dataset.tensors
     prepared = DataLoader(TensorDataset(prepare_batch(images, CPU), labels), batch_size=4)
@@ -241,7 +241,7 @@ def test_a_normalised_float_batch_gives_the_same(device):
     assert torch.equal(collect_logits(model, data, device)[0], collect_logits(model, prepared, device)[0])
 
 
-def test_an_empty_loader_is_an_error():
+def test_empty_loader_is_an_error():
     empty = DataLoader(TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)))
     model = tiny_resnet()
     with pytest.raises(ValueError, match="nothing to"):
@@ -250,14 +250,14 @@ def test_an_empty_loader_is_an_error():
         evaluate(model, empty, CPU)
 
 
-def test_the_bar_is_for_terminals_only(capsys):
+def test_no_progress_bar_without_a_terminal(capsys):
     model = tiny_resnet()
     train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.01), loader(), CPU, 0)
     evaluate(model, loader(), CPU)
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_bar_on_a_terminal(monkeypatch, capsys):
+def test_progress_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     model = tiny_resnet()
     train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.01), loader(), CPU, 7)
@@ -269,7 +269,7 @@ def test_the_bar_on_a_terminal(monkeypatch, capsys):
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_agree_with_their_definitions():
+def test_metrics_match_their_definitions():
     #          label, predicted, probability of the predicted class
     rows = [(0, 0, 0.9), (0, 0, 0.6), (0, 1, 0.5), (1, 1, 0.7), (1, 2, 0.8), (2, 2, 0.4)]
     probabilities = torch.tensor([[p if k == guess else (1 - p) / 3 for k in range(4)] for _, guess, p in rows])
@@ -277,25 +277,25 @@ def test_metrics_agree_with_their_definitions():
     assert found.accuracy == pytest.approx(4 / 6)
     assert found.confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert found.recalls.tolist()[:3] == pytest.approx([2 / 3, 1 / 2, 1])
-    assert math.isnan(found.recalls[3])  # no image shows it
+    assert math.isnan(found.recalls[3])  # the class has no images
     f1 = [2 * 2 / (2 * 2 + 0 + 1), 2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1 + 0)]  # 2 TP / (2 TP + FP + FN)
     assert found.macro_f1 == pytest.approx(sum(f1) / 3)
     losses = [-math.log(0.9), -math.log(0.6), -math.log(0.5 / 3), -math.log(0.7), -math.log(0.2 / 3), -math.log(0.4)]
     assert found.losses.tolist() == pytest.approx(losses, rel=1e-5)
     assert found.loss == pytest.approx(sum(losses) / 6)
     assert torch.allclose(found.probabilities, probabilities)
-    assert found.worst(4) == [4, 2, 5, 1]  # the two mistakes, and then the highest losses of the others
+    assert found.worst(4) == [4, 2, 5, 1]  # the two mistakes, then the highest losses among the rest
 
 
-def test_estimated_batch_norm_statistics_belong_to_the_current_weights():
+def test_batch_norm_statistics_match_the_current_weights():
     model = tiny_resnet()
-    with torch.no_grad():  # as after steps so large that the running averages lag far behind
+    with torch.no_grad():  # makes the running averages lag, as very large steps do
         model.conv1.weight *= 100
         model.layer2[0].conv1.weight *= 10
     images = torch.cat([batch for batch, _ in loader(count=64, batch_size=64)])
     prepared = prepare_batch(images, CPU)
     with torch.no_grad():
-        expected = copy.deepcopy(model).train()(prepared)  # normalised by the batch's own statistics
+        expected = copy.deepcopy(model).train()(prepared)  # normalised by batch statistics
     lagging, _ = collect_logits(model.eval(), DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU)
     estimate_batch_norm(model, images, CPU, batch_size=64)
     assert not any(module.training for module in model.modules())
@@ -304,7 +304,7 @@ def test_estimated_batch_norm_statistics_belong_to_the_current_weights():
     assert (estimated - expected).abs().max() < 0.1 * (lagging - expected).abs().max()
 
 
-def test_batches_for_batch_norm_statistics_mix_the_classes():
+def test_batch_norm_statistics_use_batches_of_mixed_classes():
     model = tiny_resnet()
     images, labels = loader(count=64).dataset.tensors
     by_class = images[labels.argsort(stable=True)]
@@ -315,7 +315,7 @@ def test_batches_for_batch_norm_statistics_mix_the_classes():
     torch.testing.assert_close(model.bn1.running_var, together, rtol=0.1, atol=0)
 
 
-def test_features_are_what_the_classifier_sees(sample):
+def test_features_are_the_inputs_of_the_classifier(sample):
     model = resnet18(num_classes=5).eval()
     paths = sorted(map(str, sample.rglob("*.jpg")))[::10]
     loader = DataLoader(MyDataSet(paths, list(range(10)), EvalTransform(32)), 4, collate_fn=MyDataSet.collate_fn)
@@ -333,7 +333,7 @@ def test_features_are_what_the_classifier_sees(sample):
     assert not model.fc._forward_pre_hooks
 
 
-def test_training_counts_what_it_saw():
+def test_progress_counts_images_steps_and_correct_predictions():
     images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
     labels = torch.tensor([0, 1] * 5)
     model = resnet18(num_classes=2)
@@ -345,7 +345,7 @@ def test_training_counts_what_it_saw():
     with torch.no_grad():
         for batch, _ in batches:
             expected.append(copy.deepcopy(model).train()(prepare_batch(batch, "cpu")))
-    progress.start -= 1000  # it was made long before
+    progress.start -= 1000  # created long before training
     mean = train_one_epoch(model, optimizer, batches, "cpu", 0, progress=progress)
     assert progress.speed > 0.1
     right = sum(int((a.argmax(1) == b).sum()) for a, (_, b) in zip(expected, batches, strict=True))

@@ -1,4 +1,4 @@
-"""The learning-rate range test and the measurement of speed."""
+"""Learning-rate range test and speed measurement."""
 
 import math
 
@@ -10,8 +10,8 @@ from test_train_eval_utils import CPU, loader, tiny_resnet
 from tuning import find_learning_rate, measure_speed
 
 
-def test_a_range_test_of_a_valley():
-    """The loss falls with the rate's logarithm up to 0.1, and rises four times as fast from there."""
+def test_find_learning_rate_on_a_valley():
+    """The loss falls with the logarithm of the rate up to 0.1, then rises four times as fast."""
     half_lost = 0.1 * math.exp(math.log(0.1 / 1e-4) / 2 / 4)
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -32,7 +32,7 @@ def test_a_range_test_of_a_valley():
     assert found.suggestion == pytest.approx(half_lost, rel=0.3)
 
 
-def test_measuring_the_speed():
+def test_measure_speed():
     model = tiny_resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     assert measure_speed(model, optimizer, loader(), CPU, seconds=0.01) > 0

@@ -1,4 +1,4 @@
-"""A script written against the tutorial's modules runs unchanged on ours."""
+"""A script written for the tutorial's modules runs unchanged with ours."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 PROJECT = Path(__file__).parents[1]
 
 
-def test_the_tutorials_script_trains_in_an_empty_folder(tmp_path, sample):
+def test_tutorial_script_trains_in_an_empty_folder(tmp_path, sample):
     for module in PROJECT.glob("*.py"):
         shutil.copy(module, tmp_path)
     shutil.copytree(PROJECT / "plot_img", tmp_path / "plot_img")

@@ -1,4 +1,4 @@
-"""The tutorial's training as its code does it, for bench.py to compare with."""
+"""The tutorial's training loop, as a baseline for bench.py."""
 
 import argparse
 import math
@@ -26,7 +26,7 @@ PLOT_IMG = Path(__file__).resolve().parents[1] / "plot_img"
 
 
 class TutorialDataSet(Dataset):
-    """Reads, crops and normalises in the worker, all in full size and float32."""
+    """Reads, crops and normalises in the worker, in full size and float32."""
 
     def __init__(self, paths: list[str], labels: list[int], transform: Callable) -> None:
         self.paths, self.labels, self.transform = paths, labels, transform
@@ -39,7 +39,7 @@ class TutorialDataSet(Dataset):
 
 
 def tutorial_transforms(img_size: int) -> tuple[Callable, Callable]:
-    """For training and for validation."""
+    """Return the transforms for training and for validation."""
     to_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     crop = [transforms.RandomResizedCrop(img_size), transforms.RandomHorizontalFlip()]
     centre = [transforms.Resize(round(img_size * 256 / 224)), transforms.CenterCrop(img_size)]
@@ -47,7 +47,7 @@ def tutorial_transforms(img_size: int) -> tuple[Callable, Callable]:
 
 
 def tutorial_loader(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
-    """Workers that start anew for each epoch."""
+    """Return a loader that starts new workers for each epoch."""
     workers = min(os.cpu_count(), batch_size if batch_size > 1 else 0, 8)
     return DataLoader(
         dataset, batch_size, shuffle, num_workers=workers, pin_memory=True, collate_fn=MyDataSet.collate_fn
@@ -55,12 +55,12 @@ def tutorial_loader(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoa
 
 
 def tutorial_optimizer(model: torch.nn.Module, lr: float = 0.001) -> torch.optim.Optimizer:
-    """With torch's defaults."""
+    """Return the tutorial's SGD, with torch's default implementation."""
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=0.005)
 
 
 def tutorial_epoch(model, optimizer, loader, device, epoch) -> list[float]:
-    """One epoch of training; the loss of each step, which the progress bar shows at once."""
+    """Train one epoch and return the loss of each step. The progress bar reads each loss immediately."""
     model.train()
     optimizer.zero_grad()
     mean_loss = torch.zeros(1, device=device)
@@ -81,7 +81,7 @@ def tutorial_epoch(model, optimizer, loader, device, epoch) -> list[float]:
 
 @torch.no_grad()
 def tutorial_evaluate(model, loader, device) -> float:
-    """The accuracy."""
+    """Return the accuracy."""
     model.eval()
     right = torch.zeros(1, device=device)
     for images, labels in tqdm(loader, desc="validation", disable=None):
@@ -91,7 +91,7 @@ def tutorial_evaluate(model, loader, device) -> float:
 
 
 def baseline(args: argparse.Namespace) -> None:
-    """The tutorial's training, from start to end, in the current folder."""
+    """Run the tutorial's training from start to end in the current folder."""
     matplotlib.use("Agg")
     torch.manual_seed(args.seed)
     device = select_device(args.device)
