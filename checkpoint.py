@@ -118,7 +118,7 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    with _refusing(f"{path}: not a PyTorch weights file, or a damaged one"):
+    with _refusing(f"{path}: not a PyTorch weights file, or corrupt"):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
@@ -159,7 +159,7 @@ def _imagenet_state(model_name: str) -> dict[str, Tensor]:
     }
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        with _refusing(f"{file}: not the weights of ImageNet, or damaged; remove it, if it is there, and try again"):
+        with _refusing(f"{file}: not the ImageNet weights, or corrupt; remove the file and try again"):
             return weights.get_state_dict(**options)
     except OSError as error:
         raise OSError(f"cannot download {weights.url}: {error}") from error
@@ -187,7 +187,7 @@ def _load_state(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(f"{source}: does not fit this model: {'; '.join(wrong[:3])}{more}")
     if not is_finite(state):
-        raise WeightsError(f"{source}: weights are infinite or not a number: the training had diverged")
+        raise WeightsError(f"{source}: non-finite weights: the training has diverged")
 
 
 # --- save and resume ------------------------------------------------------------------------------------------------

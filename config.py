@@ -270,7 +270,7 @@ def merge_resumed_args(
     command = progress["command"]
     recipe = progress.get("recipe", {})
     if not (isinstance(recipe, dict) and all(may_be(name, value) for name, value in recipe.items())):
-        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its recipe is not train.py's")
+        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: corrupt: its recipe is not train.py's")
     for name, fits in FORMER.items():
         if (value := recipe.pop(name, fits[0])) not in fits:
             raise UsageError(
@@ -282,7 +282,7 @@ def merge_resumed_args(
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             before = parse_args(command, recipe)
     except SystemExit as error:
-        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its command line is not train.py's") from error
+        raise WeightsError(f"{folder / 'weights' / 'last.pth'}: corrupt: its command line is not train.py's") from error
     args = parse_args(command + argv, recipe)
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
@@ -296,7 +296,7 @@ def merge_resumed_args(
     if args.img_size is None:  # it was planned
         args.img_size = checkpoint.get("img_size")
         if not isinstance(args.img_size, int) or args.img_size < 32:
-            raise WeightsError(f"{folder / 'weights' / 'last.pth'}: damaged, its img_size is {args.img_size!r}")
+            raise WeightsError(f"{folder / 'weights' / 'last.pth'}: corrupt: its img_size is {args.img_size!r}")
     changed = ("epochs", "patience", "data_path", "val_path")
     changed = [flag for flag in changed if getattr(args, flag) != getattr(before, flag)]
     over = bool(progress.get("over"))

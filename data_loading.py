@@ -162,7 +162,7 @@ class SafeImages(Dataset):
             image, label = self.images[item]
             return image, index if self.return_index else label
         except ImageError as error:
-            action = "the next image takes its place" if self.replace else "skipped"
+            action = "replaced by the next image" if self.replace else "skipped"
             print(f"{error}; {action}", file=sys.stderr, flush=True)
             for offset in range(1, len(self) if self.replace else 0):
                 other = (index + offset) % len(self)
@@ -225,7 +225,7 @@ def make_train_loader(
     )
     if not batches.steps():
         few, needed = len(train_set), batches.global_batch
-        dist.fail(UsageError(f"{few} images for training are too few: a step of all processes takes {needed}"))
+        dist.fail(UsageError(f"{few} training images are too few: one step over all ranks takes {needed}"))
     return make_loader(SafeImages(train_set, replace=True), batches, args, device, dist)
 
 

@@ -138,10 +138,10 @@ def drop_unusable(split: Split, checked: dict[str, Checked]) -> tuple[Split, lis
     empty = set(split.train_labels) - set(left.train_labels)
     if empty:
         first = checked[_absolute(split.train_paths[split.train_labels.index(min(empty))])]
-        raise DataError(f"class {split.class_names[min(empty)]}: none of its images can be used; {first.problem}")
+        raise DataError(f"class {split.class_names[min(empty)]}: no usable images; {first.problem}")
     if split.val_paths and not left.val_paths:
         first = checked[_absolute(split.val_paths[0])]
-        raise DataError(f"none of the images for validation can be used; {first.problem}")
+        raise DataError(f"no usable validation images; {first.problem}")
     return left, problems
 
 
@@ -187,7 +187,7 @@ def prepare_data(args: argparse.Namespace, known_images: Path) -> Data:
     checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
     split, problems = drop_unusable(found, checked)
     if problems and args.strict:
-        raise DataError(f"--strict: {len(problems)} images cannot be used; {problems[0]}")
+        raise DataError(f"--strict: {len(problems)} unusable images; {problems[0]}")
     train_set = MyDataSet(split.train_paths, split.train_labels)
     val_set = MyDataSet(split.val_paths, split.val_labels)
     left = Split(
@@ -196,8 +196,8 @@ def prepare_data(args: argparse.Namespace, known_images: Path) -> Data:
     empty = set(split.train_labels) - set(left.train_labels)
     if empty:
         name, extreme = found.class_names[min(empty)], f"more than {MAX_ASPECT_RATIO} times as long as wide"
-        raise DataError(f"class {name}: none of its images for training can be used; the readable ones are {extreme}")
+        raise DataError(f"class {name}: no usable training images; the readable ones are {extreme}")
     if not len(val_set):
-        raise DataError("no usable image is left for validation")
+        raise DataError("no usable validation images")
     files = describe_files(found, checked)
     return Data(train_set, val_set, found.class_names, left.count(), val_source, problems, files, known | checked)

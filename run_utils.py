@@ -64,7 +64,7 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
     """
     found = list(Path(root).glob(f"*/weights/{file_name}"))
     if not found:
-        raise UsageError(f"no run in {root} has a {file_name}: train first, or say which")
+        raise UsageError(f"no run in {root} has a {file_name}: train a model first, or name one")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -146,14 +146,14 @@ def check_same_data(
         UsageError: the classes differ; files differ and not `may_differ`; or files.json is corrupt.
     """
     if class_names != checkpoint.get("class_names"):
-        raise UsageError(f"the data has the classes {', '.join(class_names)}, and the run was trained on others")
+        raise UsageError(f"the data has the classes {', '.join(class_names)}, but the run was trained on others")
     before = read_json(folder / "files.json")
     if not all(_is_list_of_pairs(versions) for versions in before.values()):
-        raise UsageError(f"{folder / 'files.json'}: damaged; remove it, and give --allow-changed-data")
+        raise UsageError(f"{folder / 'files.json'}: corrupt; remove it and pass --allow-changed-data")
     differences = {}
     for name in sorted(before.keys() | files.keys()):
         if name not in files or name not in before:
-            differences[name] = "is new" if name in files else "is gone"
+            differences[name] = "is new" if name in files else "is missing"
         elif sorted(content for _, content in before[name]) != sorted(content for _, content in files[name]):
             differences[name] = "has changed"
     if not differences:  # otherwise they may have changed the split
@@ -338,7 +338,7 @@ class Run:
         state = {name: value.cpu() for name, value in model.state_dict().items()}
         if not is_finite(state):
             raise FloatingPointError(
-                f"weights are infinite or not a number in epoch {self.epoch}: training diverged, a lower rate may help"
+                f"non-finite weights in epoch {self.epoch}: training diverged; try a lower learning rate"
             )
         return state
 
@@ -380,7 +380,7 @@ class Run:
             if self.dist.is_main:
                 cut_events(self.folder, dict(resume["events"]))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UsageError(f"{self.weights / 'last.pth'}: damaged, or not a checkpoint of this program") from error
+            raise UsageError(f"{self.weights / 'last.pth'}: corrupt, or not a checkpoint of this program") from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the momentum buffers; the parameter groups follow from the flags."""
@@ -452,7 +452,7 @@ def event_errors(run: Path) -> Iterator[None]:
         has_said = error.strerror is None  # the message is already complete
         if has_said or error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             raise
-        raise OSError(f"cannot write in {run}: {error.strerror}") from error
+        raise OSError(f"cannot write to {run}: {error.strerror}") from error
     finally:
         threading.excepthook = before
 
@@ -521,7 +521,9 @@ class StopSignals:
             os._exit(128 + number)  # the workers then end too, see `worker_init`
         self.received = number
         with contextlib.suppress(OSError):  # stderr may be closed: `train.py 2>&1 | tee log`
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # not print: unsafe in a handler
+            os.write(
+                2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n"
+            )  # not print: unsafe in a handler
 
     def _exit_in_time(self, noted: socket.socket) -> None:
         for number in iter(lambda: noted.recv(1), b""):

@@ -230,7 +230,7 @@ def train(args: argparse.Namespace, command: list[str], dist: Distributed) -> No
             if dist.is_main:
                 under = "under torchrun as before, " if dist.world_size > 1 else ""
                 with contextlib.suppress(OSError):  # nobody may read it any more
-                    print(f"train.py: stopped at {where}; to go on: {under}{again}", file=sys.stderr)
+                    print(f"train.py: stopped at {where}; to resume: {under}{again}", file=sys.stderr)
             raise
 
     best = str(run.weights / "best.pth")
@@ -295,8 +295,8 @@ def print_header(
 def diverged(loss: float, epoch: int, learning_rate: float) -> FloatingPointError:
     """Return the error for a validation loss that is not finite."""
     return FloatingPointError(
-        f"the validation loss is {loss} after epoch {epoch}, with learning rate {learning_rate:g}: training diverged, "
-        f"a lower rate may help"
+        f"the validation loss is {loss} after epoch {epoch}, with learning rate {learning_rate:g}: training diverged; "
+        f"try a lower learning rate"
     )
 
 

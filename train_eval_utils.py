@@ -105,7 +105,8 @@ class Progress:
         for (loss, right), images in zip(torch.stack(steps).tolist(), counts, strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {self.steps} {self.where}: training diverged, a lower rate may help"
+                    f"the loss is {loss} at step {self.steps} {self.where}: training diverged; "
+                    f"try a lower learning rate"
                 )
             if self.on_read is not None:
                 self.on_read(self.steps, loss)
@@ -202,7 +203,7 @@ def train_one_epoch(
                 after_step()
         progress.read()
         if progress.steps == 0:
-            raise EmptyLoaderError("there is nothing to train on: the data loader gives no image")
+            raise EmptyLoaderError("nothing to train on: the data loader is empty")
         bar.set_description_str(f"[epoch {epoch}] {progress}")
     return progress.loss
 
@@ -308,7 +309,7 @@ def collect_logits(
             if after_step is not None:
                 after_step()
     if not all_logits:
-        raise EmptyLoaderError("there is nothing to evaluate: the data loader gives no image")
+        raise EmptyLoaderError("nothing to evaluate: the data loader is empty")
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
 
 
@@ -371,7 +372,7 @@ def gather_evaluation(dist: Distributed, collect: Callable[[], tuple[Tensor, Ten
         share = None
     shares = [share for share in dist.gather(share) if share is not None]
     if not shares:
-        raise EmptyLoaderError("there is nothing to evaluate: the data loader gives no image")
+        raise EmptyLoaderError("nothing to evaluate: the data loader is empty")
     values, labels = (torch.cat(column) for column in zip(*shares, strict=True))
     return values, labels
 

@@ -63,7 +63,7 @@ def test_class_without_usable_images_raises(tmp_path):
     for path in [folder / "cat" / "cat 00.png", *(folder / "dog").iterdir()]:
         path.write_bytes(b"")
     split = split_folder(folder)
-    with pytest.raises(DataError, match=r"class dog: none of its images can be used; .*dog 0\d\.png"):
+    with pytest.raises(DataError, match=r"class dog: no usable images; .*dog 0\d\.png"):
         drop_unusable(split, check_images(split.train_paths + split.val_paths, {}))
 
 
@@ -228,7 +228,7 @@ def test_training_continues_when_files_vanish(tmp_path, capsys, monkeypatch):
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "2"]) == 0
     said = capsys.readouterr()
     assert "[epoch 1] skipped 2 of 4 validation images" in said.out
-    assert f"{split.train_paths[0]!r}: No such file or directory; the next image takes its place" in said.err
+    assert f"{split.train_paths[0]!r}: No such file or directory; replaced by the next image" in said.err
 
 
 def test_vanished_validation_set_is_a_one_line_error(two_classes, capsys, monkeypatch):

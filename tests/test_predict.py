@@ -181,7 +181,7 @@ def test_default_weights_are_of_the_most_recent_run(capsys, weights, sample, mon
     monkeypatch.chdir(tmp_path)
     status, lines, complaints = run(capsys, image)
     assert (status, lines, len(complaints)) == (1, [], 1)
-    assert "train first" in complaints[0]
+    assert "train a model first" in complaints[0]
 
 
 def test_plain_state_dict(capsys, weights, sample, tmp_path):

@@ -34,7 +34,7 @@ def test_run_folder_inside_a_file_is_an_error(tmp_path):
 
 
 def test_newest_weights(tmp_path):
-    with pytest.raises(UsageError, match="train first"):
+    with pytest.raises(UsageError, match="train a model first"):
         newest_weights(tmp_path)
     for name, age in (("a", 10), ("b", 5), ("c", 20)):
         path = tmp_path / name / "weights" / "best.pth"
