@@ -274,8 +274,8 @@ def merge_resumed_args(
     for name, fits in FORMER.items():
         if (value := recipe.pop(name, fits[0])) not in fits:
             raise UsageError(
-                f"the run {folder} was begun by an older train.py, with {name} {value!r} in its recipe, which there "
-                f"is no more; start a new run"
+                f"the run {folder} was started by an older version, with {name} {value!r} in its recipe, which is no "
+                f"longer supported; start a new run"
             )
     recipe = RECIPES["tutorial"] | recipe if recipe else None  # as it was then, without the ingredients that are newer
     try:
