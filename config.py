@@ -287,8 +287,8 @@ def merge_resumed_args(
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
             raise UsageError(
-                f"--{flag.replace('_', '-')}: the run {folder} was started with {value}; leave the flag out to go on "
-                f"with it, or start a new run"
+                f"--{flag.replace('_', '-')}: the run {folder} was started with {value}; omit the flag to "
+                f"resume it, or start a new run"
             )
     if args.epochs < before.epochs:
         raise UsageError(f"--epochs: the run {folder} was started with {before.epochs}; it can only be more")
@@ -303,13 +303,13 @@ def merge_resumed_args(
     improved_at = progress["improved_at"]
     has_stalled = improved_at is not None and 0 < args.patience <= progress["epoch"] - 1 - improved_at
     more_patient = before.patience > 0 and not 0 < args.patience <= before.patience
-    stalled = f"{args.patience} epochs without a better accuracy; --patience with a larger number goes on"
+    stalled = f"{args.patience} epochs without a better accuracy; resume it with a larger --patience"
     if over and args.time_budget and not more_patient:
         complete = "its time is up" + (f", or {stalled}" if args.patience else "")
     elif over and has_stalled and args.epochs > progress["epoch"]:
         complete = stalled
     elif progress["epoch"] >= args.epochs and not args.time_budget:
-        complete = f"{args.epochs} epochs; --epochs with a larger number goes on"
+        complete = f"{args.epochs} epochs; resume it with more --epochs"
     else:
         complete = ""
     return args, command + as_words(args, changed), complete

@@ -165,7 +165,7 @@ def check_same_data(
     if differences and not may_differ:
         raise UsageError(
             f"{len(differences)} files are not as they were when the run began; put them back, or give "
-            f"--allow-changed-data to go on with what is there"
+            f"--allow-changed-data to resume with the current files"
         )
 
 
@@ -198,7 +198,7 @@ def find_run(run: str) -> Path:
     for folder in (path, Path("runs", run)):
         if (folder / "weights" / "last.pth").is_file():
             return folder
-    raise UsageError(f"--resume {run}: no weights/last.pth to go on from, neither there nor in {Path('runs', run)}")
+    raise UsageError(f"--resume {run}: no weights/last.pth to resume from, neither there nor in {Path('runs', run)}")
 
 
 class Run:

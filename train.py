@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # `train.py | head`
         with contextlib.suppress(OSError):  # `2>&1 | head`
-            print("train.py: error: the output is closed; --resume goes on", file=sys.stderr)
+            print("train.py: error: the output is closed; resume with --resume", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if dist.is_launched and is_connection_lost(error):

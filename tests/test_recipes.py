@@ -371,8 +371,8 @@ def test_resume_with_a_removed_recipe_value_is_refused(two_classes, monkeypatch,
     capsys.readouterr()
     assert train.main(["--resume"]) == 1
     assert re.fullmatch(
-        r"train.py: error: the run \S+ was started by an older version, with least_area 0.25 in its recipe, which is no "
-        r"longer supported; start a new run\n",
+        r"train.py: error: the run \S+ was started by an older version, with least_area 0.25 in its recipe, which is "
+        r"no longer supported; start a new run\n",
         capsys.readouterr().err,
     )
     assert (RUN / "weights" / "last.pth").read_bytes() == before
