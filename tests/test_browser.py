@@ -46,7 +46,7 @@ const text = node => {
 def address(tmp_path_factory, sample) -> Iterator[str]:
     """Serve a run of two epochs on the drawn sample with TensorBoard, and yield its address."""
     folder = tmp_path_factory.mktemp("browser")
-    command = [sys.executable, train.__file__, "--data-path", sample, "--model", "resnet18", "--img-size", "64"]
+    command = [sys.executable, train.__file__, "--data-path", sample, "--model", "resnet18", "--img-size", "32"]
     command += ["--epochs", "2", "--device", "cpu", "--name", "seen"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     with socket.socket() as probe:

@@ -38,7 +38,9 @@ def all_figures(names: list[str]) -> list[Figure]:
         mistakes(PICTURES[:8], HEATS[:8], names16[:8], [0.5] * 8, names16[1:9]),
         training_batch(PICTURES, names16),
         explained(PICTURES, HEATS, tops, [f"{name}.jpg" for name in names16], [*names16[1:], None]),
-        confusion_matrix(np.ones((len(names), len(names)), dtype=int), names),
+        confusion_matrix(
+            np.ones((len(names), len(names)), dtype=int) if len(names) <= 20 else np.eye(len(names), dtype=int), names
+        ),
         curves(HISTORY),
         range_test(np.geomspace(1e-5, 10, 20), np.linspace(2, 1, 20), np.linspace(2, 1, 20), 0.01),
     ]

@@ -262,11 +262,11 @@ def test_recipe_epochs_do_not_limit_a_time_budget(two_classes, monkeypatch, caps
 
 
 def test_time_budget_completes_the_schedule(two_classes, capsys):
-    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.1"]
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.05"]
     assert train.main(flags) == 0
     printed = capsys.readouterr().out
     assert "planned      " in printed
-    assert "scratch, 0.1 minutes" in printed
+    assert "scratch, 0.05 minutes" in printed
     last = torch.load(RUN / "weights" / "last.pth", weights_only=True)
     assert last["img_size"] in PLANNED_SIZES
     assert last["resume"]["over"]
@@ -329,7 +329,7 @@ def test_invalid_training_flags_are_one_line_errors(flags, capsys):
 
 
 def test_resume_continues_the_time_budget(two_classes, capsys):
-    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.1"]
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.05"]
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
     before = torch.load(RUN / "weights" / "last.pth", weights_only=True)
