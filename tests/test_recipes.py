@@ -27,7 +27,7 @@ from train_eval_utils import Evaluation, estimate_batch_norm
 from tuning import PLANNED_SIZES, plan
 
 pytestmark = pytest.mark.usefixtures("small_network")
-TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--batch-size", "5"]
+TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--amp", "off", "--batch-size", "5"]
 RUN = Path("runs/flower_experiment")
 
 
@@ -253,7 +253,7 @@ def test_patience_stops_a_run_before_its_time_budget(two_classes, monkeypatch, c
 
 def test_recipe_epochs_do_not_limit_a_time_budget(two_classes, monkeypatch, capsys):
     monkeypatch.setitem(train.RECIPES, "scratch", train.RECIPES["scratch"] | {"epochs": 1})
-    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--time-budget", "0.5"]
+    flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--time-budget", "2"]
     with after_steps(11, send(signal.SIGTERM)):
         assert train.main(flags) == 143
     with after_steps(1, send(signal.SIGTERM)):
