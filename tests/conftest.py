@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model import MODELS, BasicBlock, ResNet
 from sample_flowers import draw_sample
+from tensorboard_logger import TensorBoardLogger
 
 matplotlib.use("Agg")
 # Tests, and the programs that they start, run in parallel. One thread each avoids oversubscribing the cores.
@@ -59,6 +60,12 @@ def small_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet18", functools.partial(ResNet, BasicBlock, [1, 1, 1, 1]))
         yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the drawing of figures, which takes a second per epoch."""
+    monkeypatch.setattr(TensorBoardLogger, "draw", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from prepare_data import check_images, describe_files, drop_unusable
 from run_utils import Run
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
 SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
 
 

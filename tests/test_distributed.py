@@ -35,7 +35,7 @@ from run_utils import Run, StopRequest, StopSignals
 from train_eval_utils import collect_logits, gather_evaluation, train_one_epoch
 
 pytestmark = [
-    pytest.mark.usefixtures("small_network"),
+    pytest.mark.usefixtures("small_network", "no_figures"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here"),
 ]
 SMALL = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0", "--timeout", "60"]

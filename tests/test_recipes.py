@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import after_steps, send
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -26,7 +25,7 @@ from optimization import Muon, Schedule, make_optimizer, set_learning_rate
 from train_eval_utils import Evaluation, estimate_batch_norm
 from tuning import PLANNED_SIZES, plan
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--amp", "off", "--batch-size", "5"]
 RUN = Path("runs/flower_experiment")
 
@@ -382,21 +381,6 @@ def test_explicit_img_size_is_not_planned(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--time-budget", "0.02", "--img-size", "40"]
     assert train.main(flags) == 0
     assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["img_size"] == 40
-
-
-# --- finding a learning rate ------------------------------------------------------------------------------------
-
-
-def test_find_lr_suggests_a_rate_and_draws_the_curve(sample, capsys):
-    flags = ["--data-path", str(sample), *TINY[:-2], "--img-size", "32", "--find-lr"]
-    assert train.main(flags) == 0
-    suggestion = float(re.search(r"suggestion +--lr (\S+)", capsys.readouterr().out)[1])
-    assert 1e-4 < suggestion < 1
-    assert (RUN / "find_lr.png").stat().st_size > 10_000
-    events = EventAccumulator(str(RUN), size_guidance={"images": 0})
-    events.Reload()
-    assert events.Tags()["images"] == ["learning rate finder"]
-    assert list((RUN / "weights").iterdir()) == []
 
 
 # --- a frozen backbone ------------------------------------------------------------------------------------------

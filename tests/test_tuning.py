@@ -1,12 +1,16 @@
 """Learning-rate range test and speed measurement."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train_eval_utils import CPU, loader, tiny_resnet
 
+import train
 from tuning import find_learning_rate, measure_speed
 
 
@@ -36,3 +40,31 @@ def test_measure_speed():
     model = tiny_resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     assert measure_speed(model, optimizer, loader(), CPU, seconds=0.01) > 0
+
+
+def test_find_lr_suggests_a_rate_and_draws_the_curve(sample, small_network, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/flower_experiment")
+    flags = [
+        "--data-path",
+        str(sample),
+        "--model",
+        "resnet18",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--amp",
+        "off",
+        "--img-size",
+        "32",
+        "--find-lr",
+    ]
+    assert train.main(flags) == 0
+    suggestion = float(re.search(r"suggestion +--lr (\S+)", capsys.readouterr().out)[1])
+    assert 1e-4 < suggestion < 1
+    assert (run / "find_lr.png").stat().st_size > 10_000
+    events = EventAccumulator(str(run), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["learning rate finder"]
+    assert list((run / "weights").iterdir()) == []
