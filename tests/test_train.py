@@ -38,14 +38,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(a, b), name
 
 
-def test_histograms_all_covers_every_convolution(two_classes):
+def test_histograms_all_covers_every_convolution(no_figures, two_classes):
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--histograms", "all"]) == 0
     tags = read_events(Path("runs/flower_experiment")).Tags()["histograms"]
     names = set(named_convolutions(MODELS["resnet18"](num_classes=2)))
     assert set(tags) == names | {f"gradients/{name}" for name in names}
 
 
-def test_a_small_network_learns_the_sample(tmp_path):
+def test_a_small_network_learns_the_sample(no_figures, tmp_path):
     """The accuracy of guessing is 0.2."""
     data = draw_sample(tmp_path / "sample", images_per_class=40, size=72)
     flags = [
@@ -69,7 +69,7 @@ def test_a_small_network_learns_the_sample(tmp_path):
 # --- reproducibility --------------------------------------------------------------------------------------------
 
 
-def test_weights_depend_on_the_flags_only(two_classes):
+def test_weights_depend_on_the_flags_only(no_figures, two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--batch-size", "4", "--epochs", "2", "--seed", "7"]
     assert train.main(flags) == 0
     torch.rand(3)  # the global random state must not matter
@@ -98,7 +98,7 @@ def test_batches_do_not_depend_on_how_workers_start(sample):
 
 
 @pytest.mark.parametrize("amp", ["on", "off"])
-def test_mixed_precision_is_reproducible(two_classes, capsys, amp):
+def test_mixed_precision_is_reproducible(no_figures, two_classes, capsys, amp):
     flags = ["--data-path", str(two_classes), *TINY, "--batch-size", "4", "--epochs", "1", "--amp", amp]
     assert train.main(flags) == 0
     assert f"precision    {'bfloat16' if amp == 'on' else 'float32 (--amp off)'}" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_corrupt_file_in_plot_img_does_not_stop_training(two_classes, tmp_path, 
     assert len(read_events(Path("runs/flower_experiment")).Images("predictions vs. actuals")) == 1
 
 
-def test_download_runs_before_training(two_classes, tmp_path, monkeypatch):
+def test_download_runs_before_training(no_figures, two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "download_flower_photos", lambda root: two_classes.rename(root))
     assert train.main(["--download", "--data-path", str(tmp_path / "new"), *TINY, "--epochs", "1"]) == 0
     assert (tmp_path / "new" / "cat").is_dir()
@@ -176,7 +176,7 @@ def test_download_runs_before_training(two_classes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["tutorial", "scratch"])  # finetune caches features and has its own test
-def test_frozen_backbone_keeps_its_initial_weights(two_classes, tmp_path, recipe, capsys):
+def test_frozen_backbone_keeps_its_initial_weights(no_figures, two_classes, tmp_path, recipe, capsys):
     source = MODELS["resnet18"](num_classes=9)
     torch.save(source.state_dict(), tmp_path / "w.pth")
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1", "--weights", str(tmp_path / "w.pth")]
@@ -192,7 +192,7 @@ def test_frozen_backbone_keeps_its_initial_weights(two_classes, tmp_path, recipe
     assert not torch.equal(moved["conv1.weight"], source.state_dict()["conv1.weight"])
 
 
-def test_frozen_random_backbone_prints_a_warning(two_classes, capsys):
+def test_frozen_random_backbone_prints_a_warning(no_figures, two_classes, capsys):
     assert (
         train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--freeze-layers", "--weights", ""]) == 0
     )
