@@ -8,19 +8,27 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchvision import models as torchvision_models
 
+from cli_utils import UsageError
 from model import MODELS, ResNet, to_device
+
+if TYPE_CHECKING:
+    from run import Run
+
+FORMAT = 2  # of last.pth; raise it with every change, as other formats cannot be resumed
+COUNTS = ("images", "steps", "correct")
 
 # The prefixes that torch.nn.parallel and torch.compile add to the names of parameters.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
-class WeightsError(ValueError):
+class WeightsError(UsageError):
     """An unusable weights file. The message names the file and the reason."""
 
 
@@ -193,6 +201,18 @@ def _load_state(
 # --- save and resume ------------------------------------------------------------------------------------------------
 
 
+def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth") -> Path:
+    """Return the most recent weights/`file_name` of the runs in `root`.
+
+    Raises:
+        UsageError: no run has one.
+    """
+    found = list(Path(root).glob(f"*/weights/{file_name}"))
+    if not found:
+        raise UsageError(f"no run in {root} has a {file_name}: train a model first, or name one")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
 def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
     """Save a checkpoint atomically: write a temporary file, flush it to the disk, and rename it.
 
@@ -210,8 +230,8 @@ def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be written"
-        left = "; the one from before is whole" if path.exists() else ""
-        raise OSError(f"cannot save {path}: {reason}{left}") from error
+        kept = "; the previous file is intact" if path.exists() else ""
+        raise OSError(f"cannot save {path}: {reason}{kept}") from error
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             unfinished.unlink()
@@ -230,20 +250,128 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
+def finite_state_dict(model: nn.Module, epoch: int) -> dict[str, Tensor]:
+    """Return a model's state_dict on the CPU, to load without a GPU.
+
+    Raises:
+        FloatingPointError: training has diverged.
+    """
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    if not is_finite(state):
+        raise FloatingPointError(f"non-finite weights in epoch {epoch}: training diverged; try a lower learning rate")
+    return state
+
+
+def save_best(run: "Run") -> None:
+    """Write best.pth: the model that was validated, its metadata and metrics.
+
+    Raises:
+        FloatingPointError, OSError: training has diverged, or writing failed. The previous file is kept.
+    """
+    state = finite_state_dict(run.eval_model, run.epoch)
+    save_checkpoint(run.info | run.last | {"state_dict": state}, run.weights / "best.pth")
+
+
+def save_plain(run: "Run") -> None:
+    """Write the tutorial's model-N.pth: the state_dict alone, of epoch N.
+
+    Raises:
+        FloatingPointError, OSError: see `save_best`.
+    """
+    save_checkpoint(finite_state_dict(run.eval_model, run.epoch), run.weights / f"model-{run.epoch}.pth")
+
+
+def save_last(run: "Run", progress: Mapping[str, float], event_sizes: Mapping[str, int]) -> None:
+    """Write last.pth: everything that resuming the run needs.
+
+    Args:
+        progress: the `Progress.state_dict` of the current epoch, summed over all ranks.
+        event_sizes: the sizes of the run's event files in bytes, to truncate them to on resume.
+
+    Raises:
+        FloatingPointError, OSError: see `save_best`.
+    """
+    state = finite_state_dict(run.model, run.epoch)
+    average = {} if run.average is None else finite_state_dict(run.average, run.epoch)
+    resume = {
+        "format": FORMAT,
+        "flags": run.flags,
+        "global_batch": run.global_batch,
+        "epoch": run.epoch,
+        "progress": dict(progress),
+        "history": run.history,
+        "best": run.best,
+        "best_confusion": run.best_confusion,
+        "improved_at": run.improved_at,
+        "finished": run.finished,
+        "average": average,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "events": dict(event_sizes),
+    }
+    save_checkpoint(run.info | run.last | {"state_dict": state, "resume": resume}, run.weights / "last.pth")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a last.pth to resume from.
 
     Raises:
-        WeightsError: it is another kind of file, or corrupt.
+        WeightsError: it is another kind of file, corrupt, or written by a version with another format.
     """
     content = read_torch_file(path)
-    match content.get("resume"):
-        case {"command": list(words), "epoch": int(epoch), "best": {"epoch": int() | None as best}} as resume:
-            resume.setdefault("improved_at", best)  # a run from before best.pth took the loss into account
-            if epoch >= 0 and all(isinstance(word, str) for word in words) and _is_epoch(resume["improved_at"]):
-                return content
-    raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
+    resume = content.get("resume")
+    if not isinstance(resume, dict):
+        raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
+    if resume.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path}: written by another version, and cannot be resumed; start a new run from its weights: "
+            f"--weights {path}"
+        )
+    return dict(content)
 
 
-def _is_epoch(value: Any) -> bool:
-    return value is None or isinstance(value, int)
+def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    """Restore the state that `save_last` wrote. Returns its `event_sizes`.
+
+    Raises:
+        WeightsError: the checkpoint is corrupt, or its model has another architecture.
+    """
+    try:
+        resume = checkpoint["resume"]
+        run.model.load_state_dict(checkpoint["state_dict"])
+        if run.average is not None:
+            run.average.load_state_dict(resume["average"])
+        _load_optimizer(run.optimizer, resume["optimizer"])
+        if resume["scaler"]:  # empty if the run used another precision before
+            run.scaler.load_state_dict(resume["scaler"])
+        run.schedule.load_state_dict(resume["schedule"])
+        run.epoch = _non_negative(resume["epoch"])
+        run.set_progress(float(resume["progress"]["loss_sum"]), *(int(resume["progress"][key]) for key in COUNTS))
+        run.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
+        for row in run.history:
+            row["epoch"] = int(row["epoch"])
+        run.last = {key: checkpoint[key] for key in ("epoch", "accuracy", "val_loss")}
+        run.best = {key: resume["best"][key] for key in run.last}
+        run.best_confusion = resume["best_confusion"]
+        run.improved_at = resume["improved_at"]
+        run.finished = str(resume["finished"])
+        return dict(resume["events"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        path = run.weights / "last.pth"
+        raise WeightsError(f"{path}: corrupt, or not a checkpoint of this program") from error
+
+
+def _non_negative(epoch: int) -> int:
+    if not isinstance(epoch, int) or epoch < 0:
+        raise ValueError("not an epoch")
+    return epoch
+
+
+def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the momentum buffers; the parameter groups follow from the flags."""
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():  # load_state_dict does not check these
+        momentum = values["momentum_buffer"]
+        if any(getattr(momentum, kind) != getattr(parameter, kind) for kind in ("shape", "layout", "device")):
+            raise ValueError("momentum buffers of another model")

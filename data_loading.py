@@ -7,21 +7,23 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from cli_utils import UsageError, number_of_workers, worker_init
+from cli_utils import UsageError, available_memory, number_of_workers, worker_init
 from config import has_single_pixels, training_sizes
 from distributed import Distributed
+from image_cache import ImageCache
 from image_io import ImageError
+from inference import gather_outputs, run_inference
 from model import ResNet
-from my_dataset import EvalTransform, MyDataSet
-from train_eval_utils import collect_features, gather_evaluation
+from my_dataset import EvalTransform, MyDataSet, TrainTransform, stack_images
+from prepare_data import Data
 
 T = TypeVar("T")
 
@@ -119,8 +121,8 @@ class DistributedBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         items = iter(self.order)
         for images in self._sizes():
-            of_step = list(itertools.islice(items, images))
-            share = of_step[self.rank :: self.world_size] or of_step[:1]
+            step_items = list(itertools.islice(items, images))
+            share = step_items[self.rank :: self.world_size] or step_items[:1]
             for start in range(0, len(share), self.batch_size):
                 yield share[start : start + self.batch_size]
 
@@ -205,8 +207,56 @@ class CachedFeatures(Dataset):
 # --- loaders ------------------------------------------------------------------------------------------------------
 
 
-def make_train_loader(
-    train_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed
+class Loaders(NamedTuple):
+    """The data loaders of one rank.
+
+    Attributes:
+        train: yields training images and their labels.
+        val: yields validation images and their indices in the validation set.
+        bn_images: training images for `estimate_batch_norm`, (N, 3, img_size, img_size) uint8 on the CPU, the same on
+            every rank; None if the recipe uses BatchNorm's running averages.
+    """
+
+    train: DataLoader
+    val: DataLoader
+    bn_images: Tensor | None = None
+
+    @property
+    def batches(self) -> DistributedBatchSampler:
+        """The training batches."""
+        return self.train.batch_sampler
+
+
+def build_loaders(
+    args: argparse.Namespace, data: Data, img_size: int, device: torch.device, dist: Distributed
+) -> Loaders:
+    """Create the loaders of this rank's training and validation images, and give the data sets their transforms.
+
+    Raises:
+        UsageError: there are too few training images for one step.
+    """
+    cache_images((data.train_set, data.val_set), dist)
+    data.train_set.transform = TrainTransform(img_size)
+    data.val_set.transform = EvalTransform(img_size)
+    train_loader = build_train_loader(args, data.train_set, device, dist)
+    val_loader = build_val_loader(args, data.val_set, device, dist)
+    bn_images = None
+    if args.recipe.bn_images > 0 and not args.freeze_layers:  # a frozen backbone keeps its own statistics
+        bn_images = load_evenly_spaced(data.train_set, args.recipe.bn_images, img_size)
+    return Loaders(train_loader, val_loader, bn_images)
+
+
+def cache_images(data_sets: Iterable[MyDataSet], dist: Distributed) -> None:
+    """Give each data set an eighth of the available memory to cache decoded images in."""
+    (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)
+    for images in data_sets:
+        if cache_bytes > 0:
+            share = dist.shared_memory, dist.local_rank, dist.local_world_size
+            images.cache = ImageCache(len(images), int(cache_bytes), *share)
+
+
+def build_train_loader(
+    args: argparse.Namespace, train_set: MyDataSet, device: torch.device, dist: Distributed
 ) -> DataLoader:
     """Create the loader of this rank's training batches; unreadable images are replaced.
 
@@ -224,77 +274,71 @@ def make_train_loader(
         drop_last=args.sync_bn,  # SyncBatchNorm needs equal batch sizes on all ranks
     )
     if not batches.steps():
-        few, needed = len(train_set), batches.global_batch
-        dist.fail(UsageError(f"{few} training images are too few: one step over all ranks takes {needed}"))
-    return make_loader(SafeImages(train_set, replace=True), batches, args, device, dist)
+        count, needed = len(train_set), batches.global_batch
+        dist.fail(UsageError(f"{count} training images are too few: one step over all ranks takes {needed}"))
+    workers = number_of_workers(args.workers, dist.local_world_size)
+    return make_loader(SafeImages(train_set, replace=True), batches, workers, device)
 
 
-def make_val_loader(
-    val_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed
+def build_val_loader(
+    args: argparse.Namespace, val_set: MyDataSet, device: torch.device, dist: Distributed
 ) -> DataLoader:
     """Create the loader of this rank's validation images and their indices; unreadable images are skipped."""
     batches = rank_share(range(len(val_set)), args.batch_size, dist)
-    return make_loader(SafeImages(val_set, replace=False, return_index=True), batches, args, device, dist)
+    workers = number_of_workers(args.workers, dist.local_world_size)
+    return make_loader(SafeImages(val_set, replace=False, return_index=True), batches, workers, device)
 
 
-def load_bn_images(train_set: MyDataSet, args: argparse.Namespace, device: torch.device, dist: Distributed) -> Tensor:
-    """Load the training images for `estimate_batch_norm`, preprocessed as for evaluation.
+def load_evenly_spaced(data_set: MyDataSet, number: int, img_size: int) -> Tensor:
+    """Load `number` evenly spaced images, or all if there are fewer, preprocessed as for evaluation.
 
     Returns:
-        (N, 3, img_size, img_size) uint8 on the CPU: `args.bn_images` images, or all if there are fewer, evenly spaced
-        in the data set and the same on every rank.
+        (N, 3, img_size, img_size) uint8. Unreadable images are replaced.
     """
-    images = copy.copy(train_set)  # drops the cache
-    images.transform = EvalTransform(args.img_size)
-    indices = np.linspace(0, len(images) - 1, min(args.bn_images, len(images))).astype(int).tolist()
-    batches = BatchSampler(indices, args.batch_size, drop_last=False)
-    loader = make_loader(SafeImages(images, replace=True), batches, args, device, dist)
-    return torch.cat([batch for batch, _ in loader])
+    images = copy.copy(data_set)  # without its cache
+    images.transform = EvalTransform(img_size)
+    readable = SafeImages(images, replace=True)
+    indices = np.linspace(0, len(images) - 1, min(number, len(images))).astype(int).tolist()
+    return stack_images([readable[index][0] for index in indices])
 
 
-def head_loaders(
-    model: ResNet,
-    train_set: MyDataSet,
-    train_batches: DistributedBatchSampler,
-    val_loader: DataLoader,
+def cache_features(
     args: argparse.Namespace,
+    model: ResNet,
+    loaders: Loaders,
+    img_size: int,
     device: torch.device,
     dist: Distributed,
     **options: Any,
-) -> tuple[DataLoader, DataLoader]:
+) -> Loaders:
     """Compute the features of a frozen backbone, and create the loaders to train and validate `fc` on them.
 
     Args:
-        train_batches: the training batches.
-        val_loader: yields images and their indices.
-        options: keyword arguments for `collect_logits`.
+        loaders: the loaders of the images.
+        options: keyword arguments for `run_inference`.
     """
 
     def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
-        return gather_evaluation(dist, functools.partial(collect_features, model, loader, device, **options))
+        run = functools.partial(run_inference, model, loader, device, feature_stride=1, **options)
+        outputs = gather_outputs(run, dist)
+        return outputs.features, outputs.labels
 
-    order, items = train_batches.order, []
-    for view in range(args.feature_views):
-        order.set_epoch(view, img_size=training_sizes(args)[1])
+    order, items = loaders.batches.order, []
+    for view in range(args.recipe.feature_views):
+        order.set_epoch(view, img_size=training_sizes(args.recipe, img_size)[1])
         items += sorted(order)  # sorted by image index
-    images = SafeImages(train_set, replace=True)
-    features, labels = features_of(make_loader(images, rank_share(items, args.batch_size, dist), args, device, dist))
-    views = list(zip(features.split(len(train_set)), labels.split(len(train_set)), strict=True))
-    train_features = DataLoader(CachedFeatures(views), batch_sampler=train_batches, generator=torch.Generator())
-    features, numbers = features_of(val_loader)
-    val_batches = rank_share(range(len(numbers)), 1024, dist)
-    return train_features, DataLoader(TensorDataset(features, numbers), batch_sampler=val_batches)
-
-
-def make_loader(
-    dataset: Dataset,
-    batches: Iterable[Sequence[Any]],
-    args: argparse.Namespace,
-    device: torch.device,
-    dist: Distributed,
-) -> DataLoader:
-    """Create a DataLoader whose workers read the images."""
     workers = number_of_workers(args.workers, dist.local_world_size)
+    batches = rank_share(items, args.batch_size, dist)
+    features, labels = features_of(make_loader(loaders.train.dataset, batches, workers, device))
+    views = list(zip(features.split(order.size), labels.split(order.size), strict=True))
+    train_loader = DataLoader(CachedFeatures(views), batch_sampler=loaders.batches, generator=torch.Generator())
+    features, indices = features_of(loaders.val)
+    val_batches = rank_share(range(len(indices)), 1024, dist)
+    return Loaders(train_loader, DataLoader(TensorDataset(features, indices), batch_sampler=val_batches))
+
+
+def make_loader(dataset: Dataset, batches: Iterable[Sequence[Any]], workers: int, device: torch.device) -> DataLoader:
+    """Create a DataLoader whose workers read the images."""
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -183,13 +183,18 @@ class Distributed:
 
     # --- model and memory -----------------------------------------------------------------------------------------
 
-    def wrap_ddp(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
         """Wrap `model` in DistributedDataParallel (Li et al. 2020, https://arxiv.org/abs/2006.15704).
 
         BatchNorm's running statistics are each rank's own until `broadcast_model`.
+
+        Args:
+            sync_bn: convert BatchNorm layers in place, to normalise over the batches of all ranks.
         """
         if not (self.is_launched and any(parameter.requires_grad for parameter in model.parameters())):
             return model
+        if sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         device_ids = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers

@@ -1,4 +1,4 @@
-"""Set up the optimization: initial weights, parameter groups, Muon, averaged weights and learning-rate schedules."""
+"""Optimizers with parameter groups, Muon, averaged weights and learning-rate schedules."""
 
 import argparse
 import functools
@@ -12,10 +12,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from checkpoint import load_pretrained
-from config import GRAIN, training_sizes
+from config import SIZE_STEP, training_sizes
 from distributed import Distributed
-from model import ResNet, freeze_backbone
+from model import ResNet
 
 WARMUP_START = 1 / 25  # of the maximum learning rate: PyTorch's default for 1cycle
 MOMENTUM = 0.9
@@ -24,26 +23,7 @@ EPSILON = 1e-7  # avoids a division by zero
 TIME_IS_UP = 0.97  # fraction of a time budget after which no other epoch starts
 
 
-# --- weights and optimizer ----------------------------------------------------------------------------------------
-
-
-def prepare_weights(model: ResNet, args: argparse.Namespace, resumed: bool, dist: Distributed) -> str:
-    """Load --weights (not on resume, which loads the run's own later) and freeze the backbone for --freeze-layers.
-
-    Returns:
-        A description for the header.
-    """
-    words = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
-    if args.weights and not resumed:
-        left_out = dist.local_rank_zero_first(lambda: load_pretrained(model, args.weights, args.model))
-        if left_out:
-            words += f" but for {', '.join(left_out)}, made for another number of classes"
-    if args.freeze_layers:
-        freeze_backbone(model)
-        words += "; only fc learns"
-        if not args.weights:
-            print("warning: --freeze-layers without --weights freezes a random backbone")
-    return words
+# --- optimizer ----------------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.SGD):
@@ -109,38 +89,39 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return matrices
 
 
-def make_optimizer(
-    model: ResNet, args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None = None
+def build_optimizer(
+    args: argparse.Namespace, model: ResNet, device: torch.device, amp_dtype: torch.dtype | None = None
 ) -> torch.optim.SGD:
     """Create the optimizer of the trainable parameters, with one parameter group per learning-rate scale.
 
     Args:
         amp_dtype: of mixed precision; None for float32.
     """
+    recipe = args.recipe
     groups: dict[tuple[float, bool], list[Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            orthogonal = args.muon_rate > 0 and parameter.ndim == 4
-            lr_scale = 1.0 if name.startswith("fc.") else args.backbone_rate
-            lr_scale *= args.muon_rate if orthogonal else 1.0
+            orthogonal = recipe.muon_lr_scale > 0 and parameter.ndim == 4
+            lr_scale = 1.0 if name.startswith("fc.") else recipe.backbone_lr_scale
+            lr_scale *= recipe.muon_lr_scale if orthogonal else 1.0
             groups.setdefault((lr_scale, orthogonal), []).append(parameter)
     # A fused optimizer would update its momentum even in a step that float16's gradient scaler skips.
     fused = (device.type in ("cpu", "cuda") and amp_dtype != torch.float16) or None
     optimizer = torch.optim.SGD
-    if args.muon_rate > 0:
+    if recipe.muon_lr_scale > 0:
         optimizer = functools.partial(Muon, dtype=torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
     return optimizer(
         [{"params": same, "lr_scale": scale, "orthogonal": orthogonal} for (scale, orthogonal), same in groups.items()],
         lr=args.lr,
         weight_decay=args.weight_decay,
         momentum=MOMENTUM,
-        nesterov=args.nesterov,
+        nesterov=recipe.nesterov,
         fused=fused,
     )
 
 
-def make_average(model: ResNet, args: argparse.Namespace) -> AveragedModel | None:
-    """Create the exponential moving average of the weights, which is what is validated and saved as best.pth.
+def build_average(args: argparse.Namespace, model: ResNet) -> AveragedModel | None:
+    """Create the exponential moving average of the weights, which is validated and saved as best.pth.
 
     While the learning rate is high the weights fluctuate from step to step, and their average is the better network
     (Polyak & Juditsky 1992, https://doi.org/10.1137/0330046).
@@ -148,9 +129,9 @@ def make_average(model: ResNet, args: argparse.Namespace) -> AveragedModel | Non
     Returns:
         None if the recipe has no average, or if only `fc` is trained.
     """
-    if args.ema_decay == 0 or args.freeze_layers:
+    if args.recipe.ema_decay == 0 or args.freeze_layers:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.recipe.ema_decay))
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
@@ -175,7 +156,7 @@ class Schedule:
         lr: the maximum learning rate.
         lrf: the final learning rate, as a fraction of `lr`.
         warmup: the fraction of the training in which the learning rate rises.
-        by_step: change the learning rate with every step instead of every epoch.
+        per_step: update the learning rate after every step instead of every epoch.
         img_sizes: pixels at the start and at the end.
     """
 
@@ -187,11 +168,11 @@ class Schedule:
         lr: float,
         lrf: float,
         warmup: float = 0.0,
-        by_step: bool = False,
+        per_step: bool = False,
         img_sizes: tuple[int, int] = (224, 224),
     ) -> None:
         self.epochs, self.steps = epochs, max(1, steps)
-        self.lr, self.lrf, self.warmup, self.by_step = lr, lrf, warmup, by_step
+        self.lr, self.lrf, self.warmup, self.per_step = lr, lrf, warmup, per_step
         self.img_sizes = img_sizes
 
     def progress(self, epoch: int, step: int = 0) -> float:
@@ -202,9 +183,14 @@ class Schedule:
         """Return whether the training ends before this epoch."""
         return epoch >= self.epochs
 
+    @property
+    def why_over(self) -> str:
+        """Why the training is complete, for messages."""
+        return f"{self.epochs} epochs; resume it with more --epochs"
+
     def learning_rate(self, epoch: int, step: int = 0) -> float:
         """Return the learning rate of a step."""
-        progress = self.progress(epoch, step if self.by_step else 0)
+        progress = self.progress(epoch, step if self.per_step else 0)
         if progress < self.warmup:
             return self.lr * (WARMUP_START + (1 - WARMUP_START) * progress / self.warmup)
         fall = (progress - self.warmup) / (1 - self.warmup)
@@ -214,10 +200,10 @@ class Schedule:
         """Return the image size of an epoch, which grows linearly over the first 80 % of the training."""
         first, last = self.img_sizes
         grown = min(1.0, self.progress(epoch) / 0.8)
-        return last if grown == 1 else first + round(grown * (last - first) / GRAIN) * GRAIN
+        return last if grown == 1 else first + round(grown * (last - first) / SIZE_STEP) * SIZE_STEP
 
     def reserve_time(self, seconds: float) -> None:
-        """Take note of the time between the last step of an epoch and the first of the next one."""
+        """Receive the seconds between the last step of an epoch and the first of the next one."""
 
     def state_dict(self) -> dict[str, float]:
         """Return the state to be saved."""
@@ -258,6 +244,10 @@ class TimedSchedule(Schedule):
         """Return whether the time is up, or too short for another epoch to learn anything."""
         return self.progress(epoch) >= TIME_IS_UP
 
+    @property
+    def why_over(self) -> str:
+        return "its time budget is spent"
+
     def reserve_time(self, seconds: float) -> None:
         """Reserve time for evaluation, figures and checkpoints, which take longer after the last epoch."""
         self.reserve = 2 * seconds
@@ -270,10 +260,10 @@ class TimedSchedule(Schedule):
         self.reserve = float(state["reserve"])
 
 
-def make_schedule(args: argparse.Namespace, steps: int, dist: Distributed) -> Schedule:
+def build_schedule(args: argparse.Namespace, steps: int, img_size: int, dist: Distributed) -> Schedule:
     """Create the schedule for --epochs of `steps` steps each, or for --time-budget."""
-    options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "by_step": args.rate_by_step}
-    options |= {"img_sizes": training_sizes(args)}
+    options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "per_step": args.recipe.schedule_per_step}
+    options |= {"img_sizes": training_sizes(args.recipe, img_size)}
     if args.time_budget:
         return TimedSchedule(60 * args.time_budget, dist.elapsed, **options)
     return Schedule(args.epochs, steps, **options)

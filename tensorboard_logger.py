@@ -8,27 +8,27 @@ import math
 import os
 import shutil
 import warnings
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 import plot_utils
 from cli_utils import atomic_file, peak_memory, printable, write_csv
+from data_loading import Loaders
 from data_utils import choose_figure_images
-from distributed import Distributed
+from inference import Evaluation, compute_logits
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
-from run_utils import Run, event_errors
-from train_eval_utils import Evaluation, Progress, compute_logits
+from run import Run
+from run_utils import event_errors
+from train_eval_utils import Progress
 from tuning import RangeTest
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
@@ -37,7 +37,7 @@ HIDDEN_FLAGS = (  # flags that HPARAMS leaves out, as they have no effect on wha
     *("allow_changed_data", "download", "find_lr", "histograms", "name"),
     *("num_classes", "resume", "save_every", "strict", "timeout", "workers"),
 )
-PROJECTED, THUMBNAIL = 1000, 32  # validation images in the projector, about; pixels of their thumbnails
+THUMBNAIL = 32  # pixels of a validation image in the projector
 STEPS_LOGGED = 50  # per epoch, at most
 
 MakeFigure = Callable[[], Figure]  # called later, in the background where there is a GPU
@@ -73,37 +73,6 @@ class BackgroundWriter:
             self.wait()
 
 
-class ProjectorFeatures:
-    """The penultimate features of about `PROJECTED` validation images, collected on every rank during evaluation.
-
-    Args:
-        images: the size of the validation set.
-    """
-
-    def __init__(self, images: int) -> None:
-        self.batches: list[tuple[Tensor, Tensor]] = []
-        self.every = math.ceil(images / PROJECTED)  # as the validation set is sorted by class
-
-    def add(self, features: Tensor, numbers: Tensor) -> None:
-        """Keep some of a batch: features (N, F) and the indices (N,) of their images in the validation set."""
-        kept = (numbers % self.every == 0).nonzero().flatten()
-        self.batches.append((features[kept.to(features.device, non_blocking=True)], numbers[kept]))
-
-    def gather(self, dist: Distributed) -> None:
-        """Replace the features of this rank by those of all ranks."""
-        shards = dist.gather([(features.cpu(), numbers) for features, numbers in self.batches])
-        self.batches = list(itertools.chain(*shards))
-
-    def concatenated(self) -> tuple[Tensor, Tensor]:
-        """Return the features (N, F) and indices (N,) of all batches."""
-        features, numbers = (torch.cat(column) for column in zip(*self.batches, strict=True))
-        return features, numbers
-
-    def clear(self) -> None:
-        """Drop the features of an epoch."""
-        self.batches.clear()
-
-
 class NullLogger:
     """The logger of all ranks but the main process: a no-op."""
 
@@ -113,13 +82,13 @@ class NullLogger:
     def __exit__(self, *error: object) -> None:
         """Do nothing."""
 
-    def log_start(self, card: str) -> None:
+    def log_start(self, description: str, flags: Mapping[str, Any]) -> None:
         """Do nothing."""
 
     def log_step(self, step: int, loss: float) -> None:
         """Do nothing."""
 
-    def log_epoch(self, *arguments: object) -> None:
+    def log_epoch(self, progress: Progress, validation: Evaluation, learning_rate: float, seconds: float) -> None:
         """Do nothing."""
 
     def flush(self) -> None:
@@ -131,26 +100,31 @@ class TensorBoardLogger:
 
     Everything is computed from the results of training and evaluation. Slow figures and precision-recall curves follow
     the 1st, 2nd, 4th, 8th, ... and the last epoch, the projector the last epoch only.
+
+    Args:
+        loaders: of the images, also if training uses cached features.
+        amp_dtype: mixed precision, see `compute_logits`.
+        histograms: "first" for the weights of two convolutions, "all" for the weights and gradients of all.
     """
 
     def __init__(
         self,
         run: Run,
-        args: Namespace,
-        train_loader: DataLoader,
-        val_loader: DataLoader,
+        loaders: Loaders,
         device: torch.device,
         amp_dtype: torch.dtype | None,
+        *,
+        histograms: str = "first",
     ) -> None:
         with event_errors(run.folder):
             self.writer = SummaryWriter(log_dir=str(run.folder))
-        self.run, self.args = run, args
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.steps_per_epoch = len(train_loader.batch_sampler.steps())
-        self.device, self.amp_dtype = device, amp_dtype
+        self.run = run
+        self.batches, self.train_images, self.val_images = loaders.batches, loaders.train.dataset, loaders.val.dataset
+        self.steps_per_epoch = len(loaders.batches.steps())
+        self.device, self.amp_dtype, self.histograms = device, amp_dtype, histograms
         self.class_names = run.info["class_names"]
         self.tag_names = [printable(name) for name in self.class_names]  # event files are UTF-8
-        self.val_set = val_loader.dataset.images
+        self.val_set = self.val_images.images
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
         self.background = BackgroundWriter(synchronous=device.type == "cpu")  # whose cores are busy with training
 
@@ -167,8 +141,13 @@ class TensorBoardLogger:
 
     # --- what is logged, and when ---------------------------------------------------------------------------------
 
-    def log_start(self, card: str) -> None:
-        """Write what is known before the first step: the graph, the layout of the charts, the flags, the run's card."""
+    def log_start(self, description: str, flags: Mapping[str, Any]) -> None:
+        """Write what is known before the first step: the graph, the layout of the charts and the hyperparameters.
+
+        Args:
+            description: the run in Markdown.
+            flags: of train.py.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # add_graph uses torch.jit.trace, which is deprecated
             # A copy, because tracing runs the model and updates BatchNorm's running statistics.
@@ -179,8 +158,8 @@ class TensorBoardLogger:
             "recall per class": ["Multiline", ["^recall/"]],
         }
         self.writer.add_custom_scalars({"training and validation": charts})
-        self.writer.add_text("run", card)
-        flags = {flag: value for flag, value in vars(self.args).items() if flag not in HIDDEN_FLAGS}
+        self.writer.add_text("run", description)
+        flags = {flag: value for flag, value in flags.items() if flag not in HIDDEN_FLAGS}
         flags = {flag: value if type(value) in (int, float) else printable(str(value)) for flag, value in flags.items()}
         results = dict.fromkeys(("accuracy", "macro_f1", "val_loss", "train_loss", "best_accuracy"), 0)
         for summary in hparams(flags, results)[:2]:  # add_hparams would create a run of its own
@@ -197,54 +176,45 @@ class TensorBoardLogger:
         if step % math.ceil(self.steps_per_epoch / STEPS_LOGGED) == 0:
             self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps_per_epoch + step)
 
-    def log_epoch(
-        self,
-        progress: Progress,
-        validation: Evaluation,
-        numbers: Tensor,
-        features: ProjectorFeatures,
-        learning_rate: float,
-        seconds: float,
-        is_best: bool,
-        is_last: bool,
-    ) -> None:
-        """Write an epoch's metrics and figures, before its checkpoint is saved.
+    def log_epoch(self, progress: Progress, validation: Evaluation, learning_rate: float, seconds: float) -> None:
+        """Write an epoch's metrics and figures, after `Run.update_best` and before the checkpoint is saved.
 
         Args:
             progress: the training metrics.
-            numbers: (N,) int64, the indices of the images in `validation` in the validation set.
-            features: of the validation images; gathered from all ranks if `is_last`.
+            validation: with the images' indices and features.
             seconds: the time that training and evaluation took.
-            is_best: whether it is the best epoch so far.
-            is_last: whether no other epoch follows.
         """
-        epoch = self.run.epoch
+        epoch, run = self.run.epoch, self.run
         scalars = self.scalars(progress, validation, learning_rate, seconds)
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, epoch)
         self.add_histograms(epoch)
-        self.run.history.append({"epoch": epoch} | scalars)
-        with replaceable(self.run.folder / "metrics.csv") as path:
-            write_csv(self.run.history, path)
+        run.history.append({"epoch": epoch} | scalars)
+        with replaceable(run.folder / "metrics.csv") as path:
+            write_csv(run.history, path)
+        if run.best is run.last:
+            with replaceable(run.folder / "mistakes.csv") as path:
+                write_csv(self.rows_by_loss(validation), path)
 
-        confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
         files, figures = {}, {"predictions vs. actuals": self.predictions()}
-        if is_best:
-            with replaceable(self.run.folder / "mistakes.csv") as path:
-                write_csv(self.rows_by_loss(validation, numbers), path)
-            files["confusion_matrix.png"] = confusion
-        if (epoch + 1).bit_count() == 1 or is_last:  # a power of two
-            files["curves.png"] = functools.partial(plot_utils.curves, list(self.run.history))
-            figures |= {"confusion matrix": confusion, "training batch": self.training_batch()}
-            figures |= self.worst_mistakes(validation, numbers)
+        if (epoch + 1).bit_count() == 1 or run.finished:  # a power of two
+            best = run.best_confusion.numpy()
+            files["confusion_matrix.png"] = functools.partial(plot_utils.confusion_matrix, best, self.class_names)
+            files["curves.png"] = functools.partial(plot_utils.curves, list(run.history))
+            confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
+            figures["confusion matrix"] = files["confusion_matrix.png"] if run.best is run.last else confusion
+            figures["training batch"] = self.training_batch()
+            figures |= self.worst_mistakes(validation)
             for index, name in enumerate(self.tag_names):
                 is_class, probability = validation.labels == index, validation.probabilities[:, index]
                 self.writer.add_pr_curve(f"class/{name}", is_class, probability, epoch)
-        if is_last:
-            self.add_projector(validation, numbers, *features.concatenated())
+        if run.finished:
+            self.add_projector(validation)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
         self.background.submit(self.draw, figures, files, epoch)
         self.writer.flush()
+        if run.finished:  # figures drawn after the checkpoint would be lost on a resume with more epochs
+            self.flush()
 
     def flush(self) -> None:
         """Wait until everything has been written."""
@@ -276,53 +246,49 @@ class TensorBoardLogger:
     def add_histograms(self, epoch: int) -> None:
         """Write the weights of two convolutions, or with --histograms all the weights and gradients of all."""
         for tag, convolution in named_convolutions(self.run.model).items():
-            if self.args.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
+            if self.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
                 self.writer.add_histogram(tag, convolution.weight, epoch)
-            gradient = convolution.weight.grad if self.args.histograms == "all" else None
+            gradient = convolution.weight.grad if self.histograms == "all" else None
             if gradient is not None and gradient.isfinite().all():  # otherwise float16's scaler has skipped the step
                 self.writer.add_histogram(f"gradients/{tag}", gradient, epoch)
 
-    def add_projector(self, validation: Evaluation, numbers: Tensor, features: Tensor, feature_numbers: Tensor) -> None:
-        """Write the features of validation images, with their labels, predictions and thumbnails."""
+    def add_projector(self, validation: Evaluation) -> None:
+        """Write the features of some validation images, with their labels, predictions and thumbnails."""
         points, rows, thumbnails = [], [], []
-        positions = {number: position for position, number in enumerate(numbers.tolist())}
-        for feature, number in zip(features, feature_numbers.tolist(), strict=True):
-            position, item = positions[number], self.val_loader.dataset[number]
+        for feature, row in zip(validation.features, validation.feature_rows.tolist(), strict=True):
+            item = self.val_images[int(validation.indices[row])]
             if item is not None:  # the file still exists
-                label, guess = int(validation.labels[position]), int(validation.predicted[position])
+                label, predicted = int(validation.labels[row]), int(validation.predicted[row])
                 points.append(feature)
-                rows.append([self.tag_names[label], self.tag_names[guess], "right" if guess == label else "wrong"])
+                is_right = "right" if predicted == label else "wrong"
+                rows.append([self.tag_names[label], self.tag_names[predicted], is_right])
                 pixels = torch.from_numpy(to_pixels(item[0][None])).permute(0, 3, 1, 2) / 255
                 thumbnails.append(F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="area"))
         if not rows:
             return
-        before = self.run.folder / f"{self.run.epoch:05d}"
-        if before.exists():  # from before a resume
-            shutil.rmtree(before)
+        earlier = self.run.folder / f"{self.run.epoch:05d}"
+        if earlier.exists():  # from before a resume
+            shutil.rmtree(earlier)
+        header = ["class", "predicted", "right or wrong"]
         self.writer.add_embedding(
-            torch.stack(points),
-            rows,
-            torch.cat(thumbnails),
-            self.run.epoch,
-            "validation",
-            metadata_header=["class", "predicted", "right or wrong"],
+            torch.stack(points), rows, torch.cat(thumbnails), self.run.epoch, "validation", metadata_header=header
         )
 
-    def rows_by_loss(self, validation: Evaluation, numbers: Tensor) -> list[dict[str, str | float]]:
+    def rows_by_loss(self, validation: Evaluation) -> list[dict[str, str | float]]:
         """Return the rows of mistakes.csv: all validation images, the highest loss first."""
         paths, names = self.val_set.images_path, self.class_names
         confidence = validation.probabilities.amax(dim=1)
-        columns = (numbers, validation.labels, validation.predicted, confidence, validation.losses)
+        columns = (validation.indices, validation.labels, validation.predicted, confidence, validation.losses)
         rows = sorted(zip(*(column.tolist() for column in columns), strict=True), key=lambda row: -row[-1])
         return [
             {
-                "path": paths[number],
+                "path": paths[index],
                 "true": names[label],
                 "predicted": names[predicted],
                 "probability": f"{probability:.6f}",
                 "loss": f"{loss:.6f}",
             }
-            for number, label, predicted, probability, loss in rows
+            for index, label, predicted, probability, loss in rows
         ]
 
     # --- figures --------------------------------------------------------------------------------------------------
@@ -345,10 +311,10 @@ class TensorBoardLogger:
         pixels = to_pixels(self.example_images)
         return functools.partial(plot_utils.predictions, pixels, names, probabilities.tolist(), self.example_names)
 
-    def worst_mistakes(self, validation: Evaluation, numbers: Tensor) -> dict[str, MakeFigure]:
+    def worst_mistakes(self, validation: Evaluation) -> dict[str, MakeFigure]:
         """Show the mistakes with the highest loss, with Grad-CAM; nothing if their files no longer exist."""
         positions = validation.worst(WORST)
-        items = [self.val_loader.dataset[number] for number in numbers[positions].tolist()]
+        items = [self.val_images[index] for index in validation.indices[positions].tolist()]
         positions = [position for position, item in zip(positions, items, strict=True) if item is not None]
         if not positions:
             return {}
@@ -369,10 +335,10 @@ class TensorBoardLogger:
 
         With --freeze-layers and features that were computed once, training has used other augmentations.
         """
-        train_set, sampler = self.train_loader.dataset, self.train_loader.batch_sampler.order
-        sampler.set_epoch(self.run.epoch, img_size=sampler.img_size)
-        items = [train_set[item] for item in itertools.islice(sampler, min(self.args.batch_size, 16))]
-        images, labels = train_set.collate_fn(items)
+        order = self.batches.order
+        order.set_epoch(self.run.epoch, img_size=order.img_size)
+        items = [self.train_images[item] for item in itertools.islice(order, min(self.batches.batch_size, 16))]
+        images, labels = self.train_images.collate_fn(items)
         names = [self.class_names[label] for label in labels.tolist()]
         return functools.partial(plot_utils.training_batch, to_pixels(images), names)
 

@@ -2,10 +2,9 @@
 
 import argparse
 import copy
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +13,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from config import training_sizes
-from data_loading import SafeImages, make_loader, make_train_loader
+from cli_utils import number_of_workers
+from config import DEFAULT_SIZE, training_sizes
+from data_loading import SafeImages, build_train_loader, make_loader
 from distributed import Distributed
 from model import ResNet
 from my_dataset import MyDataSet, TrainTransform
-from optimization import make_optimizer, set_learning_rate
-from train_eval_utils import Progress, train_one_epoch
+from optimization import build_optimizer, set_learning_rate
+from prepare_data import Data
+from train_eval_utils import Callback, NonFiniteLossError, Progress, train_one_epoch
 
 WINDOW = 11  # steps over which the range test averages the loss
 DIVERGED = 2  # the factor by which the averaged loss exceeds its minimum when the range test stops
@@ -46,29 +47,47 @@ def find_lr(
     model: ResNet,
     optimizer: Optimizer,
     device: torch.device,
-    dist: Distributed,
+    callback: Callback,
     **options: Any,
 ) -> RangeTest:
-    """Run the range test on the training set and print the suggestion. `options`: those of `train_one_epoch`."""
+    """Run the range test on the training set and print the suggestion.
+
+    Args:
+        callback: hooks around each step.
+        options: keyword arguments for `train_one_epoch`.
+    """
     rates = np.geomspace(1e-5, 10, 120)
-    train_set.transform.img_size = training_sizes(args)[1]
+    train_set.transform.img_size = training_sizes(args.recipe, train_set.transform.img_size)[1]
     images = SafeImages(train_set, replace=True)
     generator = torch.Generator().manual_seed(args.seed)
     sampler = RandomSampler(images, num_samples=len(rates) * args.batch_size, generator=generator)
-    loader = make_loader(images, BatchSampler(sampler, args.batch_size, drop_last=False), args, device, dist)
-    result = find_learning_rate(
-        model,
-        optimizer,
-        loader,
-        device,
-        set_rate=functools.partial(set_learning_rate, optimizer),
-        rates=rates,
-        label_smoothing=args.label_smoothing,
-        **options,
-    )
+    batches = BatchSampler(sampler, args.batch_size, drop_last=False)
+    loader = make_loader(images, batches, number_of_workers(args.workers), device)
+    options |= {"label_smoothing": args.label_smoothing, "callback": callback}
+    result = find_learning_rate(model, optimizer, loader, device, rates, **options)
     found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: the loss falls with no rate"
     print(f"suggestion   {found}")
     return result
+
+
+class _RangeTestCallback(Callback):
+    """Sets the next learning rate before each step, collects the losses, and ends the test when they diverge."""
+
+    def __init__(self, optimizer: Optimizer, rates: Sequence[float], callback: Callback) -> None:
+        self.optimizer, self.rates, self.callback = optimizer, rates, callback
+        self.losses: list[float] = []
+
+    def before_step(self, step: int) -> bool:
+        if _divergence(self.losses) < len(self.losses):
+            return False
+        set_learning_rate(self.optimizer, self.rates[step])
+        return self.callback.before_step(step)
+
+    def after_step(self, step: int) -> None:
+        self.callback.after_step(step)
+
+    def on_loss(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
 
 
 def find_learning_rate(
@@ -76,8 +95,8 @@ def find_learning_rate(
     optimizer: Optimizer,
     data_loader: DataLoader,
     device: torch.device | str,
-    set_rate: Callable[[float], None],
     rates: Sequence[float],
+    callback: Callback | None = None,
     **options: Any,
 ) -> RangeTest:
     """Raise the learning rate step by step until the loss diverges (Smith 2017, https://arxiv.org/abs/1506.01186).
@@ -86,31 +105,21 @@ def find_learning_rate(
     had gained, a little above the rate of the minimum: it suits a schedule that warms up and decays.
 
     Args:
+        optimizer: its parameter groups have the key "lr_scale", see `set_learning_rate`.
         data_loader: yields a batch for each of `rates`.
-        set_rate: sets the learning rate of the next step.
         rates: in geometric progression.
-        options: those of `train_one_epoch`.
+        callback, options: those of `train_one_epoch`.
 
     Raises:
         FloatingPointError: the loss is not finite at one of the first rates already.
     """
-    losses: list[float] = []
-    progress = Progress()
-    progress.on_read = lambda step, loss: losses.append(loss)
-
-    def before_step() -> bool:
-        if _divergence(losses) < len(losses):
-            return False
-        set_rate(rates[progress.taken])
-        return True
-
+    test = _RangeTestCallback(optimizer, rates, callback or Callback())
     try:
-        options |= {"progress": progress, "before_step": before_step, "keep_bar": False}
-        train_one_epoch(model, optimizer, data_loader, device, 0, **options)
-    except FloatingPointError:
-        if len(losses) < WINDOW:
+        train_one_epoch(model, optimizer, data_loader, device, 0, callback=test, keep_bar=False, **options)
+    except NonFiniteLossError:
+        if len(test.losses) < WINDOW:
             raise
-    losses = losses[: _divergence(losses)]
+    losses = test.losses[: _divergence(test.losses)]
     smoothed = np.convolve(np.pad(losses, WINDOW // 2, mode="edge"), np.full(WINDOW, 1 / WINDOW), mode="valid")
     tried, minimum = np.array(rates[: len(losses)]), int(smoothed.argmin())
     half = (np.mean(losses[:WINDOW]) + smoothed[minimum]) / 2
@@ -129,49 +138,78 @@ def _divergence(losses: Sequence[float]) -> int:
 # --- time budget --------------------------------------------------------------------------------------------------
 
 
-def plan(
+def choose_img_size(
     args: argparse.Namespace,
     model: ResNet,
-    train_set: MyDataSet,
-    forward_images: int,
+    data: Data,
     device: torch.device,
     amp_dtype: torch.dtype | None,
     dist: Distributed,
 ) -> tuple[int, float]:
-    """Choose the image size for --time-budget by measuring the speed of a few steps.
+    """Return --img-size, or by default 224 pixels or the size that --time-budget allows for.
 
-    Args:
-        forward_images: the number of images per epoch that take a forward pass only.
+    For a time budget, measure the speed of a few training steps, and choose the largest size at which there is time
+    for the recipe's epochs.
 
     Returns:
-        --img-size, or the largest size at which there is time for the recipe's epochs; and the seconds that an
-        evaluation will take.
+        The size, and for a time budget the seconds that an evaluation will take, else 0.
     """
-    images = copy.copy(train_set)  # without its cache
-    images.transform = TrainTransform(PROBE_SIZES[-1])
-    loader = make_train_loader(images, args, device, dist)
-    model = copy.deepcopy(model)
-    optimizer = make_optimizer(model, args, device, amp_dtype)
-    set_learning_rate(optimizer, 0.0)
-    seconds, took = 60 * args.time_budget, []
-    for size in PROBE_SIZES:
-        loader.batch_sampler.order.set_epoch(0, img_size=size)
-        took.append(1 / measure_speed(model, optimizer, loader, device, min(4.0, seconds / 100), amp_dtype=amp_dtype))
-    took = [slowest / dist.world_size for slowest in dist.all_reduce_max(*took)]
-    small, large = (size**2 for size in PROBE_SIZES)
-    per_image = min(max(0.0, (took[0] * large - took[1] * small) / (large - small)), took[1])  # whatever its size
-    per_pixel = (took[1] - per_image) / large
-
+    if not args.time_budget:
+        return args.img_size or DEFAULT_SIZE, 0.0
+    seconds = 60 * args.time_budget
+    per_image, per_pixel = measure_cost(args, model, data.train_set, device, amp_dtype, dist)
+    forward_images = len(data.val_set) + args.recipe.bn_images  # per epoch, without a backward pass
     for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
-        first, last = training_sizes(args, img_size)
-        pixels = 0.8 * (first**2 + first * last + last**2) / 3 + 0.2 * last**2  # per image, on average
-        evaluation = forward_images * (per_image + per_pixel * img_size**2) / 3  # there is no backward pass
-        epochs = 0.95 * seconds / (len(images) * (per_image + per_pixel * pixels) + evaluation)
+        start, end = training_sizes(args.recipe, img_size)
+        pixels = 0.8 * (start**2 + start * end + end**2) / 3 + 0.2 * end**2  # per image, on average over the schedule
+        evaluation = forward_images * (per_image + per_pixel * img_size**2) / 3
+        epochs = 0.95 * seconds / (len(data.train_set) * (per_image + per_pixel * pixels) + evaluation)
         if epochs >= args.epochs:
             break
-    speeds = " and ".join(f"{1 / t:.1f} images/s at {size} px" for t, size in zip(took, PROBE_SIZES, strict=True))
-    print(f"planned      {img_size} px, about {epochs:.1f} epochs ({speeds})")
+    print(f"planned      {img_size} px, about {epochs:.1f} epochs")
     return img_size, evaluation
+
+
+def measure_cost(
+    args: argparse.Namespace,
+    model: ResNet,
+    train_set: MyDataSet,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    dist: Distributed,
+) -> tuple[float, float]:
+    """Measure the seconds of training per image, whatever its size, and per pixel, over all ranks."""
+    images = copy.copy(train_set)  # without its cache
+    images.transform = TrainTransform(PROBE_SIZES[-1])
+    loader = build_train_loader(args, images, device, dist)
+    model = copy.deepcopy(model)
+    optimizer = build_optimizer(args, model, device, amp_dtype)
+    set_learning_rate(optimizer, 0.0)
+    seconds = []
+    for size in PROBE_SIZES:
+        loader.batch_sampler.order.set_epoch(0, img_size=size)
+        limit = min(4.0, 60 * args.time_budget / 100)
+        seconds.append(1 / measure_speed(model, optimizer, loader, device, limit, amp_dtype=amp_dtype))
+    seconds = [slowest / dist.world_size for slowest in dist.all_reduce_max(*seconds)]
+    speeds = (f"{1 / each:.1f} images/s at {size} px" for each, size in zip(seconds, PROBE_SIZES, strict=True))
+    print(f"measured     {' and '.join(speeds)}")
+    small, large = (size**2 for size in PROBE_SIZES)
+    per_image = min(max(0.0, (seconds[0] * large - seconds[1] * small) / (large - small)), seconds[1])
+    return per_image, (seconds[1] - per_image) / large
+
+
+class _SpeedCallback(Callback):
+    """Ends an epoch after some seconds, and counts from its third step, when kernels and workers have warmed up."""
+
+    def __init__(self, progress: Progress, seconds: float) -> None:
+        self.progress, self.seconds = progress, seconds
+        self.images, self.start = 0, time.perf_counter()
+
+    def before_step(self, step: int) -> bool:
+        if step == 2:
+            self.progress.read()
+            self.images, self.start = self.progress.images, time.perf_counter()
+        return step < 3 or time.perf_counter() < self.start + self.seconds
 
 
 def measure_speed(
@@ -185,16 +223,8 @@ def measure_speed(
 ) -> float:
     """Return the training speed in images per second, data loading included."""
     progress = Progress()
-    counted = (0, time.perf_counter())  # images so far, and when they were counted
-
-    def before_step() -> bool:
-        nonlocal counted
-        if progress.taken == 2:  # after the start of the workers and the choice of kernels
-            progress.read()
-            counted = (progress.images, time.perf_counter())
-        return progress.taken < 3 or time.perf_counter() < counted[1] + seconds
-
-    options = {"amp_dtype": amp_dtype, "progress": progress, "before_step": before_step, "keep_bar": False}
+    timer = _SpeedCallback(progress, seconds)
+    options = {"amp_dtype": amp_dtype, "progress": progress, "callback": timer, "keep_bar": False}
     train_one_epoch(model, optimizer, data_loader, device, 0, **options)
-    images, start = counted if progress.images > counted[0] else (0, progress.start)
+    images, start = (timer.images, timer.start) if progress.images > timer.images else (0, progress.start)
     return (progress.images - images) / (time.perf_counter() - start)

@@ -1,0 +1,174 @@
+"""The state of a training run: what is trained, how far it is, and what was best so far."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from checkpoint import restore, save_best, save_last, save_plain
+from cli_utils import UsageError
+from distributed import Distributed
+from inference import Evaluation
+from optimization import Schedule
+from run_utils import RunFolder, cut_events, event_sizes
+from train_eval_utils import Progress
+
+SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
+
+
+class Run:
+    """The state of a training run, as needed to resume it.
+
+    Args:
+        folder: the run's locked folder.
+        flags: the flags to save, see `config.flags_to_save`.
+        info: the model's metadata in a weights file: {"model": ..., "class_names": ..., "img_size": ...}.
+        average: the averaged weights, if any.
+        global_batch: images per step, over all ranks.
+        patience: the number of epochs without a better accuracy after which training ends; 0: never.
+        save_every: also save the plain state_dict every so many epochs; 0: never.
+        dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
+
+    Attributes:
+        epoch: the current epoch.
+        progress: the loss and accuracy of the current epoch's steps so far.
+        images_before: images of the current epoch that were trained on before an interruption.
+        history: the metrics of the earlier epochs.
+        last, best: epoch, accuracy and validation loss of the last and the best epoch.
+        best_confusion: the confusion matrix of the best epoch.
+        improved_at: the epoch of the last rise in accuracy.
+        finished: why training is complete, or "" if it is not; decided once per epoch.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        flags: Mapping[str, Any],
+        info: Mapping[str, Any],
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        schedule: Schedule,
+        average: AveragedModel | None = None,
+        global_batch: int,
+        patience: int = 0,
+        save_every: int = 0,
+        dist: Distributed,
+    ) -> None:
+        self.folder, self.flags, self.info = folder.path, dict(flags), dict(info)
+        self._lock = folder.lock  # held for as long as the run exists
+        self.model, self.average = model, average
+        self.optimizer, self.scaler, self.schedule = optimizer, scaler, schedule
+        self.global_batch, self.patience, self.save_every, self.dist = global_batch, patience, save_every, dist
+        self.epoch = 0
+        self.progress = Progress()
+        self.images_before = 0
+        self.history: list[dict[str, float]] = []
+        self.last: dict[str, Any] = {"epoch": None, "accuracy": None, "val_loss": None}
+        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0, "val_loss": math.inf}
+        self.best_confusion: Tensor | None = None
+        self.improved_at: int | None = None
+        self.finished = ""
+        self._saved_at, self._save_seconds = 0.0, 0.0
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "weights"
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model to validate and save as best.pth: the averaged one, if any."""
+        return self.model if self.average is None else self.average.module
+
+    # --- validation -----------------------------------------------------------------------------------------------
+
+    def update_best(self, validation: Evaluation) -> bool:
+        """Record an epoch's validation metrics, and decide whether training is complete.
+
+        Returns:
+            Whether it is the best epoch so far: highest accuracy, then lowest loss.
+        """
+        accuracy, loss = validation.accuracy, validation.loss
+        self.last = {"epoch": self.epoch, "accuracy": accuracy, "val_loss": loss}
+        if accuracy > self.best["accuracy"]:
+            self.improved_at = self.epoch
+        is_best = (accuracy, -loss) > (self.best["accuracy"], -self.best["val_loss"])
+        if is_best:
+            self.best, self.best_confusion = self.last, validation.confusion
+        self.finished = self._why_finished(self.epoch + 1)
+        return is_best
+
+    def _why_finished(self, epochs: int) -> str:
+        """Return why training is complete after so many epochs, or "" if it is not."""
+        if self.schedule.is_over(epochs):
+            return self.schedule.why_over
+        if self.improved_at is not None and 0 < self.patience <= epochs - 1 - self.improved_at:
+            return f"{self.patience} epochs without a better accuracy; resume it with a larger --patience"
+        return ""
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write last.pth, after the steps that `progress` has read. Flush the event files first.
+
+        Raises:
+            FloatingPointError, OSError: training has diverged, or writing failed. The previous last.pth is kept.
+        """
+        start = time.perf_counter()
+        self.progress.read()
+        progress = self.progress.all_reduce(self.dist)
+        if self.dist.is_main:
+            save_last(self, progress.state_dict(), event_sizes(self.folder))
+            self._saved_at = time.perf_counter()
+            self._save_seconds = self._saved_at - start
+
+    def save_is_due(self) -> bool:
+        """Return whether, on the main process, a minute and 100 times a save's duration have passed since the last."""
+        waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._save_seconds)
+        return self.dist.is_main and time.perf_counter() - self._saved_at > waiting
+
+    def finish_epoch(self) -> None:
+        """Write the weights files that are due, advance to the next epoch and write last.pth.
+
+        Raises:
+            FloatingPointError, OSError: see `save`.
+        """
+        if self.dist.is_main:
+            if self.save_every and (self.epoch + 1) % self.save_every == 0:
+                save_plain(self)
+            if self.best is self.last:
+                save_best(self)
+        self.epoch += 1
+        self.progress = Progress()
+        self.images_before = 0
+        self.save()
+
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the state that `save` wrote, and remove later events from the event files.
+
+        Raises:
+            UsageError: the checkpoint is corrupt, or the world size has changed.
+        """
+        before = checkpoint["resume"].get("global_batch")
+        if before != self.global_batch:
+            raise UsageError(
+                f"the run was started with a global batch of {before} images, and now it is {self.global_batch}; "
+                f"resume it with as many processes as before"
+            )
+        sizes = restore(self, checkpoint)
+        self.finished = self.finished and self._why_finished(self.epoch)  # more epochs or patience may be allowed now
+        if self.dist.is_main:
+            cut_events(self.folder, sizes)
+
+    def set_progress(self, loss_sum: float, images: int, steps: int, correct: int) -> None:
+        """Restore the progress within an epoch, given the sums over all ranks."""
+        self.images_before = images
+        # Only rank 0 restores the sums: `Progress.all_reduce` adds up all ranks.
+        self.progress = Progress(loss_sum, images, steps, correct) if self.dist.is_main else Progress(steps=steps)
