@@ -19,7 +19,7 @@ from cli_utils import UsageError
 from model import MODELS, ResNet, to_device
 
 if TYPE_CHECKING:
-    from run import Run
+    from run_state import Run
 
 FORMAT = 2  # of last.pth; raise it with every change, as other formats cannot be resumed
 COUNTS = ("images", "steps", "correct")

@@ -291,7 +291,8 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
         UsageError: a flag contradicts how the run was started, or `saved` is corrupt.
     """
     defaults = flags_to_save(parse_args([]))
-    if not (_is_like(saved, defaults) and _is_like(saved["recipe"], defaults["recipe"])):
+    is_valid = _is_like(saved, defaults) and _is_like(saved["recipe"], defaults["recipe"])
+    if not is_valid or saved["recipe"]["name"] not in RECIPES or saved["model"] not in MODELS:
         raise UsageError(f"{run / 'weights' / 'last.pth'}: corrupt, or written by another version: unknown flags")
     recipe = Recipe(**saved["recipe"])
     args = parse_args(argv, {**saved, "recipe": recipe.name})

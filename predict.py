@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from checkpoint import WeightsError, load_model
+from checkpoint import WeightsError, load_model, newest_weights
 from cli_utils import (
     FlagParser,
     UsageError,
@@ -37,10 +37,9 @@ from cli_utils import (
 )
 from data_utils import DataError, list_images_below, read_class_indices
 from image_io import ImageError, read_image
+from inference import compute_logits
 from model import MODELS, ResNet, evaluation_mode, fold_batch_norm, grad_cam
 from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
-from run_utils import newest_weights
-from train_eval_utils import compute_logits
 
 # Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
 # printed probabilities would depend on the number of images.

@@ -26,7 +26,7 @@ from data_utils import choose_figure_images
 from inference import Evaluation, compute_logits
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
-from run import Run
+from run_state import Run
 from run_utils import event_errors
 from train_eval_utils import Progress
 from tuning import RangeTest
@@ -212,9 +212,9 @@ class TensorBoardLogger:
             self.add_projector(validation)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
         self.background.submit(self.draw, figures, files, epoch)
-        self.writer.flush()
         if run.finished:  # figures drawn after the checkpoint would be lost on a resume with more epochs
-            self.flush()
+            self.background.wait()
+        self.writer.flush()
 
     def flush(self) -> None:
         """Wait until everything has been written."""

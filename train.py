@@ -34,7 +34,7 @@ from inference import Evaluation, gather_outputs, run_inference
 from model import MODELS, ResNet, freeze_backbone, to_device
 from optimization import build_average, build_optimizer, build_schedule, set_learning_rate
 from prepare_data import Data, prepare_data
-from run import Run
+from run_state import Run
 from run_utils import (
     RunFolder,
     StopRequest,

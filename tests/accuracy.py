@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from measuring import BENCH, ROOT, append_rows, drawn_sample, hardware, our_flags, read_rows
+from measuring import BENCH, append_rows, drawn_sample, hardware, our_flags, read_rows
 
-import train
+from config import FLAG_DEFAULTS, RECIPES
 from data_utils import find_split
 
 METRICS = ("accuracy", "val_loss")
@@ -57,7 +58,16 @@ def values_of(kind: str, args: argparse.Namespace) -> str:
     if kind == "loop":
         return f"{args.epochs} epochs"
     recipe, _, changes = kind.partition(":")
-    return ", ".join(f"{name} {value}" for name, value in train.RECIPES[recipe].items()) + f"; {changes}"
+    values = FLAG_DEFAULTS[recipe] | asdict(RECIPES[recipe])
+    return ", ".join(f"{name} {value}" for name, value in values.items()) + f"; {changes}"
+
+
+def change_recipe(recipe: str, **changes: float) -> None:
+    """Change the flags' defaults and the settings of a recipe in this process."""
+    flags = {name: value for name, value in changes.items() if name in FLAG_DEFAULTS[recipe]}
+    FLAG_DEFAULTS[recipe] |= flags
+    settings = {name: value for name, value in changes.items() if name not in flags}
+    RECIPES[recipe] = replace(RECIPES[recipe], **settings)
 
 
 @contextlib.contextmanager
@@ -93,9 +103,9 @@ def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int
         flags += ["--recipe", recipe, "--seed", str(seed), *our_flags(args)]
         flags += ["--time-budget", str(args.minutes)] if args.minutes else ["--epochs", str(args.epochs)]
         flags += ["--img-size", str(args.img_size)] if args.img_size else []
-        changed = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.RECIPES[{recipe!r}] |= "
-        changed += f"dict({changes}); sys.exit(train.main(sys.argv[1:]))"
-        command = [sys.executable, "-c", changed, *flags]
+        code = f"import sys; sys.path.insert(0, {str(BENCH.parent)!r}); import accuracy, train; "
+        code += f"accuracy.change_recipe({recipe!r}, {changes}); sys.exit(train.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *flags]
     with tempfile.TemporaryDirectory() as folder:
         start, rows = time.perf_counter(), []
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run:

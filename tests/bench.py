@@ -58,8 +58,9 @@ from tutorial_loop import (
     tutorial_transforms,
 )
 
+import checkpoint
 import predict
-import run_utils
+import run_state
 import train
 from cli_utils import select_device
 from model import MODELS
@@ -162,9 +163,9 @@ def bench_logging(args: argparse.Namespace) -> None:
 
     for name in ("log_step", "log_epoch", "flush"):
         setattr(TensorBoardLogger, name, timed(getattr(TensorBoardLogger, name)))
-    for name in ("save_checkpoint", "event_sizes"):
-        setattr(run_utils, name, timed(getattr(run_utils, name)))
-    comparison = Comparison(args, "part of an epoch", "epochs", "logging")
+    checkpoint.save_checkpoint = timed(checkpoint.save_checkpoint)
+    run_state.event_sizes = timed(run_state.event_sizes)
+    comparison = Comparison(args, "fraction of an epoch", "epochs", "logging")
     with subset(args.data_path, args.images) as data, tempfile.TemporaryDirectory() as folder:
         flags = programs(args, data)[0][2:]
         here = Path.cwd()

@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import run_utils
+import run_state
 import train
-from run_utils import Run
+from run_state import Run
 
 IMAGES, BATCH_SIZE = 30, 4
 
@@ -116,8 +116,8 @@ def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], in
 
     def action() -> int:
         torch.set_num_threads(1)
-        run_utils.SECONDS_BETWEEN_SAVES = 0.3
-        Run.save_is_due = lambda run: time.perf_counter() - run._saved_at > run_utils.SECONDS_BETWEEN_SAVES
+        run_state.SECONDS_BETWEEN_SAVES = 0.3
+        Run.save_is_due = lambda run: time.perf_counter() - run._saved_at > run_state.SECONDS_BETWEEN_SAVES
         for hook in hooks:
             hook()
         return train.main(arguments)

@@ -47,7 +47,7 @@ from fault_harness import (
 import checkpoint
 from checkpoint import save_checkpoint
 from model import MODELS, BasicBlock, ResNet
-from run_utils import Run
+from run_state import Run
 from sample_flowers import draw_sample
 
 STEPS = IMAGES * 4 // 5 // BATCH_SIZE  # per epoch: a fifth of the images is for validation
@@ -208,7 +208,7 @@ def count_steps(path: Path) -> Callable[[], None]:
 
 def is_over(run: Path) -> bool:
     """Return whether last.pth was saved at the end of the run."""
-    return torch.load(run / "weights" / "last.pth", weights_only=True)["resume"]["over"]
+    return torch.load(run / "weights" / "last.pth", weights_only=True)["resume"]["finished"]
 
 
 def position(run: Path) -> int:

@@ -22,16 +22,17 @@ BENCH, ROOT = Path(__file__).with_name("bench.py"), Path(__file__).resolve().par
 sys.path.insert(0, str(ROOT))
 
 import train
-from cli_utils import available_cores, available_memory, describe_device, select_precision
-from data_loading import DistributedBatchSampler, EpochSampler, make_loader, make_val_loader
+from cli_utils import available_cores, available_memory, describe_device, number_of_workers, select_precision
+from data_loading import DistributedBatchSampler, EpochSampler, build_val_loader, make_loader
 from data_utils import find_split
 from distributed import Distributed
 from image_cache import ImageCache
+from inference import run_inference
 from model import MODELS, to_device
 from my_dataset import MyDataSet, TrainTransform
-from optimization import make_optimizer
+from optimization import build_optimizer
 from prepare_data import find_data
-from train_eval_utils import collect_logits, train_one_epoch
+from train_eval_utils import train_one_epoch
 
 
 def hardware(device: torch.device) -> str:
@@ -208,16 +209,16 @@ class Ours:
         self.train_loader = self.loader(self.train_set)
         torch.manual_seed(0)
         self.model = to_device(MODELS[args.model](num_classes=len(self.split.class_names)), self.device)
-        self.optimizer = make_optimizer(self.model, self.args, self.device, self.amp_dtype)
+        self.optimizer = build_optimizer(self.args, self.model, self.device, self.amp_dtype)
 
     def loader(self, train_set: MyDataSet) -> DataLoader:
         """Return a loader of training batches in the order of the first epoch."""
         batches = DistributedBatchSampler(EpochSampler(len(train_set)), self.args.batch_size)
-        return make_loader(train_set, batches, self.args, self.device, Distributed())
+        return make_loader(train_set, batches, number_of_workers(self.args.workers), self.device)
 
     def val_loader(self, images: MyDataSet) -> DataLoader:
         """Return a loader of evaluation batches."""
-        return make_val_loader(images, self.args, self.device, Distributed())
+        return build_val_loader(self.args, images, self.device, Distributed())
 
     def train(self, loader) -> float:
         """Train one epoch on `loader` and return the mean loss."""
@@ -225,4 +226,4 @@ class Ours:
 
     def evaluate(self, loader) -> torch.Tensor:
         """Return the logits."""
-        return collect_logits(self.model, loader, self.device, amp_dtype=self.amp_dtype)[0]
+        return run_inference(self.model, loader, self.device, amp_dtype=self.amp_dtype).logits

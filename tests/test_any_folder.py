@@ -22,7 +22,7 @@ from data_utils import DataError, find_split, list_images_below, split_folder
 from image_io import ImageError, read_image
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from prepare_data import check_images, describe_files, drop_unusable
-from run_utils import Run
+from run_state import Run
 
 pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
 SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
@@ -253,7 +253,7 @@ def test_dead_worker_is_a_one_line_error(two_classes, capsys, monkeypatch):
     flags = [*SMALL[:-1], "1", "--epochs", "2"]
     assert train.main(["--data-path", str(two_classes), *flags]) == 1
     said = capsys.readouterr().err
-    assert "a process that reads images died" in said
+    assert "a DataLoader worker died" in said
     assert len(said.splitlines()) == 1
     late._workers[0].kill()
     time.sleep(1)  # not interrupted by a second report

@@ -20,19 +20,21 @@ import torch.distributed
 from conftest import write_classes, write_image
 from torch import nn
 
+import checkpoint
 import data_loading
-import run_utils
 import train
 import train_eval_utils
 from cli_utils import UsageError
-from data_loading import DistributedBatchSampler, EpochSampler, make_train_loader, make_val_loader
+from data_loading import DistributedBatchSampler, EpochSampler, build_train_loader, build_val_loader
 from data_utils import find_split
 from distributed import Distributed, is_connection_lost
 from image_cache import ImageCache
+from inference import gather_outputs, run_inference
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from optimization import make_optimizer
-from run_utils import Run, StopRequest, StopSignals
-from train_eval_utils import collect_logits, gather_evaluation, train_one_epoch
+from optimization import build_optimizer
+from run_state import Run
+from run_utils import LAUNCH, StopRequest, StopSignals, find_launched_run
+from train_eval_utils import train_one_epoch
 
 pytestmark = [
     pytest.mark.usefixtures("small_network", "no_figures"),
@@ -117,9 +119,9 @@ def test_weights_are_equal_for_any_world_size(sample, monkeypatch, recipe, epoch
         images.transform = TrainTransform(32)
         model = train.MODELS["resnet18"](num_classes=5).double()
         model.load_state_dict(before)
-        optimizer = make_optimizer(model, args, device)
+        optimizer = build_optimizer(args, model, device)
         with Distributed() as dist:
-            loader, learner = make_train_loader(images, args, device, dist), dist.wrap_ddp(model, device)
+            loader, learner = build_train_loader(args, images, device, dist), dist.wrap_ddp(model, device)
             for epoch in range(epochs):
                 loader.batch_sampler.order.set_epoch(epoch)
                 steps = loader.batch_sampler.steps()
@@ -171,10 +173,10 @@ def test_too_few_images_for_one_step_are_refused(two_classes):
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
     args = train.parse_args([*SMALL, "--batch-size", "16"])
     args.sync_bn = True
-    assert len(make_train_loader(images, args, torch.device("cpu"), Distributed())) == 1  # for 20 images
+    assert len(build_train_loader(args, images, torch.device("cpu"), Distributed())) == 1  # for 20 images
     args.accumulate = 2
     with pytest.raises(UsageError, match=r"20 training images are too few: .* 32"):
-        make_train_loader(images, args, torch.device("cpu"), Distributed())
+        build_train_loader(args, images, torch.device("cpu"), Distributed())
 
 
 @pytest.mark.parametrize("images", [587, 2])
@@ -189,8 +191,8 @@ def test_evaluation_is_bit_identical_for_any_world_size(images, tmp_path):
         with Distributed() as dist:
             args = train.parse_args([*SMALL, "--batch-size", "16"])
             val_set = MyDataSet(paths, labels, EvalTransform(32))
-            loader = make_val_loader(val_set, args, torch.device("cpu"), dist)
-            found = gather_evaluation(dist, lambda: collect_logits(model, loader, "cpu"))
+            loader = build_val_loader(args, val_set, torch.device("cpu"), dist)
+            found = gather_outputs(lambda: run_inference(model, loader, "cpu"), dist)
             torch.save(found, f"{dist.world_size}-{dist.rank}.pth")
 
     for count in (1, 2, 3):
@@ -389,7 +391,7 @@ def test_time_budget_with_two_ranks(sample):
 def test_resume_mid_epoch_with_two_ranks_is_bit_identical(sample, monkeypatch, capfd):
     flags = ["--data-path", str(sample), *SMALL, "--epochs", "2", "--batch-size", "4"]
     monkeypatch.setattr("distributed.SECONDS_BETWEEN_SYNCS", 0)  # after each step
-    save = run_utils.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def note(content: dict, path: Path) -> None:
         with open("saved.txt", "a") as file:
@@ -397,16 +399,16 @@ def test_resume_mid_epoch_with_two_ranks_is_bit_identical(sample, monkeypatch, c
         save(content, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_utils, "save_checkpoint", note)
+        patch.setattr(checkpoint, "save_checkpoint", note)
         assert run_ranks(2, lambda: train.main([*flags, "--name", "undisturbed"])) == [0, 0]
     saved = Path("saved.txt").read_text().splitlines()
     assert saved.count("0 last.pth") == 3  # at the start, and after each epoch
     assert set(saved) == {"0 last.pth", "0 best.pth"}
 
     def die(run: Run) -> bool:
-        if run.epoch == 1 and run.progress.taken == 7:
+        if run.epoch == 1 and run.progress.steps_taken == 7:
             raise OSError("pulled the plug")
-        return run.dist.is_main and run.progress.taken == 5
+        return run.dist.is_main and run.progress.steps_taken == 5
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save_is_due", die)
@@ -521,11 +523,11 @@ def test_run_of_matches_the_launch_id_of_any_host():
     """Rank 0 may be on another host after a restart."""
     for name, launch_ids in {"a": "id one 1 5\nid two 1 7", "b": "id three 1 8", "c": "id four 1 9"}.items():
         Path("runs", name, "weights").mkdir(parents=True)
-        Path("runs", name, run_utils.LAUNCH).write_text(launch_ids)
+        Path("runs", name, LAUNCH).write_text(launch_ids)
         if name != "c":
             Path("runs", name, "weights", "last.pth").touch()
-    assert run_utils.run_of({"id two 1 7", "id five 1 3"}) == str(Path("runs", "a"))
-    assert run_utils.run_of({"id five 1 3"}) is run_utils.run_of({"id four 1 9"}) is run_utils.run_of(set()) is None
+    assert find_launched_run({"id two 1 7", "id five 1 3"}) == str(Path("runs", "a"))
+    assert find_launched_run({"id five 1 3"}) is find_launched_run({"id four 1 9"}) is find_launched_run(set()) is None
 
 
 def test_a_second_signal_under_torchrun_does_not_abort():

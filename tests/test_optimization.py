@@ -19,7 +19,7 @@ def test_per_epoch_schedule_is_the_tutorials_cosine():
 
 
 def test_per_step_schedule_warms_up_and_decays():
-    schedule = Schedule(10, 5, lr=0.4, lrf=0.01, warmup=0.2, by_step=True)
+    schedule = Schedule(10, 5, lr=0.4, lrf=0.01, warmup=0.2, per_step=True)
     rates = [schedule.learning_rate(step // 5, step % 5) for step in range(50)]
     assert rates[0] == pytest.approx(0.4 / 25)
     assert rates[:11] == sorted(rates[:11])
@@ -40,7 +40,7 @@ def test_image_size_grows():
 
 def test_timed_schedule_follows_the_clock():
     now = [10.0]
-    options = {"lr": 0.4, "lrf": 0.01, "warmup": 0.2, "by_step": True, "img_sizes": (64, 128)}
+    options = {"lr": 0.4, "lrf": 0.01, "warmup": 0.2, "per_step": True, "img_sizes": (64, 128)}
     schedule = TimedSchedule(100.0, lambda: now[0], **options)
     assert schedule.progress(0) == pytest.approx(0.1)
     assert schedule.learning_rate(3, 7) == pytest.approx(0.4 * (0.04 + 0.96 / 2))

@@ -19,9 +19,9 @@ import check_data
 import plot_utils
 import predict
 from data_utils import list_images_below, write_class_indices
+from inference import run_inference
 from model import resnet18
 from my_dataset import EvalTransform, MyDataSet, prepare_batch
-from train_eval_utils import collect_logits
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
@@ -67,7 +67,7 @@ def test_json_lines_match_evaluation(capsys, weights, sample):
     paths = sorted(map(str, (sample / "daisy").iterdir()))
     data_set = MyDataSet(paths, [0] * len(paths), EvalTransform(info["img_size"]))
     loader = torch.utils.data.DataLoader(data_set, batch_size=16, collate_fn=data_set.collate_fn)
-    expected = collect_logits(model, loader, "cpu")[0].softmax(1)
+    expected = run_inference(model, loader, "cpu").logits.softmax(1)
     for record, path, row in zip(records, paths, expected, strict=True):
         assert record["image"] == path
         assert [entry["class"] for entry in record["top"]] == [NAMES[i] for i in row.argsort(descending=True)]
@@ -353,8 +353,8 @@ def test_predict_does_not_import_matplotlib(weights, sample):
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images died"),
-        (ConnectionResetError(104, "Connection reset by peer"), "a process that reads images died"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a DataLoader worker died"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a DataLoader worker died"),
     ],
 )
 def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, error, said):

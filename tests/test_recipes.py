@@ -4,8 +4,8 @@ import copy
 import csv
 import itertools
 import json
-import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +15,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import train
-from config import training_sizes
-from data_loading import EpochSampler, head_loaders, make_train_loader, make_val_loader
+from config import FLAG_DEFAULTS, RECIPES, training_sizes
+from data_loading import EpochSampler, Loaders, build_train_loader, build_val_loader, cache_features
 from data_utils import find_split
 from distributed import Distributed
+from inference import Evaluation
 from model import MODELS, ResNet, to_device
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from optimization import Muon, Schedule, make_optimizer, set_learning_rate
-from train_eval_utils import Evaluation, estimate_batch_norm
-from tuning import PLANNED_SIZES, plan
+from optimization import Muon, Schedule, build_optimizer, set_learning_rate
+from prepare_data import prepare_data
+from train_eval_utils import estimate_batch_norm
+from tuning import PLANNED_SIZES, choose_img_size
 
 pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--amp", "off", "--batch-size", "5"]
@@ -46,8 +48,8 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float
     pending = iter(results)
 
     class Scripted(Evaluation):
-        def __init__(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-            super().__init__(logits, labels)
+        def __init__(self, *outputs: torch.Tensor, **more: torch.Tensor) -> None:
+            super().__init__(*outputs, **more)
             self.scripted = next(pending)
 
         accuracy = property(lambda self: self.scripted[0])
@@ -61,42 +63,43 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float
 
 def test_flags_override_the_recipe():
     tutorial = train.parse_args([])
-    assert (tutorial.recipe, tutorial.epochs, tutorial.batch_size, tutorial.lr, tutorial.lrf) == (
+    assert (tutorial.recipe.name, tutorial.epochs, tutorial.batch_size, tutorial.lr, tutorial.lrf) == (
         *("tutorial", 30, 16, 0.001, 0.1),
     )
     assert (tutorial.weight_decay, tutorial.label_smoothing, tutorial.warmup) == (0.005, 0, 0)
-    for name, recipe in train.RECIPES.items():
+    for name, defaults in FLAG_DEFAULTS.items():
         args = train.parse_args(["--recipe", name])
-        assert recipe.items() <= vars(args).items()
-        assert recipe.keys() == train.RECIPES["tutorial"].keys()
+        assert defaults.items() <= vars(args).items()
+        assert args.recipe is RECIPES[name]
+        assert defaults.keys() == FLAG_DEFAULTS["tutorial"].keys()
         args = train.parse_args(["--lr", "0.5", "--recipe", name, "--label_smoothing", "0.3"])
-        assert (args.lr, args.label_smoothing, args.epochs) == (0.5, 0.3, recipe["epochs"])
+        assert (args.lr, args.label_smoothing, args.epochs) == (0.5, 0.3, defaults["epochs"])
 
 
 def test_tutorial_recipe_uses_plain_sgd():
     model = MODELS["resnet18"](num_classes=5)
-    optimizer = make_optimizer(model, train.parse_args([]), torch.device("cpu"))
+    optimizer = build_optimizer(train.parse_args([]), model, torch.device("cpu"))
     (group,) = optimizer.param_groups
     assert group["params"] == list(model.parameters())
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.005, False)
 
 
-@pytest.mark.parametrize("muon_rate", [0.0, 0.4])
-def test_learning_rate_scale_of_each_parameter_group(muon_rate):
+@pytest.mark.parametrize("muon_lr_scale", [0.0, 0.4])
+def test_learning_rate_scale_of_each_parameter_group(muon_lr_scale):
     model = MODELS["resnet18"](num_classes=5)
     args = train.parse_args(["--recipe", "scratch", "--weight-decay", "0.25"])
-    args.backbone_rate, args.muon_rate = 0.1, muon_rate
-    optimizer = make_optimizer(model, args, torch.device("cpu"))
+    args.recipe = replace(args.recipe, backbone_lr_scale=0.1, muon_lr_scale=muon_lr_scale)
+    optimizer = build_optimizer(args, model, torch.device("cpu"))
     set_learning_rate(optimizer, 2.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     assert seen.keys() == set(names.values())
     for name, group in seen.items():
         layer = model.get_submodule(name.rpartition(".")[0])
-        turns = bool(muon_rate) and isinstance(layer, torch.nn.Conv2d)  # Muon updates it
-        assert group["orthogonal"] == turns, name
+        uses_muon = bool(muon_lr_scale) and isinstance(layer, torch.nn.Conv2d)
+        assert group["orthogonal"] == uses_muon, name
         assert group["weight_decay"] == 0.25, name
-        rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_rate if turns else 1)
+        rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_lr_scale if uses_muon else 1)
         assert group["lr"] == pytest.approx(rate), name
         assert group["nesterov"]
 
@@ -104,7 +107,7 @@ def test_learning_rate_scale_of_each_parameter_group(muon_rate):
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
 def test_muon_uses_bfloat16_with_bfloat16_precision(amp_dtype):
     args, cpu = train.parse_args(["--recipe", "scratch"]), torch.device("cpu")
-    optimizer = make_optimizer(MODELS["resnet18"](num_classes=5), args, cpu, amp_dtype)
+    optimizer = build_optimizer(args, MODELS["resnet18"](num_classes=5), cpu, amp_dtype)
     assert optimizer.dtype == (torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
     assert optimizer.defaults["fused"] == (None if amp_dtype == torch.float16 else True)  # a scaler may skip steps
 
@@ -123,14 +126,14 @@ def test_scratch_recipe_sets_sizes_smoothing_and_rates(two_classes, monkeypatch,
     assert train.main(["--data-path", str(two_classes), *TINY, *flags]) == 0
     assert sizes == [48, 64, 64, 80]
     assert smoothing == [0.1] * 4
-    schedule = Schedule(4, 4, lr=0.01, lrf=0.0, warmup=train.RECIPES["scratch"]["warmup"], by_step=True)
+    schedule = Schedule(4, 4, lr=0.01, lrf=0.0, warmup=FLAG_DEFAULTS["scratch"]["warmup"], per_step=True)
     rates = [float(row["learning_rate"]) for row in metrics()]
     assert rates == pytest.approx([schedule.learning_rate(epoch, 3) for epoch in range(4)])  # at each last step
     assert "recipe       scratch, 4 epochs, batch size 5, lr 0.01," in capsys.readouterr().out
     flags = json.loads((RUN / "args.json").read_text(encoding="utf-8"))["flags"]
     assert flags["recipe"] == "scratch"
-    assert train.RECIPES["scratch"].items() - flags.items() == {
-        *(("epochs", 30), ("batch_size", 64), ("lr", train.RECIPES["scratch"]["lr"])),
+    assert FLAG_DEFAULTS["scratch"].items() - flags.items() == {
+        *(("epochs", 30), ("batch_size", 64), ("lr", FLAG_DEFAULTS["scratch"]["lr"])),
     }
 
 
@@ -142,7 +145,7 @@ def test_validation_uses_batch_norm_statistics_of_the_current_weights(two_classe
     model.load_state_dict(state)
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, EvalTransform(32))
-    estimate_batch_norm(model, torch.stack([image for image, _ in images]), "cpu", batch_size=5)
+    estimate_batch_norm(model, torch.stack([image for image, _ in images]), "cpu")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], msg=name)
 
@@ -229,29 +232,19 @@ def test_resume_with_more_epochs_and_patience_left(two_classes, capsys):
     assert "is complete: 2 epochs" in capsys.readouterr().out
 
 
-def test_resume_with_integers_in_the_recipe(two_classes, monkeypatch):
-    """A recipe may contain 0 for 0.0, both in the current table and in the checkpoint."""
-    monkeypatch.setitem(train.RECIPES["scratch"], "lrf", 0)
-    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--recipe", "scratch", "--epochs", "1"]
-    assert train.main(flags) == 0
-    monkeypatch.setitem(train.RECIPES["tutorial"], "weight_decay", 0)
-    assert train.main(["--resume", "--epochs", "2"]) == 0
-    assert len(metrics()) == 2
-
-
 def test_patience_stops_a_run_before_its_time_budget(two_classes, monkeypatch, capsys):
     script_validation(monkeypatch, [(accuracy, 1.0) for accuracy in (0.6, 0.4, 0.5)])
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--time-budget", "1"]
     assert train.main([*flags, "--patience", "1"]) == 0
     assert len(metrics()) == 2
     assert train.main(["--resume"]) == 0
-    assert "is complete: its time is up, or 1 epochs without" in capsys.readouterr().out
+    assert "is complete: 1 epochs without" in capsys.readouterr().out
     assert train.main(["--resume", "--patience", "2"]) == 0
     assert len(metrics()) == 3
 
 
 def test_recipe_epochs_do_not_limit_a_time_budget(two_classes, monkeypatch, capsys):
-    monkeypatch.setitem(train.RECIPES, "scratch", train.RECIPES["scratch"] | {"epochs": 1})
+    monkeypatch.setitem(FLAG_DEFAULTS["scratch"], "epochs", 1)
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--time-budget", "2"]
     with after_steps(11, send(signal.SIGTERM)):
         assert train.main(flags) == 143
@@ -268,8 +261,8 @@ def test_time_budget_completes_the_schedule(two_classes, capsys):
     assert "scratch, 0.05 minutes" in printed
     last = torch.load(RUN / "weights" / "last.pth", weights_only=True)
     assert last["img_size"] in PLANNED_SIZES
-    assert last["resume"]["over"]
-    assert float(metrics()[-1]["learning_rate"]) < train.RECIPES["scratch"]["lr"] / 10
+    assert last["resume"]["finished"]
+    assert float(metrics()[-1]["learning_rate"]) < FLAG_DEFAULTS["scratch"]["lr"] / 10
     assert (RUN / f"{len(metrics()) - 1:05d}" / "validation" / "tensors.tsv").exists()
     assert train.main(["--resume"]) == 0
     assert "its time is up" in capsys.readouterr().out
@@ -280,24 +273,21 @@ def test_plan_picks_the_largest_size_for_the_recipes_epochs(two_classes, monkeyp
         return 1e7 / loader.batch_sampler.order.img_size**2  # images per second
 
     monkeypatch.setattr("tuning.measure_speed", speed)
-    split, _ = find_split(two_classes)
-    images = MyDataSet(split.train_paths, split.train_labels)
-    planned = {}
+    model, planned = MODELS["resnet18"](num_classes=2), {}
     for recipe in ("scratch", "finetune"):  # 30 and 10 epochs
-        args = train.parse_args([*TINY, "--recipe", recipe, "--time-budget", "0.0147"])
-        planned[recipe], _ = plan(
-            args, MODELS["resnet18"](num_classes=2), images, 5, torch.device("cpu"), None, Distributed()
-        )
+        args = train.parse_args(["--data-path", str(two_classes), *TINY, "--recipe", recipe, "--time-budget", "0.0147"])
+        args.recipe = replace(args.recipe, bn_images=0)
+        data = prepare_data(args, two_classes / "known.json")
+        planned[recipe], _ = choose_img_size(args, model, data, torch.device("cpu"), None, Distributed())
     assert planned == {"scratch": 128, "finetune": 224}
 
 
 def test_plan_does_not_change_the_model(two_classes):
-    split, _ = find_split(two_classes)
-    images = MyDataSet(split.train_paths, split.train_labels)
-    args = train.parse_args([*TINY, "--recipe", "scratch", "--time-budget", "0.01"])
+    args = train.parse_args(["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.01"])
+    data = prepare_data(args, two_classes / "known.json")
     model = MODELS["resnet18"](num_classes=2)
     before = copy.deepcopy(model.state_dict())
-    plan(args, model, images, 5, torch.device("cpu"), None, Distributed())
+    choose_img_size(args, model, data, torch.device("cpu"), None, Distributed())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -339,42 +329,38 @@ def test_resume_continues_the_time_budget(two_classes, capsys):
     assert "planned" not in capsys.readouterr().out
     after = torch.load(RUN / "weights" / "last.pth", weights_only=True)
     assert after["img_size"] == before["img_size"]
-    assert after["resume"]["over"]
+    assert after["resume"]["finished"]
     assert after["resume"]["schedule"]["spent"] >= spent
     assert len(metrics()) == after["resume"]["epoch"] > before["resume"]["epoch"]  # the interrupted epoch was evaluated
 
 
 def test_resume_keeps_the_stored_recipe(two_classes, monkeypatch, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch", "--epochs", "2"]
-    recipe = train.RECIPES["scratch"]
-    once = {"zero_init": True, "decay_norms": True, "least_area": 0.08}  # values of an older recipe
-    monkeypatch.setitem(train.RECIPES, "scratch", recipe | once)
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
     header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe"))
-    newer = recipe | {"lr": 7.0, "last_size": 2.0, "weight_decay": 0.3}
-    monkeypatch.setitem(train.RECIPES, "scratch", newer)
+    monkeypatch.setitem(FLAG_DEFAULTS["scratch"], "lr", 7.0)
+    monkeypatch.setitem(RECIPES, "scratch", replace(RECIPES["scratch"], progressive_resize_end=2.0, nesterov=False))
     assert train.main(["--resume"]) == 0
     assert header in capsys.readouterr().out
     assert max(float(row["learning_rate"]) for row in metrics()) < 1
 
 
-def test_resume_with_a_removed_recipe_value_is_refused(two_classes, monkeypatch, capsys):
-    recipe = train.RECIPES["scratch"]
-    monkeypatch.setitem(train.RECIPES, "scratch", recipe | {"least_area": 0.25})
+def test_resume_of_another_checkpoint_format_is_refused(two_classes, capsys):
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--recipe", "scratch"]
     with after_steps(1, send(signal.SIGTERM)):
         assert train.main(flags) == 143
-    monkeypatch.setitem(train.RECIPES, "scratch", recipe)
-    before = (RUN / "weights" / "last.pth").read_bytes()
+    last = RUN / "weights" / "last.pth"
+    content = torch.load(last, weights_only=True)
+    del content["resume"]["format"]  # the first versions had none
+    torch.save(content, last)
+    before = last.read_bytes()
     capsys.readouterr()
     assert train.main(["--resume"]) == 1
-    assert re.fullmatch(
-        r"train.py: error: the run \S+ was started by an older version, with least_area 0.25 in its recipe, which is "
-        r"no longer supported; start a new run\n",
-        capsys.readouterr().err,
-    )
-    assert (RUN / "weights" / "last.pth").read_bytes() == before
+    said = capsys.readouterr().err
+    assert f"--weights {last}" in said
+    assert len(said.splitlines()) == 1
+    assert last.read_bytes() == before
 
 
 def test_explicit_img_size_is_not_planned(two_classes):
@@ -400,7 +386,7 @@ def test_frozen_backbone_features_are_computed_once(two_classes, tmp_path, monke
     rows = metrics()
     assert len(rows) == 8
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    views = train.RECIPES["finetune"]["feature_views"]
+    views = RECIPES["finetune"].feature_views
     figures = 8 * 2 + 4 * 8  # 2 images after each epoch, up to 8 mistakes after 4 of them
     projector = 5
     assert sum(passes) <= views * 20 + 5 + figures + projector + 1  # 1 for the graph
@@ -411,13 +397,12 @@ def test_cached_features_match_their_images(two_classes):
     split, _ = find_split(two_classes)
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(64))
     device, dist = torch.device("cpu"), Distributed()
-    batches = make_train_loader(images, args, device, dist).batch_sampler
-    val_loader = make_val_loader(images, args, device, dist)
+    loaders = Loaders(build_train_loader(args, images, device, dist), build_val_loader(args, images, device, dist))
     model = MODELS["resnet18"](num_classes=2)
-    head, _ = head_loaders(model, images, batches, val_loader, args, device, dist)
+    head = cache_features(args, model, loaders, 64, device, dist).train
     sampler = EpochSampler(len(images))
-    for view in range(args.feature_views):
-        sampler.set_epoch(view, img_size=training_sizes(args)[1])
+    for view in range(args.recipe.feature_views):
+        sampler.set_epoch(view, img_size=training_sizes(args.recipe, 64)[1])
         for index, seed, size in itertools.islice(sampler, 3):
             pixels, label = images[index, seed, size]
             with torch.no_grad():

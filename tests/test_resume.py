@@ -17,13 +17,16 @@ import torch
 from conftest import write_classes, write_image
 from fault_harness import accumulated, differences
 
+import checkpoint
 import config
 import prepare_data
+import run_state
 import run_utils
 import tensorboard_logger
 import train
 from checkpoint import save_checkpoint
-from run_utils import Run, lock_run
+from run_state import Run
+from run_utils import lock_run
 from tensorboard_logger import BackgroundWriter, TensorBoardLogger
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -110,7 +113,7 @@ def test_resume_after_a_signal_is_bit_identical(pets, undisturbed, capsys, steps
 
 
 def test_resume_after_crashes_is_bit_identical(pets, undisturbed, monkeypatch, capsys):
-    monkeypatch.setattr(run_utils, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(run_state, "SECONDS_BETWEEN_SAVES", 0)
     monkeypatch.setattr(Run, "save_is_due", lambda run: run.progress.steps + len(run.progress.unread) == 3)
     for steps in (1, 4, 4, 6):  # unsaved steps are repeated
         with after_steps(steps, fail):
@@ -132,7 +135,7 @@ def test_resume_after_a_failed_save_logs_each_epoch_once(pets, undisturbed, monk
         save(content, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_utils, "save_checkpoint", save_or_die)
+        patch.setattr(checkpoint, "save_checkpoint", save_or_die)
         assert train.main(flags(pets)) == 1
     assert train.main(["--resume", "runs/flower_experiment/weights/last.pth"]) == 0
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
@@ -172,7 +175,7 @@ def test_resume_reads_the_checkpoint_after_locking_the_run(pets, undisturbed, mo
 
     monkeypatch.setattr(run_utils, "lock_run", finish_before)
     assert train.main(["--resume"]) == 0
-    assert "resumed at epoch 3, step 0" in capsys.readouterr().out
+    assert "is complete" in capsys.readouterr().out
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
 
 
@@ -286,14 +289,15 @@ def contents(folder: Path) -> dict[Path, bytes]:
         lambda content: content["resume"].update(epoch="1"),
         lambda content: content["resume"].update(epoch=-1),
         lambda content: content["resume"]["optimizer"]["state"][3].update(momentum_buffer=torch.zeros(7)),
-        lambda content: content["resume"].update(command=["--no-such-flag"]),
-        lambda content: content["resume"].update(command=["--help"]),
-        lambda content: content["resume"].update(command=["\x1b]0;title\x07\nanother line"]),
-        lambda content: content["resume"].update(recipe={"lr": "high"}),
-        lambda content: content["resume"].update(recipe={"first_size": math.inf}),
-        lambda content: content["resume"].update(recipe={"no such": None}),
-        lambda content: content["resume"].update(recipe={"least_area": torch.ones(2)}),
-        lambda content: content["resume"].update(recipe=["lr", 0.1]),
+        lambda content: content["resume"].update(format=1),
+        lambda content: content["resume"].update(flags=["--help"]),
+        lambda content: content["resume"]["flags"].update(no_such_flag=True),
+        lambda content: content["resume"]["flags"].update(model="\x1b]0;title\x07\nanother line"),
+        lambda content: content["resume"]["flags"].update(lr="high"),
+        lambda content: content["resume"]["flags"].update(recipe="scratch"),
+        lambda content: content["resume"]["flags"]["recipe"].update(progressive_resize_start=math.inf),
+        lambda content: content["resume"]["flags"]["recipe"].update(no_such_setting=None),
+        lambda content: content["resume"]["flags"]["recipe"].update(muon_lr_scale=torch.ones(2)),
         lambda content: content["resume"].update(progress={"os": "system"}),
         lambda content: content["resume"].update(events=[1, 2]),
         lambda content: content["state_dict"].pop("fc.weight"),
@@ -337,7 +341,7 @@ def test_out_of_memory_is_a_one_line_error(pets, monkeypatch, capsys, error):
     monkeypatch.setattr(train, "train_one_epoch", run_out)
     assert train.main(flags(pets)) == 1
     said = capsys.readouterr().err
-    assert "out of memory: lower --batch-size, now 4, or --img-size, now 32" in said
+    assert "out of memory: try a smaller --batch-size or --img-size" in said
     assert len(said.splitlines()) == 1
 
 

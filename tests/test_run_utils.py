@@ -1,8 +1,6 @@
 """Run folders, metadata and checkpoint writing."""
 
-import argparse
 import errno
-import json
 import os
 import stat
 import threading
@@ -11,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import save_checkpoint
+from checkpoint import newest_weights, save_checkpoint
 from cli_utils import UsageError
-from run_utils import create_run_folder, newest_weights, write_args
+from run_utils import create_run_folder
 
 
 def test_concurrent_runs_get_separate_folders(tmp_path):
@@ -43,14 +41,6 @@ def test_newest_weights(tmp_path):
         os.utime(path, (1_000_000 - age,) * 2)
     create_run_folder("d", tmp_path)
     assert newest_weights(tmp_path) == tmp_path / "b" / "weights" / "best.pth"
-
-
-def test_args_json_stores_flags_and_versions(tmp_path):
-    write_args(argparse.Namespace(num_classes=3, data_path=None), tmp_path / "args.json")
-    content = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
-    assert content["flags"] == {"num_classes": 3, "data_path": None}
-    assert content["versions"]["torch"] == torch.__version__
-    assert {"python", "torchvision", "tensorboard", "numpy"} <= content["versions"].keys()
 
 
 def test_checkpoint_without_folder_fsync_support(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import read_events, write_classes, write_image
 import prepare_data
 import tensorboard_logger
 import train
-from data_loading import make_train_loader
+from data_loading import build_train_loader
 from data_utils import choose_figure_images, find_split
 from distributed import Distributed
 from model import MODELS, named_convolutions
@@ -86,11 +86,11 @@ def test_batches_do_not_depend_on_how_workers_start(sample):
     images = MyDataSet(split.train_paths, split.train_labels, TrainTransform(32))
     batches = []
     for context in ("fork", "spawn") if os.name == "posix" else ("spawn",):
-        loader = make_train_loader(images, args, torch.device("cpu"), Distributed())
+        loader = build_train_loader(args, images, torch.device("cpu"), Distributed())
         loader.multiprocessing_context = context
         batches.append(list(loader))
     args.workers = 0
-    batches.append(list(make_train_loader(images, args, torch.device("cpu"), Distributed())))
+    batches.append(list(build_train_loader(args, images, torch.device("cpu"), Distributed())))
     for others in batches[1:]:
         for (pixels, labels), (others_pixels, others_labels) in zip(batches[0], others, strict=True):
             assert torch.equal(pixels, others_pixels)
@@ -182,7 +182,7 @@ def test_frozen_backbone_keeps_its_initial_weights(no_figures, two_classes, tmp_
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1", "--weights", str(tmp_path / "w.pth")]
     assert train.main([*flags, "--freeze-layers", "--recipe", recipe]) == 0
     printed = capsys.readouterr().out
-    assert "w.pth but for fc.weight, fc.bias, made for another number of classes; only fc learns" in printed
+    assert "w.pth except fc.weight, fc.bias, which have another number of classes; only fc is trained" in printed
     assert "warning" not in printed
     for name, value in weights_of(Path("runs/flower_experiment")).items():
         if not name.startswith("fc."):

@@ -10,17 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train_eval_utils
+from inference import Evaluation, run_inference
 from model import BasicBlock, ResNet, freeze_backbone, resnet18
 from my_dataset import EvalTransform, MyDataSet, prepare_batch
-from train_eval_utils import (
-    Evaluation,
-    Progress,
-    collect_features,
-    collect_logits,
-    estimate_batch_norm,
-    evaluate,
-    train_one_epoch,
-)
+from train_eval_utils import Callback, Progress, estimate_batch_norm, evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 
@@ -93,18 +86,23 @@ def test_label_smoothing_applies_in_training():
     assert train_one_epoch(model, optimizer, data, CPU, 0, label_smoothing=0.2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_before_step_callback_sets_the_rate_or_ends_the_epoch():
+def test_callback_sets_the_rate_or_ends_the_epoch():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    weights, progress = [], Progress()
+    weights, after, progress = [], [], Progress()
 
-    def before_step() -> bool:
-        weights.append(model[1].weight.clone())
-        optimizer.param_groups[0]["lr"] = 0.0 if len(weights) == 1 else 0.01
-        return len(weights) < 3
+    class TwoSteps(Callback):
+        def before_step(self, step: int) -> bool:
+            weights.append(model[1].weight.clone())
+            optimizer.param_groups[0]["lr"] = 0.0 if step == 0 else 0.01
+            return step < 2
 
-    train_one_epoch(model, optimizer, loader(), CPU, 0, progress=progress, before_step=before_step)
-    assert (progress.steps, progress.taken, progress.images) == (2, 2, 8)
+        def after_step(self, step: int) -> None:
+            after.append(step)
+
+    train_one_epoch(model, optimizer, loader(), CPU, 0, progress=progress, callback=TwoSteps())
+    assert (progress.steps, progress.steps_taken, progress.images) == (2, 2, 8)
+    assert after == [0, 1]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert torch.equal(weights[2], model[1].weight)
@@ -185,7 +183,7 @@ def test_mixed_precision_is_close_to_float32():
         losses.append(train_one_epoch(model, optimizer, loader(), CPU, 0, amp_dtype=amp_dtype))
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         model = tiny_resnet()
-        logits.append(collect_logits(model, loader(), CPU, amp_dtype=amp_dtype)[0])
+        logits.append(run_inference(model, loader(), CPU, amp_dtype=amp_dtype)[0])
         assert logits[-1].dtype == torch.float32
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
@@ -216,7 +214,7 @@ def test_accuracy_is_per_image():
     labels = torch.tensor([1, 1, 0, 0, 1])
     data = DataLoader(TensorDataset(images, labels), batch_size=2)
     assert evaluate(model=FirstPixel(), data_loader=data, device=CPU) == pytest.approx(3 / 5)
-    logits, seen = collect_logits(FirstPixel(), data, CPU)
+    logits, seen, _ = run_inference(FirstPixel(), data, CPU)
     assert (logits.shape, logits.dtype) == ((5, 2), torch.float32)
     assert torch.equal(seen, labels)
     assert Evaluation(logits, seen).accuracy == pytest.approx(3 / 5)
@@ -229,7 +227,7 @@ def test_evaluation_has_no_gradients_and_restores_the_mode():
     assert isinstance(result, float)
     assert torch.equal(model.bn1.running_mean, statistics)
     assert model.training
-    assert not collect_logits(model, loader(), CPU)[0].requires_grad
+    assert not run_inference(model, loader(), CPU)[0].requires_grad
 
 
 @pytest.mark.parametrize("device", ["cpu", CPU])
@@ -238,7 +236,7 @@ def test_normalised_float_batches_give_equal_logits(device):
     images, labels = data.dataset.tensors
     prepared = DataLoader(TensorDataset(prepare_batch(images, CPU), labels), batch_size=4)
     model = tiny_resnet()
-    assert torch.equal(collect_logits(model, data, device)[0], collect_logits(model, prepared, device)[0])
+    assert torch.equal(run_inference(model, data, device)[0], run_inference(model, prepared, device)[0])
 
 
 def test_empty_loader_is_an_error():
@@ -296,11 +294,11 @@ def test_batch_norm_statistics_match_the_current_weights():
     prepared = prepare_batch(images, CPU)
     with torch.no_grad():
         expected = copy.deepcopy(model).train()(prepared)  # normalised by batch statistics
-    lagging, _ = collect_logits(model.eval(), DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU)
+    lagging = run_inference(model.eval(), DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU).logits
     estimate_batch_norm(model, images, CPU, batch_size=64)
     assert not any(module.training for module in model.modules())
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
-    estimated, _ = collect_logits(model, DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU)
+    estimated = run_inference(model, DataLoader(TensorDataset(images, torch.zeros(64)), 64), CPU).logits
     assert (estimated - expected).abs().max() < 0.1 * (lagging - expected).abs().max()
 
 
@@ -319,17 +317,16 @@ def test_features_are_the_inputs_of_the_classifier(sample):
     model = resnet18(num_classes=5).eval()
     paths = sorted(map(str, sample.rglob("*.jpg")))[::10]
     loader = DataLoader(MyDataSet(paths, list(range(10)), EvalTransform(32)), 4, collate_fn=MyDataSet.collate_fn)
-    features, labels = collect_features(model, loader, "cpu")
+    logits, labels, features = run_inference(model, loader, "cpu", feature_stride=1)
     assert labels.tolist() == list(range(10))
     assert features.shape == (10, 512)
-    logits, _ = collect_logits(model, loader, "cpu")
     with torch.no_grad():
         assert torch.allclose(model.fc(features), logits, atol=1e-4)
-    seen = []
     batches = DataLoader(TensorDataset(features, labels), 4)
-    collect_logits(model.fc, batches, "cpu", on_features=lambda *batch: seen.append(batch))
-    for column, expected in zip(zip(*seen, strict=True), (features, labels), strict=True):
-        assert torch.equal(torch.cat(column), expected)
+    head = run_inference(model.fc, batches, "cpu", feature_stride=3)  # labels 0, 3, 6 and 9
+    assert torch.equal(head.features, features[::3])
+    assert torch.equal(head.labels, labels)
+    assert run_inference(model, loader, "cpu").features.numel() == 0
     assert not model.fc._forward_pre_hooks
 
 
@@ -338,7 +335,8 @@ def test_progress_counts_images_steps_and_correct_predictions():
     labels = torch.tensor([0, 1] * 5)
     model = resnet18(num_classes=2)
     progress, read = Progress(), []
-    progress.on_read = lambda step, loss: read.append((step, loss))
+    callback = Callback()
+    callback.on_loss = lambda step, loss: read.append((step, loss))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = [(images[:6], labels[:6]), (images[6:], labels[6:])]
     expected = []
@@ -346,11 +344,11 @@ def test_progress_counts_images_steps_and_correct_predictions():
         for batch, _ in batches:
             expected.append(copy.deepcopy(model).train()(prepare_batch(batch, "cpu")))
     progress.start -= 1000  # created long before training
-    mean = train_one_epoch(model, optimizer, batches, "cpu", 0, progress=progress)
+    mean = train_one_epoch(model, optimizer, batches, "cpu", 0, progress=progress, callback=callback)
     assert progress.speed > 0.1
     right = sum(int((a.argmax(1) == b).sum()) for a, (_, b) in zip(expected, batches, strict=True))
     losses = [F.cross_entropy(a, b).item() for a, (_, b) in zip(expected, batches, strict=True)]
-    assert (progress.images, progress.steps, progress.right) == (10, 2, right)
+    assert (progress.images, progress.steps, progress.correct) == (10, 2, right)
     assert progress.accuracy == right / 10
     assert [step for step, _ in read] == [0, 1]
     assert [loss for _, loss in read] == pytest.approx(losses, rel=1e-4)

@@ -18,7 +18,7 @@ def test_find_learning_rate_on_a_valley():
     """The loss falls with the logarithm of the rate up to 0.1, then rises four times as fast."""
     half_lost = 0.1 * math.exp(math.log(0.1 / 1e-4) / 2 / 4)
     weight = torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [weight], "lr_scale": 1.0}], lr=1.0)
 
     class Valley(torch.nn.Module):
         def forward(self, images):
@@ -26,12 +26,9 @@ def test_find_learning_rate_on_a_valley():
             loss = 2 + max(-beyond, 4 * beyond)
             return torch.stack([torch.zeros(len(images)), torch.full((len(images),), loss)], dim=1) + 0 * weight
 
-    def set_rate(rate: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-
     rates = np.geomspace(1e-4, 100, 60)
     batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))] * 60
-    found = find_learning_rate(Valley(), optimizer, batches, "cpu", set_rate, rates)
+    found = find_learning_rate(Valley(), optimizer, batches, "cpu", rates)
     assert found.losses.argmin() == pytest.approx(30, abs=1)
     assert found.suggestion == pytest.approx(half_lost, rel=0.3)
 
