@@ -1,8 +1,9 @@
-"""What the programs share: argument parsing, device and precision, DataLoader workers, error messages and files."""
+"""What the programs share: argument parsing, error messages, device and precision, DataLoader workers, and files."""
 
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import multiprocessing.queues
 import os
@@ -15,11 +16,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from distributed import Distributed
+from distributed import Distributed, OtherRankFailed, is_connection_lost
 
 try:
     import resource
@@ -27,30 +30,36 @@ except ImportError:  # Windows
     resource = None
 
 
+T = TypeVar("T")
+
+MANY_FILES = 100  # above this, `map_files` uses workers, which take a while to start
+
+
 class UsageError(ValueError):
-    """A flag with an unsupported value. The message says which flag, why, and what to do."""
+    """Invalid input, such as an unsupported value of a flag. The message is one line: what is wrong, and what to do."""
+
+
+class DataError(UsageError):
+    """Invalid data: a folder of images, or a file that describes one."""
 
 
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that accepts --both-spellings and --both_spellings, and reports errors in one line."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
-        """Parse arguments, with underscores in the names of flags replaced by hyphens."""
+        """Parse arguments after replacing underscores in the names of flags by hyphens."""
         args = sys.argv[1:] if args is None else args
-        return super().parse_args([re.sub(r"^--\w[\w-]*", _hyphens, arg) for arg in args], namespace)
+        hyphenated = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]
+        return super().parse_args(hyphenated, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, without argparse's usage message."""
-        said = f"{self.prog}: error: {printable(message)} (--help explains the flags)\n"
-        self.exit(2, said if Distributed().is_main else None)
-
-
-def _hyphens(flag: re.Match) -> str:
-    return flag[0].replace("_", "-")
+        line = f"{self.prog}: error: {printable(message)} (see --help)\n"
+        self.exit(2, line if Distributed().is_main else None)
 
 
 def parse_bool(text: str) -> bool:
-    """Parse the value of a flag such as `--freeze-layers False`: `bool("False")` would be True."""
+    """Parse the value of a flag such as `--freeze-layers False`, as `bool("False")` is True."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -58,12 +67,12 @@ def parse_bool(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Escape unprintable characters, such as control characters in a file name, for output on one line."""
+    """Escape control characters and other unprintable ones, as in file names, for output on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def escape_unprintable_output() -> None:
-    """Let standard output and error escape the characters that their encoding lacks, instead of raising an error."""
+    """Make standard output and standard error escape characters that they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -74,8 +83,8 @@ def silence_other_ranks(dist: Distributed) -> Iterator[None]:
     """Discard the standard output of all ranks but the main process."""
     with contextlib.ExitStack() as stack:
         if not dist.is_main:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(null))
         yield
 
 
@@ -89,17 +98,113 @@ def shorten(text: str, width: int = 100) -> str:
     return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
+# --- programs and their errors ------------------------------------------------------------------------------------
+
+
+def run_program(
+    name: str,
+    program: Callable[[], int],
+    *,
+    memory_advice: str | Callable[[], str],
+    worker_advice: str,
+    error_status: int = 1,
+) -> int:
+    """Run a program and report expected errors in one line on standard error. Unexpected ones are raised.
+
+    Args:
+        program: returns an exit status.
+        memory_advice: what to do when memory runs out, or a function that returns it.
+        worker_advice: what to do when a DataLoader worker has died.
+        error_status: the exit status after an expected error.
+
+    Returns:
+        The exit status of `program`; or `error_status`, or 130 after Ctrl-C.
+    """
+
+    def report(message: str) -> None:
+        with contextlib.suppress(OSError):  # standard error is closed
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+
+    escape_unprintable_output()
+    try:
+        status = program()
+        print(end="", flush=True)  # raises OSError if the output cannot be written
+        return status
+    except (BrokenPipeError, OtherRankFailed):  # `predict.py folder | head`; the other rank reports its error
+        return error_status
+    except KeyboardInterrupt:
+        if Distributed().is_main:
+            report("interrupted")
+        return 130
+    except Exception as error:
+        message = _explain_error(error, memory_advice, worker_advice)
+        if message is None:
+            raise
+        report(f"error: {message}")
+        return error_status
+    finally:
+        flush_stdout()
+
+
+def _explain_error(error: Exception, memory_advice: str | Callable[[], str], worker_advice: str) -> str | None:
+    """Return a one-line message for an expected error, None for any other."""
+    if isinstance(error, (MemoryError, RuntimeError, ConnectionError, EOFError)):
+        dist = Distributed()
+        if dist.is_launched and is_connection_lost(error):
+            lost = f"rank {dist.rank} has lost the connection to the other ranks, which have ended or are unreachable"
+            return f"{lost}: {printable(str(error).splitlines()[0])}"
+        advice = memory_advice() if callable(memory_advice) else memory_advice
+        return explain_resource_error(error, advice, worker_advice)
+    return printable(str(error)) if isinstance(error, (UsageError, OSError, FloatingPointError)) else None
+
+
+def explain_resource_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:
+    """Return a message for an error that means too little memory or a dead worker, None for any other error.
+
+    Disables torch's handler of dead workers, which would report each again, so the program must end with this error.
+    """
+    if is_out_of_memory(error):
+        return f"out of memory: {memory_advice}"
+    if is_dead_worker(error):
+        if hasattr(signal, "SIGCHLD"):  # not on Windows, where torch has no such handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return f"a DataLoader worker died: too little memory or /dev/shm ({worker_advice}), or a corrupt image"
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that the GPU or the machine is out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator, CUDA, MPS, cuBLAS and cuDNN raise RuntimeErrors with different messages.
+    messages = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return any(message in str(error) for message in messages) and not is_dead_worker(error)
+
+
+def is_dead_worker(error: Exception) -> bool:
+    """Return whether an error means that a DataLoader worker has died."""
+    messages = ("DataLoader worker (pid", "received 0 items of ancdata", "got end of file during message")
+    return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(messages)
+
+
+def flush_stdout() -> None:
+    """Flush standard output, and discard what cannot be written: Python would print an error at exit."""
+    try:
+        print(end="", flush=True)  # does nothing if there is no standard output
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # --- device -------------------------------------------------------------------------------------------------------
 
 
 def select_device(name: str, dist: Distributed | None = None) -> torch.device:
-    """Return the device for `cuda`, `cuda:1`, `1`, `mps` or `cpu`; fall back to the CPU, with a message.
+    """Return the device named `cuda`, `cuda:1`, `1`, `mps` or `cpu`; if it is unavailable, the CPU, with a message.
 
-    Args:
-        dist: each of several ranks on a machine takes the GPU with the number of its local rank.
+    If several ranks of `dist` run on this machine, each takes the GPU of its local rank.
 
     Raises:
-        UsageError: an unknown device, or an index that does not exist.
+        UsageError: the name is invalid, or there is no GPU of that index.
     """
     match = re.fullmatch(r"(?:(cuda):)?(\d+)|cuda|mps|cpu", name)
     if match is None:
@@ -107,7 +212,7 @@ def select_device(name: str, dist: Distributed | None = None) -> torch.device:
     index = int(match[2] or 0)
     if dist is not None and dist.local_world_size > 1 and name != "cpu":
         if name != "cuda":
-            raise UsageError(f"--device {name}: with several processes on a machine choose cuda or cpu")
+            raise UsageError(f"--device {name}: with several processes per machine, choose cuda or cpu")
         index = dist.local_rank
     if name == "cpu":
         return torch.device("cpu")
@@ -120,12 +225,12 @@ def select_device(name: str, dist: Distributed | None = None) -> torch.device:
         return torch.device("mps")
     if index >= torch.cuda.device_count():
         where = f"--device {name}" if match[2] else f"{dist.local_world_size} processes on this machine"
-        raise UsageError(f"{where}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise UsageError(f"{where}: only {torch.cuda.device_count()} CUDA devices are available, counted from 0")
     return torch.device("cuda", index)
 
 
 def describe_device(device: torch.device) -> str:
-    """Describe a device for the header: the GPU's name, or the number of CPU threads."""
+    """Describe a device by the GPU's name or the number of CPU threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
@@ -140,29 +245,29 @@ def select_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None
     """Choose the dtype of mixed precision.
 
     Args:
-        amp: "auto" (if the device supports bfloat16 or float16 natively), "on" (also where it is emulated) or "off".
+        amp: "auto" (use it if the device supports it natively), "on" (even if it is emulated) or "off".
 
     Returns:
-        The dtype, None for float32, and a description of the choice for the header.
+        The dtype (None for float32), and a description of the choice.
     """
     if amp == "off":
         return None, "float32 (--amp off)"
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16, "bfloat16 (mixed; this GPU computes in it)"
+                return torch.bfloat16, "bfloat16 (mixed precision, native on this GPU)"
             if amp == "on" or torch.cuda.get_device_capability() >= (7, 0):  # tensor cores
-                return torch.float16, "float16 (mixed, the loss scaled; this GPU has no bfloat16)"
-            return None, "float32 (this GPU gains nothing from less)"
+                return torch.float16, "float16 (mixed precision with loss scaling; this GPU has no bfloat16)"
+            return None, "float32 (mixed precision is no faster on this GPU)"
     if device.type == "cpu":
         if _cpu_has_bfloat16():
-            return torch.bfloat16, "bfloat16 (mixed; this CPU computes in it)"
+            return torch.bfloat16, "bfloat16 (mixed precision, native on this CPU)"
         if amp == "on":
-            return torch.bfloat16, "bfloat16 (mixed; emulated, as --amp on asks for)"
-        return None, "float32 (this CPU does not compute in bfloat16)"
+            return torch.bfloat16, "bfloat16 (mixed precision, emulated because of --amp on)"
+        return None, "float32 (this CPU has no native bfloat16)"
     if amp == "on":
-        raise UsageError(f"--amp on: not for {device.type} devices")
-    return None, f"float32 (no mixed precision on {device.type} devices)"
+        raise UsageError(f"--amp on: unsupported on {device.type} devices")
+    return None, f"float32 (mixed precision is unsupported on {device.type} devices)"
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -174,18 +279,18 @@ def _cpu_has_bfloat16() -> bool:
 
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; less than the machine has in a container or under taskset
+    if hasattr(os, "sched_getaffinity"):  # Linux; respects containers and taskset
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def number_of_workers(workers: int | None, processes: int = 1) -> int:
-    """Return --workers, or by default one worker per core, at most 8, divided among the processes on this machine."""
+    """Return `workers`, or by default one per core, at most 8, divided among the `processes` on this machine."""
     return min(max(1, available_cores() // processes), 8) if workers is None else workers
 
 
 def available_memory() -> int:
-    """Return the available memory in bytes; 0 if it is unknown."""
+    """Return the available memory in bytes, or 0 if it is unknown."""
     available = []
     with contextlib.suppress(OSError):
         for kib in re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M):
@@ -193,7 +298,7 @@ def available_memory() -> int:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:  # ulimit -v
             available.append(limit - resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]))
-    for limit, used, cached in [  # a container's, cgroup versions 2 and 1
+    for limit, used, cached in [  # of a container: cgroup versions 2 and 1
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ]:
@@ -208,7 +313,7 @@ def available_memory() -> int:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Return the peak memory in GiB: of tensors on the GPU, else of this process without workers; None if unknown."""
+    """Return the peak memory in GiB: of tensors on a GPU, else of this process; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
@@ -217,14 +322,14 @@ def peak_memory(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# --- DataLoader workers and resource errors ----------------------------------------------------------------------
+# --- DataLoader workers -------------------------------------------------------------------------------------------
 
 
 def worker_init(worker: int) -> None:
-    """Initialise a DataLoader worker: it ignores signals from the terminal, and ends with the main process."""
+    """Make a DataLoader worker ignore signals from the terminal, and end when the main process does."""
     signal.set_wakeup_fd(-1)  # inherited from the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Without shared memory for a batch, the worker must end: the main process would wait for the batch forever.
+    # If there is no shared memory for a batch, end the worker: the main process would wait for the batch forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
     def exit_after(wait: Callable[[], None]) -> None:
@@ -236,7 +341,7 @@ def worker_init(worker: int) -> None:
 
     def main_process_sends_sigterm() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_process().pid:
-            pass  # a signal to the whole process group: the main process needs its workers until it has saved
+            pass  # sent to the whole process group: the main process needs its workers until it has saved
 
     conditions = [main_process_has_ended]
     if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS, where any SIGTERM ends a worker
@@ -246,42 +351,38 @@ def worker_init(worker: int) -> None:
         threading.Thread(target=exit_after, args=[wait], daemon=True).start()
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that the GPU or the machine is out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The CPU's allocator, CUDA, MPS, cuBLAS and cuDNN raise RuntimeErrors with different messages.
-    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return any(words in str(error) for words in said) and not is_dead_worker(error)
+def map_files(
+    function: Callable[[str], T], paths: Sequence[str], workers: int | None = None, description: str | None = None
+) -> Iterator[T]:
+    """Apply `function` to each path, in order; in worker processes if there are more than `MANY_FILES` paths.
 
-
-def is_dead_worker(error: Exception) -> bool:
-    """Return whether an error means that a DataLoader worker has died."""
-    said = ("DataLoader worker (pid", "received 0 items of ancdata", "got end of file during message")
-    return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(said)
-
-
-def explain_resource_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:
-    """Return a message for an error that means too little memory or a dead worker; None for any other error.
-
-    The program must end with it, as it disables torch's handler of dead workers, which would report each again.
+    Args:
+        function: must be picklable.
+        workers: the number of worker processes (None: one per core, at most 8).
+        description: the label of a progress bar on the terminal; None for no bar.
     """
-    if is_out_of_memory(error):
-        return f"out of memory: {memory_advice}"
-    if is_dead_worker(error):
-        if hasattr(signal, "SIGCHLD"):  # not on Windows, where torch has no such handler
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        why = f"too little memory or /dev/shm ({worker_advice}), or a damaged image"
-        return f"a process that reads images died: {why}"
-    return None
+    loader = DataLoader(
+        _MappedFiles(function, paths),
+        batch_size=8,
+        num_workers=number_of_workers(workers) if len(paths) > MANY_FILES else 0,
+        collate_fn=list,
+        worker_init_fn=worker_init,
+        generator=torch.Generator(),  # leaves the global generator alone
+    )
+    results = itertools.chain.from_iterable(loader)
+    disable = None if description else True  # None: if there is no terminal
+    yield from tqdm(results, description, len(paths), leave=False, disable=disable, dynamic_ncols=True)
 
 
-def flush_stdout() -> None:
-    """Flush standard output, and discard what cannot be written: Python would print an error at exit."""
-    try:
-        print(end="", flush=True)  # does nothing where there is no output at all
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class _MappedFiles(Dataset):
+    def __init__(self, function: Callable[[str], Any], paths: Sequence[str]) -> None:
+        self.function, self.paths = function, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.paths[index])
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -297,7 +398,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield path
         return
     path = path.resolve()
-    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # with its extension, which tells the format
+    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # keeps the extension, which decides the format
     try:
         yield unfinished
         unfinished.replace(path)
@@ -312,9 +413,9 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
-    """Write a CSV file atomically, with these columns first and then the other keys of the rows.
+    """Write a CSV file atomically: first `columns`, then the other keys of the rows.
 
-    Characters that UTF-8 cannot encode, as in file names, are escaped.
+    Characters that UTF-8 cannot encode, which file names may have, are escaped.
     """
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     with (
@@ -327,7 +428,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if the file is missing or corrupt."""
+    """Read a JSON object; return an empty one if the file is missing or corrupt."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.utils import download_url
 
+from cli_utils import DataError
 from image_io import ImageError, read_image
 from model import evaluation_mode
 from my_dataset import MyDataSet, prepare_batch, to_pixels
@@ -42,10 +43,6 @@ FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
 KNOWN_IMAGES = ".checked_images.json"  # in the runs folder: the cached checks of image files
 DOWNLOADED = ".downloaded"  # in the downloaded folder: the MD5 of its archive
-
-
-class DataError(ValueError):
-    """Invalid data. The message says where, why and what to do."""
 
 
 # --- folder -> lists of files and labels --------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_dead_worker_is_a_one_line_error(two_classes, capsys, monkeypatch):
     flags = [*SMALL[:-1], "1", "--epochs", "2"]
     assert train.main(["--data-path", str(two_classes), *flags]) == 1
     said = capsys.readouterr().err
-    assert "a process that reads images died" in said
+    assert "a DataLoader worker died" in said
     assert len(said.splitlines()) == 1
     late._workers[0].kill()
     time.sleep(1)  # not interrupted by a second report

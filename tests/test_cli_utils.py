@@ -1,4 +1,4 @@
-"""Command-line parsing, file replacement, devices and machine resources."""
+"""Command-line parsing, error messages, workers, file replacement, devices and machine resources."""
 
 import contextlib
 import multiprocessing
@@ -9,18 +9,23 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import cli_utils
 from cli_utils import (
+    DataError,
     FlagParser,
     UsageError,
     atomic_file,
     available_cores,
     available_memory,
+    map_files,
     parse_bool,
     printable,
+    run_program,
     select_device,
     select_precision,
     worker_init,
 )
+from distributed import OtherRankFailed
 
 
 def test_atomic_file_keeps_links_and_pipes(tmp_path):
@@ -95,6 +100,71 @@ def test_invalid_flag_is_a_one_line_error(argv, capsys):
     assert len(said.splitlines()) == 1
 
 
+def run(error: BaseException | None, status: int = 0) -> int:
+    def program() -> int:
+        if error is not None:
+            raise error
+        return status
+
+    return run_program("p", program, memory_advice=lambda: "free some", worker_advice="try --workers 0", error_status=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("--x: give a\nnumber"), 2, "p: error: --x: give a\\nnumber\n"),
+        (DataError("no images"), 2, "p: error: no images\n"),
+        (FileNotFoundError("a.png: no such file"), 2, "p: error: a.png: no such file\n"),
+        (FloatingPointError("the loss is nan"), 2, "p: error: the loss is nan\n"),
+        (MemoryError(), 2, "p: error: out of memory: free some\n"),
+        (OtherRankFailed(), 2, ""),
+        (BrokenPipeError(), 2, ""),
+        (KeyboardInterrupt(), 130, "p: interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_expected_errors_are_one_line(capsys, error, status, line):
+    assert run(error) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_dead_worker_is_reported(capsys):
+    assert run(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("p: error: a DataLoader worker died: ")
+    assert "try --workers 0" in said
+
+
+def test_lost_connection_is_reported_under_torchrun(capsys, monkeypatch):
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore")
+    with pytest.raises(RuntimeError):
+        run(error)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(error) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("p: error: rank 1 has lost the connection to the other ranks")
+    assert said.endswith("Connection closed by peer\n")
+    assert run(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""  # rank 0 reports it
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_unexpected_errors_are_raised(error):
+    with pytest.raises(type(error)):
+        run(error)
+
+
+@pytest.mark.parametrize("workers", [0, 2, None])
+def test_map_files_keeps_order_and_random_state(monkeypatch, workers):
+    monkeypatch.setattr(cli_utils, "MANY_FILES", 10)
+    state = torch.get_rng_state()
+    paths = [f"{number}.png" for number in range(20)]
+    assert list(map_files(os.path.abspath, paths, workers, "reading")) == list(map(os.path.abspath, paths))
+    assert list(map_files(os.path.abspath, [])) == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_printable_escapes_control_characters():
     assert printable("daisy 向日葵 🌷") == "daisy 向日葵 🌷"
     assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
@@ -129,9 +199,9 @@ def test_available_memory():
 @pytest.mark.parametrize(
     ("capabilities", "amp", "dtype", "why"),
     [
-        ({"avx512_bf16": True}, "auto", torch.bfloat16, "this CPU computes in it"),
-        ({"amx_bf16": True}, "auto", torch.bfloat16, "this CPU computes in it"),
-        ({"avx2": True}, "auto", None, "does not compute in bfloat16"),
+        ({"avx512_bf16": True}, "auto", torch.bfloat16, "native on this CPU"),
+        ({"amx_bf16": True}, "auto", torch.bfloat16, "native on this CPU"),
+        ({"avx2": True}, "auto", None, "no native bfloat16"),
         ({"avx2": True}, "on", torch.bfloat16, "emulated"),
         ({"avx512_bf16": True}, "off", None, "--amp off"),
     ],

@@ -353,8 +353,8 @@ def test_predict_does_not_import_matplotlib(weights, sample):
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images died"),
-        (ConnectionResetError(104, "Connection reset by peer"), "a process that reads images died"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a DataLoader worker died"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a DataLoader worker died"),
     ],
 )
 def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, error, said):
