@@ -33,6 +33,7 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 MANY_FILES = 100  # above this, `map_files` uses workers, which take a while to start
+FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 class UsageError(ValueError):
@@ -152,7 +153,8 @@ def _explain_error(error: Exception, memory_advice: str | Callable[[], str], wor
         dist = Distributed()
         if dist.is_launched and is_connection_lost(error):
             lost = f"rank {dist.rank} has lost the connection to the other ranks, which have ended or are unreachable"
-            return f"{lost}: {printable(str(error).splitlines()[0])}"
+            reason = printable(str(error).partition("\n")[0])
+            return f"{lost}: {reason}"
         advice = memory_advice() if callable(memory_advice) else memory_advice
         return explain_resource_error(error, advice, worker_advice)
     return printable(str(error)) if isinstance(error, (UsageError, OSError, FloatingPointError)) else None
@@ -386,6 +388,20 @@ class _MappedFiles(Dataset):
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+
+
+def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
+    """Return the path of the output file that a flag names, None if the name is empty.
+
+    Raises:
+        UsageError: its folder is missing, or its extension is not in `formats`.
+    """
+    if not name:
+        return None
+    path = Path(name)
+    if not path.parent.is_dir() or (formats and path.suffix.lower() not in formats):
+        raise UsageError(f"{flag} {path}: name a {' '.join([*formats, 'file'])} in an existing folder")
+    return path
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -69,6 +69,20 @@ class Split:
             f"{len(self.train_paths)} images for training.\n"
             f"{len(self.val_paths)} images for validation."
         )
+
+
+def require_training_images(split: Split, usable_labels: Iterable[int], explain: Callable[[str], str | None]) -> None:
+    """Raise DataError if a class of `split` has no usable training images.
+
+    Args:
+        usable_labels: the labels of the usable training images.
+        explain: returns the reason why the image at a path is unusable.
+    """
+    emptied = set(split.train_labels) - set(usable_labels)
+    if emptied:
+        label = min(emptied)
+        example = split.train_paths[split.train_labels.index(label)]
+        raise DataError(f"class {split.class_names[label]}: no usable training images; {explain(example)}")
 
 
 def read_split_data(

@@ -16,6 +16,7 @@ from conftest import as_another_user, run_in_fork, write_image
 from PIL import Image
 
 import check_data
+import cli_utils
 import plot_utils
 import predict
 from data_utils import list_images_below, write_class_indices
@@ -119,7 +120,7 @@ def test_workers_give_the_same_output(capsys, weights, sample, tmp_path, monkeyp
         shutil.copy(path, tmp_path)
     (tmp_path / "roses_005_broken.jpg").write_bytes(b"no image")
     expected = run(capsys, tmp_path, "--weights", weights, "--json")
-    monkeypatch.setattr(predict, "MANY_IMAGES", 10)
+    monkeypatch.setattr(cli_utils, "MANY_FILES", 10)
     assert run(capsys, tmp_path, "--weights", weights, "--json") == expected
     status, lines, complaints = expected
     assert (status, len(lines), len(complaints)) == (1, 20, 1)
@@ -301,7 +302,7 @@ def test_failed_output_is_a_one_line_error(weights, sample, program, status):
     main = main_of(program, weights, sample)
     with open("/dev/full", "w") as full:
         said = run_in_fork(main, full.fileno())
-    assert said == (status, f"{program}: [Errno 28] No space left on device\n")
+    assert said == (status, f"{program}: error: [Errno 28] No space left on device\n")
     reader, writer = os.pipe()
     os.close(reader)
     assert run_in_fork(main, writer) == (status, "")
