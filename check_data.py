@@ -277,7 +277,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class")
     add("--val-rate", type=float, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
     add("--workers", type=int, help="processes that read images (default: one per core, at most 8)")
-    add("--save-plot", metavar="OUT.png", default="data_health.png", help='"" for none (default: %(default)s)')
+    add(
+        "--save-plot",
+        metavar="OUT.png",
+        default="data_health.png",
+        help='figure to write, "" for none (default: %(default)s)',
+    )
     add("--csv", metavar="OUT.csv", help="write all duplicates to a CSV file")
     args = parser.parse_args(argv)
     if not args.folder or args.val_path == "":

@@ -400,7 +400,8 @@ def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Pat
         return None
     path = Path(name)
     if not path.parent.is_dir() or (formats and path.suffix.lower() not in formats):
-        raise UsageError(f"{flag} {path}: name a {' '.join([*formats, 'file'])} in an existing folder")
+        kind = f"{'/'.join(formats)} file" if formats else "file"
+        raise UsageError(f"{flag} {path}: name a {kind} in an existing folder")
     return path
 
 

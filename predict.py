@@ -129,8 +129,8 @@ def predict(args: argparse.Namespace) -> int:
             if len(plotted) > FIGURE_IMAGES:
                 del plotted[max(range(len(plotted)), key=lambda index: plotted[index].probability)]
 
-    for folder, each in correct.items():
-        line = f"{printable(folder)}: accuracy {sum(each) / len(each):.4f} ({sum(each)} of {len(each)} images)"
+    for folder, hits in correct.items():
+        line = f"{printable(folder)}: accuracy {sum(hits) / len(hits):.4f} ({sum(hits)} of {len(hits)} images)"
         print(line, file=sys.stderr if args.json else sys.stdout)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
@@ -254,7 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", help="weights file (default: best.pth of the most recent run)")
     add("--topk", type=int, default=3, help="number of classes to print per image (default: %(default)s)")
     add("--device", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda if available)")
-    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: if it is faster)")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: if supported natively)")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--csv", metavar="OUT.csv", help="also write the predictions to a CSV file")
     plot = f"plot the images (at most {FIGURE_IMAGES}: the least certain ones) with Grad-CAM heat maps"

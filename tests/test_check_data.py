@@ -85,8 +85,8 @@ def copies(path: Path) -> dict[str, tuple[Image.Image, dict]]:
 
 
 def test_drawn_flowers_have_no_duplicates(capsys, drawn):
-    status, output, complaints = run(capsys, drawn)
-    assert (status, complaints) == (0, "")
+    status, output, errors = run(capsys, drawn)
+    assert (status, errors) == (0, "")
     assert "500 images were found" in output
     assert output.splitlines()[-1].startswith("no label conflicts: 0 pictures in several classes, 0 in both")
     assert "0 duplicated in total; 0 of 500 files unusable" in output
@@ -178,8 +178,8 @@ def test_unusable_files_are_listed(capsys, flowers, workers):
     for number in range(11):
         (flowers / "daisy" / f"broken {number:02d}.jpg").write_bytes(b"not an image")
     (flowers / "daisy" / "bad\x1bname.jpg").write_bytes(b"")
-    status, output, complaints = run(capsys, flowers, "--workers", workers, "--val-rate", "0")
-    assert (status, complaints) == (0, "")
+    status, output, errors = run(capsys, flowers, "--workers", workers, "--val-rate", "0")
+    assert (status, errors) == (0, "")
     assert "unusable: 12\n" in output
     assert "broken 08.jpg': not an image, or of an unknown format\n" in output
     assert "broken 09.jpg" not in output
@@ -359,27 +359,27 @@ def test_figure_labels_do_not_overlap(classes):
     ],
 )
 def test_invalid_arguments_are_rejected(capsys, two_classes, flags, reason):
-    status, output, complaints = run(capsys, *[flag.format(data=two_classes) for flag in flags])
+    status, output, errors = run(capsys, *[flag.format(data=two_classes) for flag in flags])
     assert (status, output) == (2, "")
-    assert reason in complaints
-    assert complaints.count("\n") == 1
+    assert reason in errors
+    assert errors.count("\n") == 1
 
 
 def test_class_without_usable_images(capsys, two_classes):
     for path in (two_classes / "cat").iterdir():
         path.write_bytes(b"")
-    status, output, complaints = run(capsys, two_classes)
+    status, output, errors = run(capsys, two_classes)
     assert status == 2
     assert "unusable: 10" in output
-    assert complaints == (
+    assert errors == (
         f"check_data.py: error: class cat: no usable training images; cannot read image "
         f"{str(two_classes / 'cat' / 'cat 00.png')!r}: not an image, or of an unknown format\n"
     )
 
 
 def test_figure_is_not_written_into_the_data(capsys, two_classes, monkeypatch):
-    status, _, complaints = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
-    assert (status, "is inside the data" in complaints) == (2, True)
+    status, _, errors = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
+    assert (status, "is inside the data" in errors) == (2, True)
     monkeypatch.chdir(two_classes)  # allowed in the current directory
     assert run(capsys, ".", plot="data_health.png")[0] == 0
     assert Path("data_health.png").is_file()
@@ -403,9 +403,9 @@ def test_csv_file_is_written_atomically(capsys, two_classes, somewhere_else, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(csv.DictWriter, "writerows", full)
-        status, _, complaints = run(capsys, two_classes, "--csv", "x.csv")
+        status, _, errors = run(capsys, two_classes, "--csv", "x.csv")
     assert status == 2
-    assert "No space left on device" in complaints
+    assert "No space left on device" in errors
     assert [(path.name, path.read_text()) for path in somewhere_else.iterdir()] == [("x.csv", "from before")]
 
 

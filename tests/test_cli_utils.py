@@ -95,9 +95,9 @@ def test_invalid_flag_is_a_one_line_error(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(argv)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("p: error: ")
-    assert len(said.splitlines()) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("p: error: ")
+    assert len(stderr.splitlines()) == 1
 
 
 def run(error: BaseException | None, status: int = 0) -> int:
@@ -130,9 +130,9 @@ def test_expected_errors_are_one_line(capsys, error, status, line):
 
 def test_dead_worker_is_reported(capsys):
     assert run(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("p: error: a DataLoader worker died: ")
-    assert "try --workers 0" in said
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("p: error: a DataLoader worker died: ")
+    assert "try --workers 0" in stderr
 
 
 def test_lost_connection_is_reported_under_torchrun(capsys, monkeypatch):
@@ -142,9 +142,9 @@ def test_lost_connection_is_reported_under_torchrun(capsys, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert run(error) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("p: error: rank 1 has lost the connection to the other ranks")
-    assert said.endswith("Connection closed by peer\n")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("p: error: rank 1 has lost the connection to the other ranks")
+    assert stderr.endswith("Connection closed by peer\n")
     assert run(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == ""  # rank 0 reports it
 
@@ -191,7 +191,7 @@ def test_available_cores():
     assert 1 <= available_cores() <= os.cpu_count()
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
 def test_available_memory():
     assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -349,9 +349,11 @@ def test_prediction_figure_skips_unusable_lines(plot_img, capsys):
     (plot_img / "label.txt").write_text("\n".join(lines), encoding="utf-8")
     figure = plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM, num_plot=2)
     assert [axes.get_title().split("\n")[1] for axes in figure.axes] == ["(label: light)"] * 2
-    said = capsys.readouterr().out.splitlines()
-    assert ["gone.png" in said[0], "purple" in said[1], "alone" in said[2], "broken.png" in said[3]] == [True] * 4
-    assert len(said) == 4
+    printed = capsys.readouterr().out.splitlines()
+    assert ["gone.png" in printed[0], "purple" in printed[1], "alone" in printed[2], "broken.png" in printed[3]] == [
+        True
+    ] * 4
+    assert len(printed) == 4
     plt.close(figure)
 
 
@@ -375,21 +377,21 @@ def test_label_file_with_spaces_in_names(plot_img):
 
 
 def test_missing_prediction_figure_is_explained(plot_img, tmp_path, capsys):
-    def say(folder):
+    def explanation(folder):
         assert plot_class_preds(Brightness(), folder, FLOAT_TRANSFORM) is None
         return capsys.readouterr().out
 
-    assert "nowhere: no such folder" in say(tmp_path / "nowhere")
-    assert "label.txt: no such file" in say(tmp_path / "here")
+    assert "nowhere: no such folder" in explanation(tmp_path / "nowhere")
+    assert "label.txt: no such file" in explanation(tmp_path / "here")
     (plot_img / "label.txt").write_text("0.png purple\n")
-    assert "no usable line" in say(plot_img)
+    assert "no usable line" in explanation(plot_img)
     (plot_img / "label.txt").write_bytes(b"\xff\xfe0")
-    assert "UTF-8" in say(plot_img)
+    assert "UTF-8" in explanation(plot_img)
     (plot_img / "label.txt").write_text("../secret.png dark\n")
     write_image(plot_img.parent / "secret.png")
-    assert "'../secret.png' is outside the folder" in say(plot_img)
+    assert "'../secret.png' is outside the folder" in explanation(plot_img)
     Path("class_indices.json").unlink()
-    assert "nowhere: no such folder" in say(tmp_path / "nowhere")
+    assert "nowhere: no such folder" in explanation(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"class_indices\.json"):
         plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM)
 
