@@ -106,7 +106,7 @@ def run_program(
     name: str,
     program: Callable[[], int],
     *,
-    memory_advice: str | Callable[[], str],
+    memory_advice: str,
     worker_advice: str,
     error_status: int = 1,
 ) -> int:
@@ -114,7 +114,7 @@ def run_program(
 
     Args:
         program: returns an exit status.
-        memory_advice: what to do when memory runs out, or a function that returns it.
+        memory_advice: what to do when memory runs out.
         worker_advice: what to do when a DataLoader worker has died.
         error_status: the exit status after an expected error.
 
@@ -147,7 +147,7 @@ def run_program(
         flush_stdout()
 
 
-def _explain_error(error: Exception, memory_advice: str | Callable[[], str], worker_advice: str) -> str | None:
+def _explain_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:
     """Return a one-line message for an expected error, None for any other."""
     if isinstance(error, (MemoryError, RuntimeError, ConnectionError, EOFError)):
         dist = Distributed()
@@ -155,8 +155,7 @@ def _explain_error(error: Exception, memory_advice: str | Callable[[], str], wor
             lost = f"rank {dist.rank} has lost the connection to the other ranks, which have ended or are unreachable"
             reason = printable(str(error).partition("\n")[0])
             return f"{lost}: {reason}"
-        advice = memory_advice() if callable(memory_advice) else memory_advice
-        return explain_resource_error(error, advice, worker_advice)
+        return explain_resource_error(error, memory_advice, worker_advice)
     return printable(str(error)) if isinstance(error, (UsageError, OSError, FloatingPointError)) else None
 
 

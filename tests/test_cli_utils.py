@@ -106,7 +106,7 @@ def run(error: BaseException | None, status: int = 0) -> int:
             raise error
         return status
 
-    return run_program("p", program, memory_advice=lambda: "free some", worker_advice="try --workers 0", error_status=2)
+    return run_program("p", program, memory_advice="free some", worker_advice="try --workers 0", error_status=2)
 
 
 @pytest.mark.parametrize(
