@@ -33,6 +33,7 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 MANY_FILES = 100  # above this, `map_files` uses workers, which take a while to start
+FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 class UsageError(ValueError):
@@ -105,7 +106,7 @@ def run_program(
     name: str,
     program: Callable[[], int],
     *,
-    memory_advice: str | Callable[[], str],
+    memory_advice: str,
     worker_advice: str,
     error_status: int = 1,
 ) -> int:
@@ -113,7 +114,7 @@ def run_program(
 
     Args:
         program: returns an exit status.
-        memory_advice: what to do when memory runs out, or a function that returns it.
+        memory_advice: what to do when memory runs out.
         worker_advice: what to do when a DataLoader worker has died.
         error_status: the exit status after an expected error.
 
@@ -146,15 +147,15 @@ def run_program(
         flush_stdout()
 
 
-def _explain_error(error: Exception, memory_advice: str | Callable[[], str], worker_advice: str) -> str | None:
+def _explain_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:
     """Return a one-line message for an expected error, None for any other."""
     if isinstance(error, (MemoryError, RuntimeError, ConnectionError, EOFError)):
         dist = Distributed()
         if dist.is_launched and is_connection_lost(error):
             lost = f"rank {dist.rank} has lost the connection to the other ranks, which have ended or are unreachable"
-            return f"{lost}: {printable(str(error).splitlines()[0])}"
-        advice = memory_advice() if callable(memory_advice) else memory_advice
-        return explain_resource_error(error, advice, worker_advice)
+            reason = printable(str(error).partition("\n")[0])
+            return f"{lost}: {reason}"
+        return explain_resource_error(error, memory_advice, worker_advice)
     return printable(str(error)) if isinstance(error, (UsageError, OSError, FloatingPointError)) else None
 
 
@@ -386,6 +387,21 @@ class _MappedFiles(Dataset):
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+
+
+def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
+    """Return the path of the output file that a flag names, None if the name is empty.
+
+    Raises:
+        UsageError: its folder is missing, or its extension is not in `formats`.
+    """
+    if not name:
+        return None
+    path = Path(name)
+    if not path.parent.is_dir() or (formats and path.suffix.lower() not in formats):
+        kind = f"{'/'.join(formats)} file" if formats else "file"
+        raise UsageError(f"{flag} {path}: name a {kind} in an existing folder")
+    return path
 
 
 @contextlib.contextmanager

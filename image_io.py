@@ -1,4 +1,4 @@
-"""Decode image files of any format and mode that Pillow supports to upright 8-bit RGB."""
+"""Decode image files of any format and mode that Pillow supports to upright 8-bit RGB images."""
 
 import math
 import os
@@ -11,26 +11,26 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-STRIP_PIXELS = 2**22  # the size of the strips in which large images are converted
+STRIP_PIXELS = 2**22  # large images are converted in strips of this size
 
 
 class ImageError(OSError):
-    """An image file that cannot be read. The message is one line with the file's name and the reason."""
+    """An unreadable image file. The message is one line with the file's name and the reason."""
 
     def __str__(self) -> str:
-        # A DataLoader puts its worker's traceback in front of the message.
+        # A DataLoader prepends its worker's traceback to the message.
         return super().__str__().rstrip().rpartition("\n")[-1].rpartition("ImageError: ")[-1]
 
 
 def read_image(path: str | os.PathLike, min_side: int | None = None) -> Image.Image:
-    """Read an image file of any mode as 8-bit RGB.
+    """Read an image file as 8-bit RGB.
 
-    The EXIF orientation is applied, 16-bit grey is scaled to 8 bits (not clipped), transparent pixels become white, and
-    of an animation the first frame is used.
+    The EXIF orientation is applied. 16-bit grey is scaled, not clipped; transparent pixels become white; of an
+    animation, the first frame is read.
 
     Args:
-        min_side: the number of pixels needed on the shorter side. A larger image is reduced to 1/2, 1/3, 1/4, ... of
-            its size, but not below that. libjpeg reduces by powers of 2 while decoding, in a fraction of the time.
+        min_side: the minimum length of the shorter side in pixels. A larger image is reduced to 1/2, 1/3, 1/4, ... of
+            its size. libjpeg reduces by powers of 2 while it decodes, in a fraction of the time.
 
     Raises:
         ImageError: the file is missing, unreadable, corrupt or not an image.
@@ -39,7 +39,7 @@ def read_image(path: str | os.PathLike, min_side: int | None = None) -> Image.Im
 
 
 def decode(path: str | os.PathLike, min_side: int | None = None) -> tuple[Image.Image, bool]:
-    """Do as `read_image`, and return whether the image has been reduced as well."""
+    """Read an image like `read_image`. Returns the image, and whether it has been reduced."""
     with _image_errors(path), _open(path) as file:
         full_size = min(file.size)
         if min_side is not None:
@@ -54,26 +54,26 @@ def decode(path: str | os.PathLike, min_side: int | None = None) -> tuple[Image.
 
 
 def read_header(path: str | os.PathLike) -> tuple[str, str, tuple[int, int]]:
-    """Read the format, the mode, and the upright width and height in pixels from a file's header.
+    """Read an image's format, mode, and upright width and height in pixels from the header of its file.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: the header is unreadable.
     """
     with _image_errors(path), _open(path) as file:
         size = file.size
-        if file.format == "TIFF":  # newer versions of Pillow apply its orientation themselves
+        if file.format == "TIFF":  # newer versions of Pillow apply the orientation themselves
             size = file.tag_v2[ExifTags.Base.ImageWidth], file.tag_v2[ExifTags.Base.ImageLength]
         size = size[::-1] if _orientation(file) >= 5 else size  # rotated by 90 degrees
         return file.format or "unknown", file.mode, size
 
 
 def aspect_ratio(path: str | os.PathLike) -> float:
-    """Return the longer side over the shorter one.
+    """Return the ratio of the longer side to the shorter one.
 
     Raises:
-        ImageError: the header cannot be read.
+        ImageError: the header is unreadable.
     """
-    with _image_errors(path), _open(path) as file:  # without the orientation, for which a PNG would be decoded
+    with _image_errors(path), _open(path) as file:  # ignores the orientation, for which a PNG would be decoded
         return max(file.size) / min(file.size)
 
 
@@ -81,14 +81,14 @@ def _open(path: str | os.PathLike) -> Image.Image:
     if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would block
         raise ValueError("not a file")
     image = Image.open(path)
-    if image.format == "EPS":  # Pillow would run it in Ghostscript
+    if image.format == "EPS":  # Pillow would execute it with Ghostscript
         image.close()
         raise ValueError("a PostScript program")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or corrupt."""
+    """Return the EXIF orientation, 1 to 8, or 1 (upright) if it is missing or corrupt."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001 - corrupt tags raise nearly anything, and the pixels are still usable
@@ -98,7 +98,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _image_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn every exception of Pillow's into an ImageError with the file's name, and ignore its warnings."""
+    """Convert all of Pillow's exceptions to an ImageError with the file's name, and suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -116,7 +116,7 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
-    """Convert to RGB at 1/factor of the size, strip by strip to limit the memory that a huge image takes."""
+    """Convert to RGB at 1/factor of the size, in strips to limit the memory for huge images."""
     rows = factor * max(1, STRIP_PIXELS // (image.width * factor))
     strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     has_any_range = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
@@ -130,7 +130,7 @@ def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
 
 
 def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow itself would clip everything above 255
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip values above 255
         image = Image.fromarray((_finite(image) / white * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -138,7 +138,7 @@ def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
 
 
 def _white_level(image: Image.Image) -> float:
-    """Return 1 or 255 for floats and 1, 255 or 65535 for 32-bit integers, by convention; else the largest value."""
+    """Return the value of white: by convention 1 or 255 (floats), 1, 255 or 65535 (integers); else the maximum."""
     largest, levels = _finite(image).max(initial=0), (1, 255) if image.mode == "F" else (1, 255, 65535)
     return next((level for level in levels if largest <= level), largest)
 

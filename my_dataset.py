@@ -1,4 +1,4 @@
-"""Data set of images and labels, with transforms, normalisation and collation."""
+"""The dataset of images and labels, with its transforms, normalisation and collation."""
 
 import functools
 import math
@@ -25,23 +25,21 @@ MAX_ASPECT_RATIO = 10
 
 
 class MyDataSet(Dataset):
-    """Images and their labels, read on access.
+    """Images and their labels. The image files are read on access.
+
+    Images with an aspect ratio above 10 are skipped, with a message. The attributes `images_path` and `images_class`
+    hold the others; the caller's lists are not modified.
+
+    `dataset[i]` returns (image, label), or raises an ImageError if the file is unreadable. `dataset[i, seed]` seeds the
+    transform without changing the global generator, so that an item depends neither on the process nor on the order.
+    `dataset[i, seed, img_size]` also sets the image size.
 
     Args:
         images_path: the image files.
         images_class: the labels, ints from 0.
-        transform: receives a PIL RGB image; None returns that image. A transform with an attribute `min_side`, like
-            this module's, receives a uint8 tensor (3, H, W), reduced as by `read_image`.
+        transform: receives a PIL RGB image. If None, items hold that image. A transform with an attribute `min_side`,
+            like those of this module, receives a uint8 tensor (3, H, W) that is reduced as in `read_image`.
         cache: keeps decoded images that were reduced to `min_side`, for later epochs.
-
-    Images with an aspect ratio above 10 are skipped, with a message. `images_path` and `images_class` hold the others;
-    the caller's lists are not modified.
-
-    `dataset[i]` is (image, label). `dataset[i, seed]` seeds the transform and restores the global generator, so that an
-    item depends neither on the process nor on the order; `dataset[i, seed, img_size]` also sets the image size.
-
-    Raises (from `dataset[i]`):
-        ImageError: the file cannot be read.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class MyDataSet(Dataset):
         return image, self.images_class[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": None}  # forked workers share the cache, spawned ones have none
+        return self.__dict__ | {"cache": None}  # forked workers share the cache, spawned workers have none
 
     def _image(self, index: int) -> Image.Image | Tensor:
         path, min_side = self.images_path[index], getattr(self.transform, "min_side", None)
@@ -97,10 +95,7 @@ class MyDataSet(Dataset):
 
     @staticmethod
     def collate_fn(batch: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Collate (image (3, H, W), label) items to images (N, 3, H, W) of the same dtype and labels (N,) int64.
-
-        uint8 images are stacked channels-last, the memory format of decoded images, which is fast for convolutions.
-        """
+        """Collate (image (3, H, W), label) items to images (N, 3, H, W) of the same dtype and labels (N,) int64."""
         images, labels = zip(*batch, strict=True)
         return stack_images(images), torch.as_tensor(labels, dtype=torch.int64)
 
@@ -118,11 +113,9 @@ def _is_extreme(path: str | os.PathLike) -> bool:
 class TrainTransform:
     """The tutorial's random resized crop and horizontal flip of an RGB image, to uint8 (3, img_size, img_size).
 
-    Args:
-        img_size: the image size in pixels.
-
-    `min_side` is the number of pixels needed on the shorter side (see `read_image`). At 224 px it reduces photographs
-    to about the size of ImageNet's, so that the smallest crops are upscaled as much as there.
+    Attributes:
+        min_side: the minimum length of the shorter side, see `read_image`. At 224 px it reduces photographs to about
+            the size of ImageNet's, so that the smallest crops are enlarged as much as there.
     """
 
     def __init__(self, img_size: int = 224) -> None:
@@ -138,9 +131,10 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize the shorter side to 256/224 of the size, and crop the centre: RGB image -> uint8 (3, img_size, img_size).
+    """Resize the shorter side to 256/224 of `img_size` and crop the centre, to uint8 (3, img_size, img_size).
 
-    For `min_side` see `TrainTransform`.
+    Attributes:
+        min_side: see `TrainTransform`.
     """
 
     def __init__(self, img_size: int = 224) -> None:
@@ -151,7 +145,7 @@ class EvalTransform:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
         pixels = _to_tensor(image)
-        # Crop extreme shapes (1 x 20,000 pixels) first, so that only what the centre crop can use is resized.
+        # Crop extreme shapes (1 x 20,000 pixels) before they are resized.
         height, width = pixels.shape[-2:]
         pixels = F.center_crop(pixels, [min(height, width * MAX_ASPECT_RATIO), min(width, height * MAX_ASPECT_RATIO)])
         return F.center_crop(F.resize(pixels, [self.shorter_side], antialias=True), [self.img_size])
@@ -162,17 +156,19 @@ def _to_tensor(image: Image.Image | Tensor) -> Tensor:
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Stack images (3, H, W) to a batch (N, 3, H, W) of the same dtype; channels-last for uint8."""
+    """Stack images (3, H, W) to a batch (N, 3, H, W) of the same dtype.
+
+    uint8 batches are channels-last, the memory format of decoded images, which is fast for convolutions.
+    """
     if images[0].dtype != torch.uint8:
         return torch.stack(images)
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
-    """Move a batch to `device` and normalise it: (N, 3, H, W) -> (N, 3, H, W) float32.
+    """Move a batch (N, 3, H, W) to `device`, and normalise it there if it is uint8. Returns floats.
 
-    uint8 is scaled to 0..1 and normalised on `device`, so that one byte per value is transferred instead of four. A
-    float batch is already normalised, and only moved.
+    This transfers one byte per value instead of four. Float batches are already normalised.
     """
     images = images.to(device, non_blocking=True)
     if images.dtype != torch.uint8:
@@ -183,16 +179,13 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return MEAN and STD on the scale of uint8, (3, 1, 1), cached per device: creating them synchronises with it."""
+    """Return MEAN and STD times 255, (3, 1, 1). They are cached, as creating them synchronises with the device."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
     return mean, std
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Convert a batch of network inputs (N, 3, H, W) to displayable pixels (N, H, W, 3) uint8.
-
-    uint8 values are kept; a float batch is denormalised with MEAN and STD.
-    """
+    """Convert a batch of network inputs (N, 3, H, W) to pixels (N, H, W, 3) uint8. Float batches are denormalised."""
     images = images.detach().cpu()
     if images.dtype != torch.uint8:
         images = images.float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)

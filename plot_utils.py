@@ -1,26 +1,25 @@
-"""Plot arrays, names and numbers as matplotlib figures, without file access, models or windows.
+"""Plot arrays, names and numbers as matplotlib figures, without access to files, models or windows.
 
-Each function draws on `figure` if given, else on a new one that pyplot does not track, so that nothing needs closing.
+Each function draws on `figure` if given, else on a new one, which need not be closed as pyplot does not track it.
 """
 
-import functools
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from figure_text import fitting_font_size, legible, shorten_middle, text_style, text_width
 
 MAX_COLUMNS = 8
 FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, safe for colour-blind readers (Okabe & Ito 2008)
 HEAT = "inferno"
 DPI = 100
-LARGEST_MATRIX = 30  # inches: 1,000 classes would take gigabytes
+MAX_MATRIX_INCHES = 30  # at full size, 1,000 classes would take gigabytes
 
 
 def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure: Figure | None = None) -> Figure:
@@ -29,7 +28,7 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
     figure.set_size_inches(max(6.4, 0.45 * len(class_names)), 4.8)
     axes = figure.add_subplot(xlabel="class", ylabel="images", title="Class distribution")
     axes.bar_label(axes.bar(range(len(class_names)), counts, color=FIRST))
-    crowded = sum(map(_width, class_names)) > 60
+    crowded = sum(map(text_width, class_names)) > 60
     axes.set_xticks(
         range(len(class_names)),
         list(map(legible, class_names)),
@@ -48,7 +47,7 @@ def labelled_images(images: np.ndarray, names: Sequence[str], figure: Figure | N
     cells = _grid(figure, len(images), MAX_COLUMNS, below=0.3)
     for axes, image, name in zip(cells, images, names, strict=True):
         axes.imshow(image)
-        axes.set_xlabel(legible(name), **text_style(name), fontsize=_fitting(name, 2.2))
+        axes.set_xlabel(legible(name), **text_style(name), fontsize=fitting_font_size(name, 2.2))
     return figure
 
 
@@ -59,29 +58,29 @@ def predictions(
     actual: Sequence[str | None],
     figure: Figure | None = None,
 ) -> Figure:
-    """Plot images (H, W, 3) uint8 with their predicted class, its probability (0..1) and, where known, the label.
+    """Plot images (H, W, 3) uint8 with the predicted class, its probability (0..1) and the label, up to eight per row.
 
-    There are up to eight images per row. Correct predictions are green with a tick, wrong ones red with a cross (for
-    colour-blind readers), and those without a label black.
+    Correct predictions are green with a tick, and wrong ones red with a cross, for colour-blind readers. Predictions
+    for images without a label (None) are black.
     """
     figure = figure or Figure(dpi=DPI)
     cells = _grid(figure, len(images), MAX_COLUMNS, above=0.5, below=0.35)
     for axes, image, guess, probability, label in zip(cells, images, predicted, probabilities, actual, strict=True):
         axes.imshow(image)
         title, colour = _title(guess, probability, label)
-        axes.set_title(title, color=colour, fontsize=_fitting(title, 2.3), **text_style(title))
+        axes.set_title(title, color=colour, fontsize=fitting_font_size(title, 2.3), **text_style(title))
         if label is not None:
             axes.set_xlabel(_mark(guess == label), color=colour, fontsize=16, labelpad=0)
     return figure
 
 
 def training_batch(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
-    """Plot images (N, H, W, 3) uint8 with their names, up to eight per row, on a single Axes."""
+    """Plot images like `labelled_images`, but on a single Axes, which is faster."""
     figure = figure or Figure(dpi=DPI)
     sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS, below=0.3)
     for box, image, name in zip(boxes, images, names, strict=True):
         sheet.imshow(image, extent=box.extent)
-        _write(sheet, name, box.middle, box.bottom - 0.05, va="top", ha="center", fontsize=_fitting(name, 2.2))
+        _write(sheet, name, box.middle, box.bottom - 0.05, va="top", ha="center", fontsize=fitting_font_size(name, 2.2))
     return figure
 
 
@@ -93,19 +92,21 @@ def mistakes(
     actual: Sequence[str],
     figure: Figure | None = None,
 ) -> Figure:
-    """Plot images (N, H, W, 3) uint8 beside their heat maps (N, H, W) in 0..1, see `heated`.
+    """Plot images like `predictions`, each beside its heat map (see `overlay_heat`), up to four per row.
 
-    Titles, marks and colours are those of `predictions`; up to four per row.
+    Args:
+        images: (N, H, W, 3) uint8.
+        heats: (N, H, W) in 0..1.
     """
     figure = figure or Figure(dpi=DPI)
     sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS // 2, width=4.6, above=0.55, below=0.3)
     for box, image, heat, guess, probability, label in zip(
         boxes, images, heats, predicted, probabilities, actual, strict=True
     ):
-        sheet.imshow(np.concatenate([image, heated(image, heat)], axis=1), extent=box.extent)
+        sheet.imshow(np.concatenate([image, overlay_heat(image, heat)], axis=1), extent=box.extent)
         title, colour = _title(guess, probability, label)
         style = {"ha": "center", "color": colour}
-        _write(sheet, title, box.middle, box.top + 0.05, va="bottom", fontsize=_fitting(title, 4.4), **style)
+        _write(sheet, title, box.middle, box.top + 0.05, va="bottom", fontsize=fitting_font_size(title, 4.4), **style)
         _write(sheet, _mark(guess == label), box.middle, box.bottom - 0.02, va="top", fontsize=14, **style)
     return figure
 
@@ -118,27 +119,26 @@ def explained(
     labels: Sequence[str | None],
     figure: Figure | None = None,
 ) -> Figure:
-    """Plot images (H, W, 3) uint8 beside their heat maps and a bar for each of the most probable classes.
+    """Plot images (H, W, 3) uint8, each beside its heat map and the bars of its most probable classes.
 
     Args:
-        heats: (H, W) in 0..1, see `heated`.
-        tops: per image, (class, probability in 0..1), the most probable first.
-        titles: the titles, for example file names.
-        labels: the true classes, where known. Their bars are blue and the others vermilion; without a label all are
-            blue.
+        heats: (H, W) in 0..1, see `overlay_heat`.
+        tops: per image, the (class, probability in 0..1) of its most probable classes in descending order.
+        titles: for example, file names.
+        labels: the true classes, or None. The bars of other classes are vermilion instead of blue.
     """
     figure = figure or Figure(dpi=DPI)
     columns = 1 if len(images) <= 3 else 2 if len(images) <= 8 else 3
     sheet, boxes = _sheet(figure, len(images), columns, width=7.4, above=0.35)
     for box, image, heat, top, title, label in zip(boxes, images, heats, tops, titles, labels, strict=True):
         pictures = (box.left, box.left + 4.6, box.bottom, box.top)
-        sheet.imshow(np.concatenate([image, heated(image, heat)], axis=1), extent=pictures)
-        mark = "" if label is None else f"  (label: {_shortened(label, 24)}) {_mark(top[0][0] == label)}"
-        _write(sheet, _shortened(title, 80 - _width(mark)) + mark, box.left, box.top + 0.07, fontsize=10)
+        sheet.imshow(np.concatenate([image, overlay_heat(image, heat)], axis=1), extent=pictures)
+        mark = "" if label is None else f"  (label: {shorten_middle(label, 24)}) {_mark(top[0][0] == label)}"
+        _write(sheet, shorten_middle(title, 80 - text_width(mark)) + mark, box.left, box.top + 0.07, fontsize=10)
         left, row = box.left + 4.8, (box.top - box.bottom) / max(len(top), 3)
         for place, (name, probability) in enumerate(top):
             y = box.top - place * row
-            words = f"{_shortened(name, 24)}  {probability:.1%}"
+            words = f"{shorten_middle(name, 24)}  {probability:.1%}"
             _write(sheet, words, left + 0.05, y - 0.08 * row, va="top", fontsize=min(9.0, 24 * row))
             colour = FIRST if label in (None, name) else SECOND
             sheet.barh(y - 0.68 * row, probability * (box.right - left), 0.42 * row, left=left, color=colour)
@@ -146,8 +146,8 @@ def explained(
     return figure
 
 
-def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Overlay `image` (H, W, 3) uint8, in grey, with the heat map `heat` (H, W) in 0..1: (H, W, 3) uint8."""
+def overlay_heat(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Overlay an image (H, W, 3) uint8, in grey, with a heat map (H, W) in 0..1. Returns (H, W, 3) uint8."""
     grey = image.mean(axis=2, keepdims=True) * np.ones(3)
     colours = 255 * matplotlib.colormaps[HEAT](heat)[..., :3]
     return (0.45 * grey + 0.55 * colours).astype(np.uint8)
@@ -156,29 +156,28 @@ def heated(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: Figure | None = None) -> Figure:
     """Plot a confusion matrix (classes, classes) int: true classes in rows, predicted classes in columns.
 
-    The numbers are counts; the shade of a cell is its fraction of the row. With hundreds of classes there is only room
-    for shades and some names.
+    The numbers are counts, and the shades fractions of the true class. With hundreds of classes, there is only room for
+    shades and some of the names.
     """
     figure = figure or Figure(dpi=DPI)
     classes = len(class_names)
-    names = [_shortened(name, 24) for name in class_names]
+    names = [shorten_middle(name, 24) for name in class_names]
     size = 12 if classes <= 6 else 10 if classes <= 20 else 8 if classes <= 50 else 7
     cell = 0.75 if classes <= 6 else 0.45 if classes <= 20 else 0.3 if classes <= 50 else 0.24
     inch = size / 72
-    side = max(min(cell * classes, LARGEST_MATRIX), 2.5)
+    side = max(min(cell * classes, MAX_MATRIX_INCHES), 2.5)
     named = range(0, classes, math.ceil(cell * classes / side))  # all names, if there is room
-    names_take = 0.65 * inch * max(map(_width, names)) + 2.2 * inch
-    upright = max(map(_width, names)) * 0.65 * inch > 0.9 * side / len(named)  # too long to fit side by side
-    left, right = max(names_take, 0.9), 1.1
-    bottom, top = (names_take if upright else 0.7), 0.8
+    names_width = 0.65 * inch * max(map(text_width, names)) + 2.2 * inch
+    vertical = max(map(text_width, names)) * 0.65 * inch > 0.9 * side / len(named)  # too long to fit side by side
+    left, right = max(names_width, 0.9), 1.1
+    bottom, top = (names_width if vertical else 0.7), 0.8
     width, height = left + side + right, bottom + side + top
     figure.set_size_inches(width, height)
 
     axes = figure.add_axes([left / width, bottom / height, side / width, side / height])
-    parts = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    shades = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
-    largest = confusion.max()
-    digits = len(f"{largest}")
+    fractions = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shades = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    digits = len(f"{confusion.max()}")
     number_size = min(size, 0.8 * side / classes * 72 / (0.65 * digits))
     for row, column in np.argwhere(confusion) if len(named) == classes else []:
         axes.text(
@@ -188,20 +187,18 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str], figure: 
             ha="center",
             va="center",
             fontsize=number_size,
-            color="white" if parts[row, column] > 0.5 else "black",
+            color="white" if fractions[row, column] > 0.5 else "black",
         )
     style = text_style(*class_names) | {"fontsize": size}
     labels = [legible(names[index]) for index in named]
-    axes.set_xticks(named, labels, rotation=90 if upright else 0, **style)
+    axes.set_xticks(named, labels, rotation=90 if vertical else 0, **style)
     axes.set_yticks(named, labels, **style)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     images, correct = confusion.sum(), confusion.trace()
     axes.set_title(f"{images} images, {correct} right ({correct / max(images, 1):.1%})", pad=12)
     legend = figure.add_axes([1 - 0.85 / width, bottom / height, 0.15 / width, min(side, 4) / height])
-    figure.colorbar(shades, cax=legend, ticks=[0, 0.5, 1], label="part of the true class").ax.set_yticklabels(
-        ["0", "½", "1"]
-    )
+    figure.colorbar(shades, cax=legend, ticks=[0, 0.5, 1], label="fraction of the true class")
     return figure
 
 
@@ -209,22 +206,19 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
     """Plot training and validation loss and accuracy per epoch.
 
     The loss axis ends at twice the highest training loss or twice the median validation loss, whichever is larger:
-    while BatchNorm's running averages lag behind fast-changing weights, the validation loss may spike and make the
-    rest unreadable.
+    the validation loss may spike while BatchNorm's running averages lag behind the weights.
 
     Args:
-        history: per epoch "epoch", "train_loss", "val_loss", "train_accuracy", "accuracy".
+        history: dicts with "epoch", "train_loss", "val_loss", "train_accuracy" and "accuracy".
     """
     figure = figure or Figure(dpi=DPI)
     figure.set_size_inches(10, 4)
     epochs = [row["epoch"] for row in history]
     panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "accuracy")]
-    for place, (title, of_training, of_validation) in enumerate(panels):
-        axes = figure.add_axes([0.07 + 0.5 * place, 0.14, 0.41, 0.76], title=title, xlabel="epoch")
-        axes.plot(epochs, [row[of_training] for row in history], "o-", color=FIRST, markersize=3, label="training")
-        axes.plot(
-            epochs, [row[of_validation] for row in history], "s--", color=SECOND, markersize=3, label="validation"
-        )
+    for index, (title, train_key, val_key) in enumerate(panels):
+        axes = figure.add_axes([0.07 + 0.5 * index, 0.14, 0.41, 0.76], title=title, xlabel="epoch")
+        axes.plot(epochs, [row[train_key] for row in history], "o-", color=FIRST, markersize=3, label="training")
+        axes.plot(epochs, [row[val_key] for row in history], "s--", color=SECOND, markersize=3, label="validation")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -233,7 +227,7 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
     peak = max(row["val_loss"] for row in history)
     if peak > highest > 0:
         loss.set_ylim(0, highest)
-        loss.set_title(f"loss (cut off: up to {peak:.3g})")
+        loss.set_title(f"loss (clipped; maximum {peak:.3g})")
     accuracy.set_ylim(0, 1)
     return figure
 
@@ -241,16 +235,16 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
 def range_test(
     rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, suggestion: float, figure: Figure | None = None
 ) -> Figure:
-    """Plot a learning-rate range test: loss and smoothed loss (N,) per learning rate (N,), and the suggested rate."""
+    """Plot a learning-rate range test: losses (N,) and smoothed losses (N,) over rates (N,), and the suggestion."""
     figure = figure or Figure(dpi=DPI)
     figure.set_size_inches(8, 4.5)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss", xscale="log")
-    axes.plot(rates, losses, color=FIRST, alpha=0.3, linewidth=1, label="of a step")
+    axes.plot(rates, losses, color=FIRST, alpha=0.3, linewidth=1, label="per step")
     axes.plot(rates, smoothed, color=FIRST, linewidth=2, label="smoothed")
     axes.axvline(suggestion, color=SECOND, linestyle="--", label=f"suggestion: {suggestion:.2g}")
-    start, least = smoothed[0], smoothed.min()
-    axes.set_ylim(least - 0.3 * (start - least) - 0.05, start + 0.7 * (start - least) + 0.05)
+    start, lowest = smoothed[0], smoothed.min()
+    axes.set_ylim(lowest - 0.3 * (start - lowest) - 0.05, start + 0.7 * (start - lowest) + 0.05)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     return figure
@@ -271,30 +265,29 @@ def data_health(
         conflicts: per pair, two images (H, W, 3) uint8, their classes and their file names.
     """
     figure = figure or Figure(dpi=DPI)
-    above = max(4.0, 1 + 0.2 * len(class_names))
     rows = -(-len(conflicts) // 2)
-    figure.set_size_inches(12, above + 2.6 * rows)
+    heights = [max(4.0, 1 + 0.2 * len(class_names)), 2.6 * rows]
+    figure.set_size_inches(12, sum(heights))
     figure.set_layout_engine("constrained")
-    grid = figure.add_gridspec(2 if rows else 1, 1, height_ratios=[above, 2.6 * rows][: 2 if rows else 1])
+    grid = figure.add_gridspec(2 if rows else 1, 1, height_ratios=heights if rows else None)
 
     top = figure.add_subfigure(grid[0]).subplots(1, 2)
-    axes, places = top[0], range(len(class_names))
-    axes.barh(places, train_counts, color=FIRST, label="training")
-    bars = axes.barh(places, val_counts, left=train_counts, color=SECOND, label="validation")
+    axes, positions = top[0], range(len(class_names))
+    axes.barh(positions, train_counts, color=FIRST, label="training")
+    bars = axes.barh(positions, val_counts, left=train_counts, color=SECOND, label="validation")
     axes.bar_label(bars, [str(a + b) for a, b in zip(train_counts, val_counts, strict=True)], padding=3)
-    axes.set_yticks(places, [_shortened(name, 28) for name in class_names], **text_style(*class_names))
+    axes.set_yticks(positions, [shorten_middle(name, 28) for name in class_names], **text_style(*class_names))
     axes.set(xlabel="images", ylim=(len(class_names) - 0.4, -0.6))
     axes.margins(x=0.12)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
     axes = top[1]
-    each, counts = np.unique(sizes, axis=0, return_counts=True)
-    axes.scatter(*each.T, s=12 + 150 * counts / counts.max(), color=FIRST, alpha=0.4, linewidths=0, rasterized=True)
-    axes.set_title("size of the images (a larger dot: more of them)", fontsize="medium")
+    points, counts = np.unique(sizes, axis=0, return_counts=True)
+    axes.scatter(*points.T, s=12 + 150 * counts / counts.max(), color=FIRST, alpha=0.4, linewidths=0, rasterized=True)
+    axes.set_title("image sizes (larger dot: more images)", fontsize="medium")
     axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
-    axes.set(
-        xlim=(each[:, 0].min() / 1.5, each[:, 0].max() * 1.5), ylim=(each[:, 1].min() / 1.5, each[:, 1].max() * 1.5)
-    )
+    (left, low), (right, high) = points.min(axis=0) / 1.5, points.max(axis=0) * 1.5
+    axes.set(xlim=(left, right), ylim=(low, high))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ScalarFormatter())
@@ -303,14 +296,14 @@ def data_health(
 
     if rows:
         below = figure.add_subfigure(grid[1])
-        below.suptitle("the same picture in two classes", fontsize="medium")
+        below.suptitle("label conflicts: the same picture in two classes", fontsize="medium")
         cells = below.add_gridspec(rows, 5, width_ratios=[1, 1, 0.2, 1, 1])
         for number, (images, classes, files) in enumerate(conflicts):
             for index in range(2):
                 axes = below.add_subplot(cells[number // 2, 3 * (number % 2) + index], xticks=[], yticks=[])
                 axes.imshow(images[index])
-                axes.set_title(_shortened(classes[index], 28), **text_style(classes[index]), fontsize="medium")
-                axes.set_xlabel(_shortened(files[index], 28), **text_style(files[index]), fontsize="small")
+                axes.set_title(shorten_middle(classes[index], 28), **text_style(classes[index]), fontsize="medium")
+                axes.set_xlabel(shorten_middle(files[index], 28), **text_style(files[index]), fontsize="small")
     return figure
 
 
@@ -318,7 +311,7 @@ def data_health(
 
 
 class _Box(NamedTuple):
-    """The edges of a picture, in inches from the left and bottom of the figure."""
+    """The edges of an image, in inches from the left and the bottom of the figure."""
 
     left: float
     right: float
@@ -343,10 +336,10 @@ def _place(
     above: float = 0.1,
     below: float = 0.1,
 ) -> list[_Box]:
-    """Size `figure` for `count` pictures in rows of `columns`, and return their positions.
+    """Size `figure` for `count` images in rows of `columns`, and return their positions.
 
     Args:
-        width, height: the size of each picture in inches.
+        width, height: the size of each image in inches.
         above, below: the space above and below it in inches.
     """
     columns, gap = min(count, columns), 0.15
@@ -361,9 +354,9 @@ def _place(
     return boxes
 
 
-def _grid(figure: Figure, *places: float, **sizes: float) -> list[Axes]:
-    """Create Axes without ticks at the positions of `_place`."""
-    boxes = _place(figure, *places, **sizes)
+def _grid(figure: Figure, *arguments: float, **sizes: float) -> list[Axes]:
+    """Create an Axes without ticks for each image; for the arguments see `_place`."""
+    boxes = _place(figure, *arguments, **sizes)
     width, height = figure.get_size_inches()
     return [
         figure.add_axes(
@@ -375,9 +368,9 @@ def _grid(figure: Figure, *places: float, **sizes: float) -> list[Axes]:
     ]
 
 
-def _sheet(figure: Figure, *places: float, **sizes: float) -> tuple[Axes, list[_Box]]:
-    """Create one Axes in inches over the whole figure for the positions of `_place`, as one per picture is slow."""
-    boxes = _place(figure, *places, **sizes)
+def _sheet(figure: Figure, *arguments: float, **sizes: float) -> tuple[Axes, list[_Box]]:
+    """Create one Axes, in inches, for all images, as one per image is slow; for the arguments see `_place`."""
+    boxes = _place(figure, *arguments, **sizes)
     sheet = figure.add_axes([0, 0, 1, 1])
     sheet.set_axis_off()
     width, height = figure.get_size_inches()
@@ -397,85 +390,5 @@ def _title(guess: str, probability: float, label: str | None) -> tuple[str, str]
     return f"{title}\n(label: {legible(label)})", "green" if guess == label else "red"
 
 
-def _mark(right: bool) -> str:
-    return "\N{CHECK MARK}" if right else "\N{MULTIPLICATION SIGN}"
-
-
-def _width(text: str) -> int:
-    """Return the width of a line in columns; an East Asian wide character takes two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _fitting(text: str, inches: float, largest: float = 12) -> float:
-    """Return the font size, 4 to `largest`, at which the longest line fits into `inches`."""
-    return max(4.0, min(largest, inches * 72 / (0.6 * max(_width(line) for line in text.splitlines() or [""]) + 1e-9)))
-
-
-def _shortened(text: str, width: int) -> str:
-    """Replace the middle of `text` by an ellipsis if it is wider than `width` columns."""
-    text = legible(text)
-    while _width(text) > width:
-        middle = len(text) // 2
-        text = text[: middle - 1] + "\N{HORIZONTAL ELLIPSIS}" + text[middle + 1 :]
-    return text
-
-
-# --- fonts --------------------------------------------------------------------------------------------------------
-
-
-def text_style(*texts: str) -> dict[str, object]:
-    """Return keyword arguments for matplotlib's text functions: no math mode ("$"), fonts that have the characters."""
-    return {"parse_math": False, "fontfamily": ["sans-serif", *_more_families(frozenset("".join(texts)))]}
-
-
-def legible(text: str) -> str:
-    """Escape control characters and those that no installed font has."""
-    return "".join(c if _can_be_drawn(c) else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-@functools.cache
-def _can_be_drawn(character: str) -> bool:
-    has_glyph = _default_font_has(character) or _other_font(character) is not None
-    return character.isprintable() and has_glyph
-
-
-@functools.cache
-def _more_families(characters: frozenset[str]) -> list[str]:
-    fonts = (_other_font(c) for c in sorted(characters) if c.isprintable() and not _default_font_has(c))
-    return list(dict.fromkeys(font for font in fonts if font))
-
-
-@functools.cache
-def _default_font_has(character: str) -> bool:
-    return _has(font_manager.findfont(font_manager.FontProperties()), character)
-
-
-@functools.cache
-def _other_font(character: str) -> str | None:
-    """Return the family of an installed upright font with this character, CJK families first."""
-    entries = sorted(
-        (font for font in _installed_fonts() if font.style == "normal" and not font.name.startswith("Last Resort")),
-        key=lambda font: (font.weight != 400, "CJK" not in font.name, "Sans" not in font.name, font.name),
-    )
-    return next((font.name for font in entries if _has(font.fname, character)), None)
-
-
-@functools.cache
-def _installed_fonts() -> list[font_manager.FontEntry]:
-    """Return matplotlib's fonts, including those installed since its font cache was built."""
-    known = {font.fname for font in font_manager.fontManager.ttflist}
-    for path in font_manager.findSystemFonts():
-        if path not in known:
-            try:
-                font_manager.fontManager.addfont(path)
-            except (RuntimeError, ValueError, OSError):  # unsupported by matplotlib
-                continue
-    return font_manager.fontManager.ttflist
-
-
-def _has(path: str, character: str) -> bool:
-    try:
-        font = font_manager.get_font(path)
-    except (RuntimeError, OSError):
-        return False
-    return font.scalable and font.get_char_index(ord(character)) != 0
+def _mark(correct: bool) -> str:
+    return "\N{CHECK MARK}" if correct else "\N{MULTIPLICATION SIGN}"

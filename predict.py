@@ -1,14 +1,16 @@
-"""Predict the class of images, with the weights that train.py left.
+"""Classify images with a trained network.
 
-python predict.py photo.jpg                          # the best weights of the newest run
+python predict.py photo.jpg                              # with the best weights of the most recent run
 python predict.py photo.jpg a_folder --weights runs/flower_experiment/weights/best.pth
 python predict.py a_folder --json > predictions.jsonl
-python predict.py photo.jpg --save-plot prediction.png   # with what the network looked at
+python predict.py photo.jpg --save-plot prediction.png   # with a Grad-CAM heat map
 python predict.py a_folder --csv predictions.csv --save-plot least_certain.png
 python predict.py photo.jpg --weights model-29.pth --model resnet34 --class-indices class_indices.json
 """
 
 import argparse
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,24 +20,24 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from checkpoint import WeightsError, load_model, newest_weights
+from checkpoint import load_model, newest_weights
 from cli_utils import (
+    FIGURE_FORMATS,
+    MANY_FILES,
+    DataError,
     FlagParser,
     UsageError,
     atomic_file,
-    available_cores,
-    escape_unprintable_output,
-    explain_resource_error,
-    flush_stdout,
+    map_files,
+    output_path,
     printable,
+    run_program,
     select_device,
     select_precision,
-    worker_init,
     write_csv,
 )
-from data_utils import DataError, list_images_below, read_class_indices
+from data_utils import list_images_below, read_class_indices
 from image_io import ImageError, read_image
 from inference import compute_logits
 from model import MODELS, ResNet, evaluation_mode, fold_batch_norm, grad_cam
@@ -44,34 +46,55 @@ from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
 # Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
 # printed probabilities would depend on the number of images.
 BATCH_SIZE = 8
-MANY_IMAGES = 100  # above this, use workers, which take a while to start
 FIGURE_IMAGES = 24  # maximum in --save-plot: the least certain ones
 SIGNATURE = b"predict.py --save-plot"  # the comment in a JPEG figure
-FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
+
+class ImageFile(NamedTuple):
+    """An image to classify: its path, its label if its folder is named after a class, and its command-line argument."""
+
+    path: str
+    label: str | None
+    argument: str
+
+
+class Prediction(NamedTuple):
+    """A classified image (3, H, W) uint8, the index of its predicted class, and (name, probability) of the top ones."""
+
+    file: ImageFile
+    image: Tensor
+    index: int
+    top: list[tuple[str, float]]
+
+    @property
+    def name(self) -> str:
+        """The name of the predicted class."""
+        return self.top[0][0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the predicted class."""
+        return self.top[0][1]
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Run the predictions. Returns the exit status: 1 if an input could not be read."""
-    plot_path = Path(args.save_plot) if args.save_plot else None
-    if plot_path and not (plot_path.suffix.lower() in FIGURE_FORMATS and plot_path.parent.is_dir()):
-        raise UsageError(f"--save-plot {plot_path}: give a file in an existing folder, {' '.join(FIGURE_FORMATS)}")
-    if plot_path and is_picture(plot_path):
-        raise UsageError(f"--save-plot {plot_path}: there is a picture of that name; give another one")
-    csv_path = Path(args.csv) if args.csv else None
-    if csv_path and (not csv_path.parent.is_dir() or is_picture(csv_path)):
-        raise UsageError(f"--csv {csv_path}: give a file in an existing folder, and no picture")
+    """Classify the images; return the exit status, which is 1 if an input is unreadable."""
+    plot_path = output_path("--save-plot", args.save_plot, FIGURE_FORMATS)
+    csv_path = output_path("--csv", args.csv)
+    for flag, path in (("--save-plot", plot_path), ("--csv", csv_path)):
+        if path and would_overwrite_image(path):
+            raise UsageError(f"{flag} {path}: would overwrite an image; choose another name")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
-    weights = args.weights or newest_weights()
     class_names = read_class_indices(args.class_indices) if args.class_indices else None
-    model, info = load_model(weights, device, args.model, class_names)
+    model, info = load_model(args.weights or newest_weights(), device, args.model, class_names)
     class_names = info["class_names"]
 
     failures = []
 
     def fail(error: Exception) -> None:
-        complain(error)
+        print(f"predict.py: {printable(str(error))}", file=sys.stderr, flush=True)
         failures.append(error)
 
     files = []
@@ -81,40 +104,41 @@ def predict(args: argparse.Namespace) -> int:
         except (OSError, DataError) as error:
             fail(error)
 
-    shown: list[Shown] = []
+    plotted: list[Prediction] = []
     rows = []
-    hits: dict[str, list[bool]] = {}  # by folder argument
+    correct: dict[str, list[bool]] = {}  # by command-line argument
     for file, outcome in predict_images(model, files, info["img_size"], device, amp_dtype):
         if isinstance(outcome, ImageError):
             fail(outcome)
             continue
         image, probabilities = outcome
-        ranking = probabilities.argsort(descending=True).tolist()
+        ranking = probabilities.argsort(descending=True).tolist()[: args.topk]
         top = [(class_names[index], probabilities[index].item()) for index in ranking]
-        print_prediction(file, top[: args.topk], args.json)
+        prediction = Prediction(file, image, ranking[0], top)
+        print_prediction(prediction, args.json)
         if file.label is not None:
-            hits.setdefault(file.argument, []).append(top[0][0] == file.label)
+            correct.setdefault(file.argument, []).append(prediction.name == file.label)
         if csv_path:
-            rows.append(csv_row(file, top[: args.topk]))
+            rows.append(csv_row(prediction))
         if plot_path:
-            shown.append(Shown(file, image, ranking[0], top[: args.topk]))
-            if len(shown) > FIGURE_IMAGES:
-                del shown[max(range(len(shown)), key=lambda place: shown[place].certainty())]
+            plotted.append(prediction)
+            if len(plotted) > FIGURE_IMAGES:
+                del plotted[max(range(len(plotted)), key=lambda index: plotted[index].probability)]
 
-    for folder, right in hits.items():
-        line = f"{printable(folder)}: accuracy {sum(right) / len(right):.4f} ({sum(right)} of {len(right)} images)"
+    for folder, hits in correct.items():
+        line = f"{printable(folder)}: accuracy {sum(hits) / len(hits):.4f} ({sum(hits)} of {len(hits)} images)"
         print(line, file=sys.stderr if args.json else sys.stdout)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
-    if shown:
+    if plotted:
         if any(Path(argument).is_dir() for argument in args.images):
-            shown.sort(key=Shown.certainty)
-        save_figure(model, shown, plot_path, device)
+            plotted.sort(key=lambda prediction: prediction.probability)
+        save_figure(model, plotted, plot_path, device)
     return 1 if failures else 0
 
 
-def is_picture(path: Path) -> bool:
-    """Return whether `path` is an image but not our figure, such as the first of `--save-plot *.jpg`."""
+def would_overwrite_image(path: Path) -> bool:
+    """Return whether `path` is an image but not an earlier figure: the shell may have expanded `--save-plot *.jpg`."""
     if not path.is_file():
         return False
     try:
@@ -126,29 +150,8 @@ def is_picture(path: Path) -> bool:
         return False
 
 
-class ImageFile(NamedTuple):
-    """An image to predict: its path, its label if the folder gives one, and its command-line argument."""
-
-    path: str
-    label: str | None
-    argument: str
-
-
-class Shown(NamedTuple):
-    """A prediction to draw: image (3, H, W) uint8, predicted class index, (name, probability) of the top classes."""
-
-    file: ImageFile
-    image: Tensor
-    predicted: int
-    top: list[tuple[str, float]]
-
-    def certainty(self) -> float:
-        """Return the probability of the predicted class."""
-        return self.top[0][1]
-
-
 def find_images(argument: str, class_names: list[str], on_error: Callable[[OSError], None]) -> list[ImageFile]:
-    """List a file, or all images below a folder. Sub-folders named after a class label their images.
+    """List an image, or all images below a folder. Sub-folders named after a class label their images.
 
     Args:
         on_error: called with the error of each unreadable folder, which is skipped.
@@ -167,111 +170,93 @@ def find_images(argument: str, class_names: list[str], on_error: Callable[[OSErr
         first, *rest = Path(path).relative_to(root).parts
         files.append(ImageFile(path, first if rest and first in class_names else None, argument))
     if not files:
-        raise DataError(f"{argument!r}: no image in this folder")
+        raise DataError(f"{argument!r}: no images in this folder")
     return files
 
 
-class _Images(Dataset):
-    """Images (3, H, W) uint8, or the `ImageError` of an unreadable one."""
-
-    def __init__(self, files: list[ImageFile], img_size: int) -> None:
-        self.files = files
-        self.transform = EvalTransform(img_size)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor | ImageError:
-        try:
-            return self.transform(read_image(self.files[index].path, self.transform.min_side))
-        except ImageError as error:
-            return error
+def read_or_error(path: str, transform: EvalTransform) -> Tensor | ImageError:
+    """Read an image as uint8 (3, H, W). Returns an error instead of raising it."""
+    try:
+        return transform(read_image(path, transform.min_side))
+    except ImageError as error:
+        return error
 
 
 def predict_images(
     model: ResNet, files: list[ImageFile], img_size: int, device: torch.device, amp_dtype: torch.dtype | None
 ) -> Iterator[tuple[ImageFile, tuple[Tensor, Tensor] | ImageError]]:
-    """Predict `files` in order.
+    """Classify `files` in order.
 
     Yields:
-        Each file with its image (3, H, W) uint8 and probabilities (classes,), or with the `ImageError` if unreadable.
+        Each file with its image (3, H, W) uint8 and probabilities (classes,), or with its `ImageError`.
     """
-    workers = min(available_cores(), 8) if len(files) > MANY_IMAGES else 0
-    images = _Images(files, img_size)
-    loader = DataLoader(images, BATCH_SIZE, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
+    read = functools.partial(read_or_error, transform=EvalTransform(img_size))
+    loaded = zip(files, map_files(read, [file.path for file in files]), strict=True)
     model = fold_batch_norm(model)
     blank = torch.zeros(3, img_size, img_size, dtype=torch.uint8)
-    waiting = iter(files)
-    for outcomes in loader:
-        images = [blank if isinstance(outcome, ImageError) else outcome for outcome in outcomes]
-        batch = stack_images(images + [blank] * (BATCH_SIZE - len(images)))
+    while batch := list(itertools.islice(loaded, BATCH_SIZE)):
+        images = [blank if isinstance(image, ImageError) else image for _, image in batch]
+        images += [blank] * (BATCH_SIZE - len(images))
         with evaluation_mode(model):
-            probabilities = compute_logits(model, batch, device, amp_dtype).softmax(dim=1).cpu()
-        for outcome, row in zip(outcomes, probabilities, strict=False):  # the last batch is padded
-            yield next(waiting), outcome if isinstance(outcome, ImageError) else (outcome, row)
+            probabilities = compute_logits(model, stack_images(images), device, amp_dtype).softmax(dim=1).cpu()
+        for (file, image), row in zip(batch, probabilities, strict=False):
+            yield file, image if isinstance(image, ImageError) else (image, row)
 
 
-def print_prediction(file: ImageFile, top: list[tuple[str, float]], as_json: bool) -> None:
+def print_prediction(prediction: Prediction, as_json: bool) -> None:
     """Print a prediction in one line, as text or JSON."""
+    path, label, _ = prediction.file
     if as_json:
-        line = {"image": file.path, "class": top[0][0], "probability": round(top[0][1], 6)}
-        if file.label is not None:
-            line["label"] = file.label
-        line["top"] = [{"class": name, "probability": round(probability, 6)} for name, probability in top]
+        line = {"image": path, "class": prediction.name, "probability": round(prediction.probability, 6)}
+        if label is not None:
+            line["label"] = label
+        line["top"] = [{"class": name, "probability": round(value, 6)} for name, value in prediction.top]
         print(json.dumps(line), flush=True)
     else:
-        ranking = ", ".join(f"{printable(name)} {probability:.2%}" for name, probability in top)
-        mark = "" if file.label in (None, top[0][0]) else f"  (label: {printable(file.label)})"
-        print(f"{printable(file.path)}: {ranking}{mark}", flush=True)
+        ranking = ", ".join(f"{printable(name)} {value:.2%}" for name, value in prediction.top)
+        mark = "" if label in (None, prediction.name) else f"  (label: {printable(label)})"
+        print(f"{printable(path)}: {ranking}{mark}", flush=True)
 
 
-def csv_row(file: ImageFile, top: list[tuple[str, float]]) -> dict[str, str]:
-    """Return a row of --csv: image, predicted class, label if known, and the next classes."""
-    row = {"image": file.path, "class": top[0][0], "probability": f"{top[0][1]:.6f}", "label": file.label or ""}
-    for place, (name, probability) in enumerate(top[1:], start=2):
-        row |= {f"class {place}": name, f"probability {place}": f"{probability:.6f}"}
+def csv_row(prediction: Prediction) -> dict[str, str]:
+    """Return the row for --csv: image, predicted class, label if known, and the other top classes."""
+    (path, label, _), (first, *others) = prediction.file, prediction.top
+    row = {"image": path, "class": first[0], "probability": f"{first[1]:.6f}", "label": label or ""}
+    for rank, (name, probability) in enumerate(others, start=2):
+        row |= {f"class {rank}": name, f"probability {rank}": f"{probability:.6f}"}
     return row
 
 
-def save_figure(model: ResNet, shown: list[Shown], path: Path, device: torch.device) -> None:
-    """Draw each image with its Grad-CAM heat map and a bar for each of its top classes."""
+def save_figure(model: ResNet, predictions: list[Prediction], path: Path, device: torch.device) -> None:
+    """Plot each image beside its Grad-CAM heat map and a bar for each of its top classes."""
     from plot_utils import explained  # imports matplotlib, which is slow to load
 
-    batch = stack_images([prediction.image for prediction in shown])
-    classes = torch.tensor([prediction.predicted for prediction in shown], device=device)
+    batch = stack_images([prediction.image for prediction in predictions])
+    classes = torch.tensor([prediction.index for prediction in predictions], device=device)
     heats = grad_cam(model, prepare_batch(batch, device), classes).cpu().numpy()
-    figure = explained(
-        to_pixels(batch),
-        heats,
-        [prediction.top for prediction in shown],
-        [prediction.file.path for prediction in shown],
-        [prediction.file.label for prediction in shown],
-    )
+    tops, files = [prediction.top for prediction in predictions], [prediction.file for prediction in predictions]
+    paths, labels, _ = zip(*files, strict=True)
+    figure = explained(to_pixels(batch), heats, tops, list(paths), list(labels))
     is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
     with atomic_file(path) as unfinished:
         figure.savefig(unfinished, **({"pil_kwargs": {"comment": SIGNATURE}} if is_jpeg else {}))
-
-
-def complain(error: Exception) -> None:
-    """Print an error in one line to standard error."""
-    print(f"predict.py: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with a one-line message if a value is invalid."""
     parser = FlagParser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images")
-    add("--weights", help="a weights file (default: best.pth of the newest run)")
-    add("--topk", type=int, default=3, help="classes to print of each image (default: %(default)s)")
-    add("--device", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda where there is one)")
-    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
-    add("--json", action="store_true", help="print a JSON object a line")
-    add("--csv", metavar="OUT.csv", help="write the predictions to a file, too")
-    plot = f"draw the images (of many, the {FIGURE_IMAGES} least certain) with what the network looked at"
+    add("images", nargs="+", metavar="IMAGE", help="an image, or a folder that is searched for images")
+    add("--weights", help="weights file (default: best.pth of the most recent run)")
+    add("--topk", type=int, default=3, help="number of classes to print per image (default: %(default)s)")
+    add("--device", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda if available)")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: if supported natively)")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add("--csv", metavar="OUT.csv", help="also write the predictions to a CSV file")
+    plot = f"plot the images (at most {FIGURE_IMAGES}: the least certain ones) with Grad-CAM heat maps"
     add("--save-plot", metavar="OUT.png", help=plot)
-    add("--model", choices=MODELS, help="for a plain state_dict, which does not tell")
-    add("--class-indices", metavar="JSON", help="for a plain state_dict: the class_indices.json of its run")
+    add("--model", choices=MODELS, help="architecture of a plain state_dict, which does not store it")
+    add("--class-indices", metavar="JSON", help="class_indices.json of a plain state_dict, which has no class names")
     args = parser.parse_args(argv)
     if args.topk < 1:
         parser.error(f"--topk is {args.topk}; it must be at least 1")
@@ -280,29 +265,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    escape_unprintable_output()
-    args = parse_args(argv)
-    try:
-        status = predict(args)
-        print(end="", flush=True)
-        return status
-    except BrokenPipeError:  # `predict.py folder | head`
-        return 1
-    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        reason = explain_resource_error(
-            error, "free some, or try --device cpu", f"try at most {MANY_IMAGES} images at a time"
-        )
-        if reason is None:
-            raise
-        complain(UsageError(reason))
-        return 1
-    except (DataError, WeightsError, UsageError, OSError) as error:
-        complain(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        flush_stdout()
+    return run_program(
+        "predict.py",
+        lambda: predict(parse_args(argv)),
+        memory_advice="free some, or try --device cpu",
+        worker_advice=f"try at most {MANY_FILES} images at a time",
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Draw the built-in sample data set of five kinds of flowers, so that a first run needs no download.
+"""Draw the built-in sample dataset of five kinds of flowers, so that a first run needs no download.
 
     python sample_flowers.py FOLDER        # FOLDER/daisy/daisy_000.jpg ...
 
-The classes are daisy, dandelion, roses, sunflowers and tulips. They differ in shape only: petal and background
-colours come from the same distribution for every class, and pose, light and clutter vary, so that a network cannot
-classify by colour.
+The classes are daisy, dandelion, roses, sunflowers and tulips. They differ in shape only, so that a network cannot
+classify them by colour: the colours of petals and backgrounds have the same distribution in every class, and pose,
+light and clutter vary.
 """
 
 import argparse
@@ -25,20 +25,20 @@ Shapes = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int = 256, seed: int = 0) -> Path:
-    """Draw the data set into `folder`: one sub-folder per class with `images_per_class` JPEG files of `size` px.
+    """Draw the dataset into `folder`: one sub-folder per class with `images_per_class` JPEG files, `size` px square.
 
-    The folder appears only when it is complete. The pixels depend on the arguments alone.
+    `folder` appears only when it is complete. The pixels depend on the arguments only.
 
     Raises:
-        FileExistsError: `folder` exists already.
+        FileExistsError: `folder` already exists.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already: name a new folder for the drawn sample, or remove this one")
+        raise FileExistsError(f"{folder} already exists; choose another folder, or remove this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
+        unfinished.chmod(0o755)  # mkdtemp grants access to the owner only
         for kind in CLASS_NAMES:
             (unfinished / kind).mkdir()
             for index in range(images_per_class):
@@ -47,7 +47,7 @@ def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process has drawn the sample meanwhile
+            if not folder.is_dir():  # else another process has drawn the sample in the meantime
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -55,15 +55,15 @@ def draw_sample(folder: str | os.PathLike, images_per_class: int = 60, size: int
 
 
 def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Image.Image:
-    """Draw image number `index` of one kind of flower, RGB, `size` x `size` px.
+    """Draw image number `index` of one kind of flower, RGB, `size` px square.
 
-    The result depends on the arguments alone.
+    The pixels depend on the arguments only.
 
     Raises:
         ValueError: `kind` is not in CLASS_NAMES.
     """
     if kind not in _FLOWERS:
-        raise ValueError(f"unknown flower {kind!r}: choose one of {', '.join(CLASS_NAMES)}")
+        raise ValueError(f"unknown flower {kind!r}; choose one of {', '.join(CLASS_NAMES)}")
     rng = np.random.default_rng([seed, CLASS_NAMES.index(kind), index])
     pixels = size * SUPERSAMPLE
     canvas = _background(rng, size).resize((pixels, pixels), Image.Resampling.BILINEAR)
@@ -87,7 +87,7 @@ def draw_flower(kind: str, index: int = 0, size: int = 256, seed: int = 0) -> Im
 
 
 def _daisy(rng: np.random.Generator, petals: np.ndarray, heart: np.ndarray) -> Shapes:
-    """Draw one ring of long narrow petals with rounded tips around a small disc."""
+    """Draw a ring of long, narrow petals with rounded tips around a small disc."""
     tilt = _tilt(rng)
     count = rng.integers(8, 13)
     width = rng.uniform(0.5, 0.62) * np.pi / count
@@ -226,7 +226,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _tilt(rng: np.random.Generator) -> np.ndarray:
-    """Return a (2, 2) matrix that squeezes a flat flower along a random direction, as if seen at an angle."""
+    """Return a (2, 2) matrix that squeezes a flat flower in a random direction, as if seen at an angle."""
     turn = _rotation(rng.uniform(0, np.pi))
     return turn @ np.diag([1, rng.uniform(0.78, 1.0)]) @ turn.T
 
@@ -253,7 +253,7 @@ def _fill(pen: ImageDraw.ImageDraw, outline: np.ndarray, colour: np.ndarray) -> 
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw soft patches of two colours, blades and leaves, and round lights out of focus."""
+    """Draw soft patches of two colours, blades of grass and leaves, and round lights that are out of focus."""
     patches = rng.uniform(0, 1, (rng.integers(3, 7), rng.integers(3, 7)))
     mix = Image.fromarray((patches * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     near, far = (
@@ -285,11 +285,12 @@ def _lit(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a new folder, which then holds the five class folders")
-    parser.add_argument("--images-per-class", type=int, default=60)
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", help="folder to create, with one sub-folder per class")
+    parser.add_argument("--images-per-class", type=int, default=60, help="(default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args()
     if args.images_per_class < 1 or args.size < 16 or args.seed < 0:
         parser.error("--images-per-class must be at least 1, --size at least 16, --seed at least 0")
@@ -297,7 +298,7 @@ def main() -> None:
         folder = draw_sample(args.folder, args.images_per_class, args.size, args.seed)
     except OSError as error:
         parser.exit(1, f"sample_flowers.py: error: {error}\n")
-    print(f"{len(CLASS_NAMES) * args.images_per_class} pictures drawn in {folder}")
+    print(f"drew {len(CLASS_NAMES) * args.images_per_class} images in {folder}")
 
 
 if __name__ == "__main__":

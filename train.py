@@ -370,6 +370,8 @@ def program(argv: list[str]) -> int:
             train(args, dist, folder)
         except StopRequest as stop:
             return 128 + stop.number
+        except BrokenPipeError as error:  # `train.py | head`
+            raise UsageError("standard output is closed; resume the run with --resume") from error
     return 0
 
 

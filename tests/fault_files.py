@@ -28,12 +28,12 @@ import predict
 from checkpoint import WeightsError, load_model, load_pretrained, read_checkpoint
 from data_utils import (
     DataError,
-    download_flower_photos,
     read_class_indices,
     read_label_file,
     read_pickle,
     split_folder,
 )
+from download import download_flower_photos
 from image_io import ImageError, read_image
 from model import resnet18
 from prepare_data import check_images

@@ -63,7 +63,7 @@ def test_class_without_usable_images_raises(tmp_path):
     for path in [folder / "cat" / "cat 00.png", *(folder / "dog").iterdir()]:
         path.write_bytes(b"")
     split = split_folder(folder)
-    with pytest.raises(DataError, match=r"class dog: no usable images; .*dog 0\d\.png"):
+    with pytest.raises(DataError, match=r"class dog: no usable training images; .*dog 0\d\.png"):
         drop_unusable(split, check_images(split.train_paths + split.val_paths, {}))
 
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 import check_data
 import plot_utils
+from duplicates import MAX_LUMA, MAX_SPREAD, group_near_identical, near_hash_pairs, perceptual_hashes
 from sample_flowers import draw_sample
 
 KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
@@ -84,14 +85,14 @@ def copies(path: Path) -> dict[str, tuple[Image.Image, dict]]:
 
 
 def test_drawn_flowers_have_no_duplicates(capsys, drawn):
-    status, output, complaints = run(capsys, drawn)
-    assert (status, complaints) == (0, "")
+    status, output, errors = run(capsys, drawn)
+    assert (status, errors) == (0, "")
     assert "500 images were found" in output
-    assert output.splitlines()[-1].startswith("no label conflict: 0 pictures in several classes, 0 in both")
-    assert "0 more than once in all; 0 of 500 files unusable" in output
+    assert output.splitlines()[-1].startswith("no label conflicts: 0 pictures in several classes, 0 in both")
+    assert "0 duplicated in total; 0 of 500 files unusable" in output
     for kind in KINDS:
         assert f"{kind:10}        80          20" in output
-    assert "size in pixels: 64 x 64 the smallest, 64 x 64 the median, 64 x 64 the largest" in output
+    assert "size in pixels: smallest 64 x 64, median 64 x 64, largest 64 x 64" in output
     assert "shorter side below 224 px: 500" in output
     assert "mode: RGB 500\nformat: JPEG 500\nunusable: 0" in output
 
@@ -145,7 +146,7 @@ def test_conflicts_leaks_and_other_duplicates(capsys, tmp_path, flowers):
     titles = [
         "LABEL CONFLICT: the same picture in several classes: 3",
         "LEAK: the same picture in training and validation: 2",
-        "more than once, in one class: 2",
+        "DUPLICATE: the same picture more than once in a class: 2",
     ]
     assert [line for line in lines if line in titles] == titles
     at = lines.index("    daisy/daisy_000.jpg  (daisy, training)")
@@ -177,15 +178,15 @@ def test_unusable_files_are_listed(capsys, flowers, workers):
     for number in range(11):
         (flowers / "daisy" / f"broken {number:02d}.jpg").write_bytes(b"not an image")
     (flowers / "daisy" / "bad\x1bname.jpg").write_bytes(b"")
-    status, output, complaints = run(capsys, flowers, "--workers", workers, "--val-rate", "0")
-    assert (status, complaints) == (0, "")
+    status, output, errors = run(capsys, flowers, "--workers", workers, "--val-rate", "0")
+    assert (status, errors) == (0, "")
     assert "unusable: 12\n" in output
     assert "broken 08.jpg': not an image, or of an unknown format\n" in output
     assert "broken 09.jpg" not in output
     assert "bad\\x1bname.jpg" in output
     assert "\x1b" not in output
     assert "  ... and 2 more files\n" in output
-    assert output.splitlines()[-1].endswith("0 more than once in all; 12 of 112 files unusable")
+    assert output.splitlines()[-1].endswith("0 duplicated in total; 12 of 112 files unusable")
 
 
 def test_summary_of_sizes_modes_formats_and_classes(capsys, tmp_path):
@@ -202,12 +203,12 @@ def test_summary_of_sizes_modes_formats_and_classes(capsys, tmp_path):
     for number in range(20):
         Image.fromarray(noise[number * 10 :, :240]).save(tmp_path / "data" / "a" / f"more {number}.png")
     _, output, _ = run(capsys, tmp_path / "data", "--val-rate", "0")
-    assert "size in pixels: 90 x 20 the smallest" in output
-    assert "300 x 250 the largest" not in output
-    assert "240 x 400 the largest" in output
-    assert "as wide as long: 1\n" in output
+    assert "size in pixels: smallest 90 x 20" in output
+    assert "largest 300 x 250" not in output
+    assert "largest 240 x 400" in output
+    assert "aspect ratio above 10 (skipped by train.py): 1\n" in output
     assert "mode: RGB 23, CMYK 1, L 1\nformat: PNG 21, JPEG 2, BMP 1, TIFF 1\n" in output
-    assert "very unbalanced: a has 12 times as many images for training as b" in output
+    assert "very unbalanced: a has 12 times as many training images as b" in output
 
 
 def digit(number: int, random: np.random.Generator) -> Image.Image:
@@ -270,8 +271,8 @@ def blank(shades: np.ndarray) -> np.ndarray:
 
 def test_gradual_shades_are_not_chained_into_one_group():
     thumbnails = blank(np.arange(256)).astype(np.uint8)
-    groups = check_data.near_groups(check_data.perceptual_hashes(thumbnails), thumbnails)
-    assert np.ptp(np.flatnonzero(groups == groups[0])) <= check_data.MAX_SPREAD * check_data.MAX_LUMA
+    groups = group_near_identical(perceptual_hashes(thumbnails), thumbnails)
+    assert np.ptp(np.flatnonzero(groups == groups[0])) <= MAX_SPREAD * MAX_LUMA
     assert (np.unique(groups, return_counts=True)[1] > 5).sum() > 10
 
 
@@ -280,7 +281,7 @@ def test_many_blank_images_form_one_group():
     thumbnails = np.concatenate([blank(np.full(20000, 255)), 255 - random.integers(0, 3, (2000, 16, 16, 3))])
     thumbnails = thumbnails.astype(np.uint8)
     thumbnails[-2000:, ..., 1:] = 128
-    groups = check_data.near_groups(check_data.perceptual_hashes(thumbnails), thumbnails)
+    groups = group_near_identical(perceptual_hashes(thumbnails), thumbnails)
     assert (groups == 0).all()
 
 
@@ -294,7 +295,7 @@ def test_search_matches_brute_force():
             flips = np.delete(np.arange(9) * 7 + random.integers(0, 7, 9), number // 11 % 9)
         hashes[2 * number + 1] = hashes[2 * number] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64))
         brightness[2 * number + 1] = brightness[2 * number] + random.uniform(-6, 6)
-    pieces = list(check_data.near_hashes(hashes, brightness))
+    pieces = list(near_hash_pairs(hashes, brightness))
     found = [tuple(sorted(pair)) for left, right in pieces for pair in zip(left.tolist(), right.tolist(), strict=True)]
 
     expected = set()
@@ -352,30 +353,33 @@ def test_figure_labels_do_not_overlap(classes):
         (["{data}", "--val-rate", "1"], "--val-rate is 1.0"),
         (["{data}", "--workers", "-1"], "--workers is -1"),
         (["{data}", "--val-path", "nowhere"], "nowhere: no such folder"),
-        (["{data}", "--csv", "x.txt"], "--csv x.txt: give a file in an existing folder, .csv"),
-        (["{data}", "--csv", "{data}/cat/x.csv"], "that is inside the data"),
-        (["{data}", "--csv", "nowhere/x.csv"], "give a file in an existing folder"),
+        (["{data}", "--csv", "x.txt"], "--csv x.txt: name a .csv file in an existing folder"),
+        (["{data}", "--csv", "{data}/cat/x.csv"], "is inside the data"),
+        (["{data}", "--csv", "nowhere/x.csv"], "name a .csv file in an existing folder"),
     ],
 )
 def test_invalid_arguments_are_rejected(capsys, two_classes, flags, reason):
-    status, output, complaints = run(capsys, *[flag.format(data=two_classes) for flag in flags])
+    status, output, errors = run(capsys, *[flag.format(data=two_classes) for flag in flags])
     assert (status, output) == (2, "")
-    assert reason in complaints
-    assert complaints.count("\n") == 1
+    assert reason in errors
+    assert errors.count("\n") == 1
 
 
 def test_class_without_usable_images(capsys, two_classes):
     for path in (two_classes / "cat").iterdir():
         path.write_bytes(b"")
-    status, output, complaints = run(capsys, two_classes)
+    status, output, errors = run(capsys, two_classes)
     assert status == 2
     assert "unusable: 10" in output
-    assert complaints == "check_data.py: class cat: none of its images for training can be used\n"
+    assert errors == (
+        f"check_data.py: error: class cat: no usable training images; cannot read image "
+        f"{str(two_classes / 'cat' / 'cat 00.png')!r}: not an image, or of an unknown format\n"
+    )
 
 
 def test_figure_is_not_written_into_the_data(capsys, two_classes, monkeypatch):
-    status, _, complaints = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
-    assert (status, "that is inside the data" in complaints) == (2, True)
+    status, _, errors = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
+    assert (status, "is inside the data" in errors) == (2, True)
     monkeypatch.chdir(two_classes)  # allowed in the current directory
     assert run(capsys, ".", plot="data_health.png")[0] == 0
     assert Path("data_health.png").is_file()
@@ -399,9 +403,9 @@ def test_csv_file_is_written_atomically(capsys, two_classes, somewhere_else, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(csv.DictWriter, "writerows", full)
-        status, _, complaints = run(capsys, two_classes, "--csv", "x.csv")
+        status, _, errors = run(capsys, two_classes, "--csv", "x.csv")
     assert status == 2
-    assert "No space left on device" in complaints
+    assert "No space left on device" in errors
     assert [(path.name, path.read_text()) for path in somewhere_else.iterdir()] == [("x.csv", "from before")]
 
 

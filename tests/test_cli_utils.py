@@ -95,9 +95,74 @@ def test_invalid_flag_is_a_one_line_error(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(argv)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("p: error: ")
-    assert len(said.splitlines()) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("p: error: ")
+    assert len(stderr.splitlines()) == 1
+
+
+def run(error: BaseException | None, status: int = 0) -> int:
+    def program() -> int:
+        if error is not None:
+            raise error
+        return status
+
+    return run_program("p", program, memory_advice="free some", worker_advice="try --workers 0", error_status=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("--x: give a\nnumber"), 2, "p: error: --x: give a\\nnumber\n"),
+        (DataError("no images"), 2, "p: error: no images\n"),
+        (FileNotFoundError("a.png: no such file"), 2, "p: error: a.png: no such file\n"),
+        (FloatingPointError("the loss is nan"), 2, "p: error: the loss is nan\n"),
+        (MemoryError(), 2, "p: error: out of memory: free some\n"),
+        (OtherRankFailed(), 2, ""),
+        (BrokenPipeError(), 2, ""),
+        (KeyboardInterrupt(), 130, "p: interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_expected_errors_are_one_line(capsys, error, status, line):
+    assert run(error) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_dead_worker_is_reported(capsys):
+    assert run(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("p: error: a DataLoader worker died: ")
+    assert "try --workers 0" in stderr
+
+
+def test_lost_connection_is_reported_under_torchrun(capsys, monkeypatch):
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore")
+    with pytest.raises(RuntimeError):
+        run(error)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(error) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("p: error: rank 1 has lost the connection to the other ranks")
+    assert stderr.endswith("Connection closed by peer\n")
+    assert run(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""  # rank 0 reports it
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_unexpected_errors_are_raised(error):
+    with pytest.raises(type(error)):
+        run(error)
+
+
+@pytest.mark.parametrize("workers", [0, 2, None])
+def test_map_files_keeps_order_and_random_state(monkeypatch, workers):
+    monkeypatch.setattr(cli_utils, "MANY_FILES", 10)
+    state = torch.get_rng_state()
+    paths = [f"{number}.png" for number in range(20)]
+    assert list(map_files(os.path.abspath, paths, workers, "reading")) == list(map(os.path.abspath, paths))
+    assert list(map_files(os.path.abspath, [])) == []
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def run(error: BaseException | None, status: int = 0) -> int:
@@ -191,7 +256,7 @@ def test_available_cores():
     assert 1 <= available_cores() <= os.cpu_count()
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
 def test_available_memory():
     assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

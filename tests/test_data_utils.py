@@ -24,7 +24,6 @@ from torchvision import transforms as v1
 import data_utils
 from data_utils import (
     DataError,
-    download_flower_photos,
     find_split,
     plot_class_preds,
     plot_data_loader_image,
@@ -34,6 +33,7 @@ from data_utils import (
     write_class_indices,
     write_pickle,
 )
+from download import download_flower_photos
 from my_dataset import MEAN, STD, EvalTransform, MyDataSet
 from plot_utils import class_distribution, labelled_images, predictions
 
@@ -127,10 +127,10 @@ def test_class_names_with_special_characters(tmp_path):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({}, "needs at least two sub-folders.*there is none"),
+        ({}, "needs at least two sub-folders.*found none"),
         ({"cat": 5}, "needs at least two sub-folders.*only one, cat"),
         ({"cat": 5, "dog": 0, "cow": 0}, "no image .* in class cow, dog"),
-        ({"cat": 4, "dog": 3}, r"too few images.*0\.2 some class must have 5 images"),
+        ({"cat": 4, "dog": 3}, r"too few images.*0\.2, at least one class needs 5 images"),
     ],
 )
 def test_invalid_folders_are_rejected(tmp_path, counts, message):
@@ -145,7 +145,7 @@ def test_invalid_folders_are_rejected(tmp_path, counts, message):
 
 
 def test_val_rate_too_small_to_hold_out_an_image(two_classes):
-    with pytest.raises(DataError, match="some class must have 10000000 images"):
+    with pytest.raises(DataError, match="at least one class needs 10000000 images"):
         read_split_data(two_classes, 1e-7)
 
 
@@ -181,7 +181,7 @@ def test_folder_without_classes_is_not_used_for_validation(tmp_path):
     write_image(tmp_path / "data" / "test" / "1.png")
     split, line = find_split(tmp_path / "data")
     assert (split.class_names, split.val_labels) == (["cat", "dog"], [0, 1])
-    assert line == f"0.2 of each class in {tmp_path / 'data' / 'train'}, held out"
+    assert line == f"20% of each class in {tmp_path / 'data' / 'train'}, held out"
 
 
 def test_classes_may_be_named_train_and_test(tmp_path):
@@ -195,7 +195,7 @@ def test_separate_validation_folder(tmp_path, two_classes):
     assert (len(split.train_paths), split.val_labels) == (25, [0, 1, 1])
     assert line == f"from {tmp_path / 'val'}"
     write_classes(tmp_path / "val", {"cow": 1})
-    with pytest.raises(DataError, match=r"no such class in .*pets: cow"):
+    with pytest.raises(DataError, match=r"classes missing from .*pets: cow"):
         find_split(two_classes, tmp_path / "val")
 
 
@@ -349,9 +349,11 @@ def test_prediction_figure_skips_unusable_lines(plot_img, capsys):
     (plot_img / "label.txt").write_text("\n".join(lines), encoding="utf-8")
     figure = plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM, num_plot=2)
     assert [axes.get_title().split("\n")[1] for axes in figure.axes] == ["(label: light)"] * 2
-    said = capsys.readouterr().out.splitlines()
-    assert ["gone.png" in said[0], "purple" in said[1], "alone" in said[2], "broken.png" in said[3]] == [True] * 4
-    assert len(said) == 4
+    printed = capsys.readouterr().out.splitlines()
+    assert ["gone.png" in printed[0], "purple" in printed[1], "alone" in printed[2], "broken.png" in printed[3]] == [
+        True
+    ] * 4
+    assert len(printed) == 4
     plt.close(figure)
 
 
@@ -375,21 +377,21 @@ def test_label_file_with_spaces_in_names(plot_img):
 
 
 def test_missing_prediction_figure_is_explained(plot_img, tmp_path, capsys):
-    def say(folder):
+    def explanation(folder):
         assert plot_class_preds(Brightness(), folder, FLOAT_TRANSFORM) is None
         return capsys.readouterr().out
 
-    assert "nowhere: no such folder" in say(tmp_path / "nowhere")
-    assert "label.txt: no such file" in say(tmp_path / "here")
+    assert "nowhere: no such folder" in explanation(tmp_path / "nowhere")
+    assert "label.txt: no such file" in explanation(tmp_path / "here")
     (plot_img / "label.txt").write_text("0.png purple\n")
-    assert "no usable line" in say(plot_img)
+    assert "no usable line" in explanation(plot_img)
     (plot_img / "label.txt").write_bytes(b"\xff\xfe0")
-    assert "UTF-8" in say(plot_img)
+    assert "UTF-8" in explanation(plot_img)
     (plot_img / "label.txt").write_text("../secret.png dark\n")
     write_image(plot_img.parent / "secret.png")
-    assert "'../secret.png' is outside the folder" in say(plot_img)
+    assert "'../secret.png' is outside the folder" in explanation(plot_img)
     Path("class_indices.json").unlink()
-    assert "nowhere: no such folder" in say(tmp_path / "nowhere")
+    assert "nowhere: no such folder" in explanation(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"class_indices\.json"):
         plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM)
 
@@ -460,7 +462,7 @@ def test_failed_download_leaves_no_files(server, tmp_path):
     folder, address = server
     root = tmp_path / "new" / "flowers"
     make_archive(folder / "a.tgz")
-    with pytest.raises(DataError, match="damaged or incomplete"):
+    with pytest.raises(DataError, match="corrupt or incomplete"):
         download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
     (folder / "b.tgz").write_bytes(b"not an archive")
     with pytest.raises(DataError, match="cannot unpack"):

@@ -96,10 +96,10 @@ def test_images_of_extreme_aspect_ratio_are_skipped(tmp_path, capsys):
     assert [Path(path).name for path in data_set.images_path] == ["400x40.png", "40x400.png", "40x40.png"]
     assert len(paths) == 5
     assert labels == [0, 1, 2, 3, 4]
-    said = capsys.readouterr().out
-    assert "skipped 2 of 5 images with an aspect ratio above 10" in said
-    assert "400x39.png" in said
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().out
+    assert "skipped 2 of 5 images with an aspect ratio above 10" in output
+    assert "400x39.png" in output
+    assert len(output.splitlines()) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -256,7 +256,7 @@ def test_cache_is_shared_by_workers_and_preserves_batches(tmp_path, workers):
     assert torch.equal(torch.cat(kept), torch.cat(expected))
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
 def test_cache_memory_is_allocated_lazily(tmp_path):
     def shared() -> int:
         return int(re.search(r"Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])

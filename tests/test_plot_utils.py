@@ -10,13 +10,13 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import plot_utils
+import figure_text
 from plot_utils import (
     confusion_matrix,
     curves,
     explained,
-    heated,
     mistakes,
+    overlay_heat,
     predictions,
     range_test,
     training_batch,
@@ -100,14 +100,14 @@ def test_confusion_matrix_shows_counts_and_row_fractions():
 
 def test_heat_map_brightness_increases_with_heat():
     grey = np.full((2, 2, 3), 100, dtype=np.uint8)
-    shown = heated(grey, np.array([[0.0, 0.3], [0.6, 1.0]])).sum(axis=2).flatten().tolist()
+    shown = overlay_heat(grey, np.array([[0.0, 0.3], [0.6, 1.0]])).sum(axis=2).flatten().tolist()
     assert shown == sorted(shown)
     assert shown[0] < shown[-1]
 
 
 def test_characters_without_a_font_are_escaped(monkeypatch):
     default = font_manager.findfont("DejaVu Sans")
-    monkeypatch.setattr(plot_utils, "_installed_fonts", lambda: [font_manager.FontEntry(fname=default)])
+    monkeypatch.setattr(figure_text, "_installed_fonts", lambda: [font_manager.FontEntry(fname=default)])
     forget_fonts()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -121,13 +121,13 @@ def test_characters_without_a_font_are_escaped(monkeypatch):
 
 def test_fallback_font_is_used_for_missing_characters(monkeypatch):
     fonts = [font for font in font_manager.fontManager.ttflist if font.name == "STIXGeneral" and font.weight == 400]
-    monkeypatch.setattr(plot_utils, "_installed_fonts", lambda: fonts)
+    monkeypatch.setattr(figure_text, "_installed_fonts", lambda: fonts)
     missing = next(
         c
         for c in map(chr, range(0x2000, 0x2C00))
-        if not plot_utils._default_font_has(c)
+        if not figure_text._default_font_has(c)
         and c.isprintable()
-        and any(plot_utils._has(font.fname, c) for font in fonts)
+        and any(figure_text._has(font.fname, c) for font in fonts)
     )
     forget_fonts()
     with warnings.catch_warnings():
@@ -140,5 +140,4 @@ def test_fallback_font_is_used_for_missing_characters(monkeypatch):
 
 
 def forget_fonts() -> None:
-    for remembered in (plot_utils._can_be_drawn, plot_utils._more_families, plot_utils._other_font):
-        remembered.cache_clear()
+    figure_text._font_for.cache_clear()

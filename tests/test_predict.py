@@ -16,6 +16,7 @@ from conftest import as_another_user, run_in_fork, write_image
 from PIL import Image
 
 import check_data
+import cli_utils
 import plot_utils
 import predict
 from data_utils import list_images_below, write_class_indices
@@ -49,8 +50,8 @@ def run(capsys, *argv) -> tuple[int, list[str], list[str]]:
 
 
 def test_one_line_per_image(capsys, weights, sample):
-    status, lines, complaints = run(capsys, sample / "roses", "--weights", weights, "--topk", "2")
-    assert (status, complaints, len(lines)) == (0, [], 20)
+    status, lines, errors = run(capsys, sample / "roses", "--weights", weights, "--topk", "2")
+    assert (status, errors, len(lines)) == (0, [], 20)
     for path, line in zip(sorted((sample / "roses").iterdir()), lines, strict=True):
         pattern = rf"{re.escape(str(path))}: (\w+) (\d+\.\d\d)%, (\w+) (\d+\.\d\d)%"
         first, high, second, low = re.fullmatch(pattern, line).groups()
@@ -93,9 +94,9 @@ def test_accuracy_is_reported_for_a_labelled_folder(capsys, weights, sample, tmp
     assert lines[-1] == f"{sample}: accuracy {right / 100:.4f} ({right} of 100 images)"
     wrong = next(line for line in lines if "(label:" in line)
     assert re.search(r"(\w+)[\\/]\1_\d+\.jpg: (?!\1).*\(label: \1\)", wrong)
-    _, lines, complaints = run(capsys, sample, "--weights", weights, "--json")
+    _, lines, errors = run(capsys, sample, "--weights", weights, "--json")
     assert {json.loads(line)["label"] for line in lines} == set(NAMES)
-    assert complaints == [f"{sample}: accuracy {right / 100:.4f} ({right} of 100 images)"]
+    assert errors == [f"{sample}: accuracy {right / 100:.4f} ({right} of 100 images)"]
     shutil.copytree(sample / "roses", tmp_path / "mixed" / "other things")
     _, lines, _ = run(capsys, tmp_path / "mixed", "--weights", weights)
     assert len(lines) == 20  # no known class, so no accuracy
@@ -106,12 +107,12 @@ def test_unreadable_files_do_not_stop_the_rest(capsys, weights, sample, tmp_path
     (tmp_path / "empty").mkdir()
     good = next((sample / "roses").iterdir())
     bad = [tmp_path / "broken.jpg", tmp_path / "missing.jpg", tmp_path / "empty"]
-    status, lines, complaints = run(capsys, bad[0], good, *bad[1:], good, "--weights", weights)
+    status, lines, errors = run(capsys, bad[0], good, *bad[1:], good, "--weights", weights)
     assert status == 1
     assert [line.split(": ")[0] for line in lines] == [str(good)] * 2
-    assert len(complaints) == 3
+    assert len(errors) == 3
     for path in bad:
-        assert [line.startswith("predict.py: ") for line in complaints if path.name in line] == [True]
+        assert [line.startswith("predict.py: ") for line in errors if path.name in line] == [True]
 
 
 def test_workers_give_the_same_output(capsys, weights, sample, tmp_path, monkeypatch):
@@ -119,10 +120,10 @@ def test_workers_give_the_same_output(capsys, weights, sample, tmp_path, monkeyp
         shutil.copy(path, tmp_path)
     (tmp_path / "roses_005_broken.jpg").write_bytes(b"no image")
     expected = run(capsys, tmp_path, "--weights", weights, "--json")
-    monkeypatch.setattr(predict, "MANY_IMAGES", 10)
+    monkeypatch.setattr(cli_utils, "MANY_FILES", 10)
     assert run(capsys, tmp_path, "--weights", weights, "--json") == expected
-    status, lines, complaints = expected
-    assert (status, len(lines), len(complaints)) == (1, 20, 1)
+    status, lines, errors = expected
+    assert (status, len(lines), len(errors)) == (1, 20, 1)
 
 
 def test_amp_off_computes_in_float32(capsys, weights, sample):
@@ -154,11 +155,11 @@ def test_cyclic_links_and_locked_folders(capsys, weights, open_folder):
     shutil.copy(weights, open_folder / "best.pth")
     (open_folder / "locked").chmod(0)
     with as_another_user():
-        status, lines, complaints = run(capsys, open_folder, "--weights", open_folder / "best.pth")
+        status, lines, errors = run(capsys, open_folder, "--weights", open_folder / "best.pth")
     assert status == 1
     assert [line.split(": ")[0] for line in lines] == [str(open_folder / "sub" / "a.png")]
-    assert len(complaints) == 1
-    assert "locked: no permission to read this folder" in complaints[0]
+    assert len(errors) == 1
+    assert "locked: no permission to read this folder" in errors[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
@@ -179,9 +180,9 @@ def test_default_weights_are_of_the_most_recent_run(capsys, weights, sample, mon
     assert status == 0
     assert lines == run(capsys, image, "--weights", weights)[1]
     monkeypatch.chdir(tmp_path)
-    status, lines, complaints = run(capsys, image)
-    assert (status, lines, len(complaints)) == (1, [], 1)
-    assert "train a model first" in complaints[0]
+    status, lines, errors = run(capsys, image)
+    assert (status, lines, len(errors)) == (1, [], 1)
+    assert "train a model first" in errors[0]
 
 
 def test_plain_state_dict(capsys, weights, sample, tmp_path):
@@ -189,10 +190,10 @@ def test_plain_state_dict(capsys, weights, sample, tmp_path):
     torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
     write_class_indices(NAMES, tmp_path / "class_indices.json")
     image = next((sample / "roses").iterdir())
-    status, _, complaints = run(capsys, image, "--weights", plain)
+    status, _, errors = run(capsys, image, "--weights", plain)
     assert status == 1
-    assert "--model" in complaints[0]
-    assert "--class-indices" in complaints[0]
+    assert "--model" in errors[0]
+    assert "--class-indices" in errors[0]
     flags = ["--weights", plain, "--model", "resnet18", "--class-indices", tmp_path / "class_indices.json"]
     status, lines, _ = run(capsys, image, *flags)
     assert (status, len(lines)) == (0, 1)
@@ -248,9 +249,9 @@ def test_images_are_not_overwritten(capsys, weights, sample, tmp_path):
     image = next((sample / "roses").iterdir())
     photograph = Path(shutil.copy(image, tmp_path / "a.png"))
     for flag in ("--save-plot", "--csv"):
-        status, lines, complaints = run(capsys, image, "--weights", weights, flag, photograph)
-        assert (status, lines, len(complaints)) == (1, [], 1)
-        assert str(photograph) in complaints[0]
+        status, lines, errors = run(capsys, image, "--weights", weights, flag, photograph)
+        assert (status, lines, len(errors)) == (1, [], 1)
+        assert str(photograph) in errors[0]
     assert photograph.read_bytes() == image.read_bytes()
     for out in ("out.png", "out.png", "out.jpg", "out.jpg"):  # its own figures may be replaced
         assert run(capsys, image, "--weights", weights, "--save-plot", tmp_path / out)[0] == 0
@@ -300,8 +301,8 @@ def test_programs_run_without_stdout(weights, sample, program):
 def test_failed_output_is_a_one_line_error(weights, sample, program, status):
     main = main_of(program, weights, sample)
     with open("/dev/full", "w") as full:
-        said = run_in_fork(main, full.fileno())
-    assert said == (status, f"{program}: [Errno 28] No space left on device\n")
+        result = run_in_fork(main, full.fileno())
+    assert result == (status, f"{program}: error: [Errno 28] No space left on device\n")
     reader, writer = os.pipe()
     os.close(reader)
     assert run_in_fork(main, writer) == (status, "")
@@ -349,7 +350,7 @@ def test_predict_does_not_import_matplotlib(weights, sample):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
@@ -357,11 +358,11 @@ def test_predict_does_not_import_matplotlib(weights, sample):
         (ConnectionResetError(104, "Connection reset by peer"), "a DataLoader worker died"),
     ],
 )
-def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, error, said):
+def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, error, message):
     def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(predict, "compute_logits", fail)
-    status, lines, complaints = run(capsys, sample / "daisy", "--weights", weights)
-    assert (status, lines, len(complaints)) == (1, [], 1)
-    assert said in complaints[0]
+    status, lines, errors = run(capsys, sample / "daisy", "--weights", weights)
+    assert (status, lines, len(errors)) == (1, [], 1)
+    assert message in errors[0]

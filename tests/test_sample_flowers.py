@@ -26,7 +26,7 @@ def test_one_sub_folder_per_class(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(CLASS_NAMES)
     assert all(len(list(path.iterdir())) == 2 for path in folder.iterdir())
     assert list(folder.parent.iterdir()) == [folder]  # no temporary files remain
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         draw_sample(folder)
 
 
@@ -46,10 +46,10 @@ def test_command_line(tmp_path):
     program = Path(__file__).parents[1] / "sample_flowers.py"
     command = [sys.executable, program, tmp_path / "s", "--images-per-class", "1", "--size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, f"5 pictures drawn in {tmp_path / 's'}")
+    assert (done.returncode, done.stdout.strip()) == (0, f"drew 5 images in {tmp_path / 's'}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "exists already" in done.stderr
+    assert "already exists" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

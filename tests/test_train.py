@@ -162,7 +162,7 @@ def test_corrupt_file_in_plot_img_does_not_stop_training(two_classes, tmp_path, 
         picture.write_bytes(b"")
     monkeypatch.setattr(tensorboard_logger, "PLOT_IMG", tmp_path / "plot_img")
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 0
-    assert "shows images of the data instead" in capsys.readouterr().out
+    assert "shows validation images instead" in capsys.readouterr().out
     assert len(read_events(Path("runs/flower_experiment")).Images("predictions vs. actuals")) == 1
 
 

@@ -1,0 +1,149 @@
+"""Find near-identical images: the same picture re-encoded, resized or slightly changed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+# Thresholds for near-identical images, measured on photographs and drawn flowers of 64 px or more. Copies (re-encoded
+# at quality 30 or more, or resized smoothly by a factor of 0.5 to 2) differ by at most 5 bits, 3.6 luma and 9.2 chroma.
+# Among 2,936 photographs and 1,000 drawn flowers, no two distinct images with hashes that close differ by less than
+# 6.7 luma. On 28 px digits the ranges overlap: quality 30 costs up to 5.3 luma, and two handwritten ones may differ by
+# less.
+THUMBNAIL = 16  # side length in pixels
+HASH_BITS = 63  # an 8 x 8 block of DCT coefficients without the mean
+MIN_COEFFICIENT = 1.0  # grey levels; weaker variation may be noise and is ignored
+MAX_BITS = 8  # Hamming distance
+MAX_LUMA, MAX_CHROMA = 5.0, 12.0  # RMS differences of thumbnails; JPEG compresses chroma more
+MAX_SPREAD = 3  # multiple of these limits allowed between a group's first image and the others
+
+HASH_PAIRS_PER_BATCH = 2**20
+THUMBNAIL_PAIRS_PER_BATCH = 2**12  # fits into the CPU cache
+
+
+def make_thumbnail(image: Image.Image) -> np.ndarray:
+    """Resize an RGB image of any aspect ratio to a YCbCr thumbnail, (16, 16, 3) uint8."""
+    small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    return np.asarray(small.convert("YCbCr"))
+
+
+def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
+    """Hash thumbnails (N, 16, 16, 3) uint8 to (N,) uint64: 63 bits, few of which change when an image is re-encoded.
+
+    The bits come from the low frequencies of the luma's DCT, after the "DCT based" hash of Zauner (2010),
+    https://www.phash.org/docs/pubs/thesis_zauner.pdf. A bit is set if its coefficient is above `MIN_COEFFICIENT`;
+    Zauner's threshold is the median, which noise decides in flat images.
+    """
+    frequency, place = np.ogrid[:8, :THUMBNAIL]
+    basis = np.cos(np.pi * frequency * (2 * place + 1) / (2 * THUMBNAIL)) * np.sqrt(2 / THUMBNAIL)
+    basis[0] /= np.sqrt(2)
+    basis = basis.astype(np.float32)
+    coefficients = basis @ thumbnails[..., 0].astype(np.float32) @ basis.T / THUMBNAIL
+    bits = coefficients.reshape(-1, 64)[:, 1:] > MIN_COEFFICIENT
+    return bits @ (np.uint64(1) << np.arange(HASH_BITS, dtype=np.uint64))
+
+
+def group_near_identical(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
+    """Group images that are near-identical, directly or through a chain of others.
+
+    Two images are near-identical if their hashes differ by at most `MAX_BITS` bits and their thumbnails by at most
+    `MAX_LUMA` and `MAX_CHROMA`. A long chain (the frames of a film, shades of grey) is split by `MAX_SPREAD`.
+
+    Args:
+        hashes: (N,) uint64, from `perceptual_hashes`.
+        thumbnails: (N, 16, 16, 3) uint8.
+
+    Returns:
+        (N,) int64: for each image, the index of the first image of its group.
+    """
+    first: dict[bytes, int] = {}
+    groups = np.array([first.setdefault(pixels.tobytes(), i) for i, pixels in enumerate(thumbnails)], dtype=np.int64)
+    distinct = np.unique(groups)  # compares thousands of blank images only once
+    for left, right in near_hash_pairs(hashes[distinct], thumbnails[distinct, ..., 0].mean((1, 2))):
+        left, right = distinct[left], distinct[right]
+        for start in range(0, len(left), THUMBNAIL_PAIRS_PER_BATCH):
+            a, b = (side[start : start + THUMBNAIL_PAIRS_PER_BATCH] for side in (left, right))
+            apart = groups[a] != groups[b]  # some groups have been merged meanwhile
+            a, b = a[apart], b[apart]
+            similar = _are_similar(thumbnails[a], thumbnails[b])
+            _merge(groups, a[similar], b[similar])
+    _split_chains(groups, thumbnails)
+    return groups
+
+
+def near_hash_pairs(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Find all pairs of hashes that differ by at most `MAX_BITS` bits, and in brightness by at most `MAX_LUMA`.
+
+    If hashes are split into `MAX_BITS` + 1 chunks, two such hashes have at least one chunk in common: "Fast Search in
+    Hamming Space with Multi-Index Hashing" (Norouzi et al. 2012, https://arxiv.org/abs/1307.2982). Hashes with a common
+    chunk are sorted by brightness, and each is compared with the next few.
+
+    Args:
+        hashes: (N,) uint64.
+        brightness: (N,) floats from 0 to 255.
+
+    Yields:
+        The indices of the first and the second hash of some pairs, (M,) int64 each. Each pair occurs once.
+    """
+    width = -(-HASH_BITS // (MAX_BITS + 1))
+    mask = np.uint64(2**width - 1)
+    for shift in range(0, HASH_BITS, width):
+        chunk = (hashes >> np.uint64(shift)) & mask
+        keys = chunk * 1024.0 + brightness  # the chunks are further apart than any brightness
+        order = np.argsort(keys)
+        keys, codes = keys[order], hashes[order]
+        counts = np.searchsorted(keys, keys + MAX_LUMA + 1e-6, side="right") - np.arange(len(keys)) - 1
+        ends = np.cumsum(counts)
+        following = np.arange(1, len(keys) + 1) - ends + counts
+        start = 0
+        while start < len(keys):
+            before = ends[start] - counts[start]
+            stop = max(start + 1, int(np.searchsorted(ends, before + HASH_PAIRS_PER_BATCH, side="right")))
+            left = np.repeat(np.arange(start, stop), counts[start:stop])
+            right = np.arange(before, ends[stop - 1]) + np.repeat(following[start:stop], counts[start:stop])
+            differing = codes[left] ^ codes[right]
+            near = np.flatnonzero(_count_bits(differing) <= MAX_BITS)
+            for earlier in range(0, shift, width):  # drop pairs already found by an earlier chunk
+                near = near[(differing[near] >> np.uint64(earlier)) & mask != 0]
+            yield order[left[near]], order[right[near]]
+            start = stop
+
+
+_BITS = np.array([bin(value).count("1") for value in range(2**16)], dtype=np.uint8)  # np.bitwise_count needs NumPy 2.0
+# (16 * 16 * 3, 2): averages the luma, and both chroma channels, of flattened thumbnails
+_MEANS = np.tile(np.array([[1, 0], [0, 0.5], [0, 0.5]], dtype=np.float32) / THUMBNAIL**2, (THUMBNAIL**2, 1))
+
+
+def _count_bits(values: np.ndarray) -> np.ndarray:
+    counts = _BITS[values.view(np.uint16)].reshape(-1, 4)
+    return counts[:, 0] + counts[:, 1] + counts[:, 2] + counts[:, 3]
+
+
+def _are_similar(left: np.ndarray, right: np.ndarray, spread: float = 1) -> np.ndarray:
+    """Return whether thumbnails (N, 16, 16, 3) uint8 differ by at most `spread` times the limits: (N,) bool."""
+    difference = np.subtract(left, right, dtype=np.float32).reshape(-1, 3 * THUMBNAIL**2)
+    luma, chroma = (np.square(difference, out=difference) @ _MEANS).T
+    return (luma <= (spread * MAX_LUMA) ** 2) & (chroma <= (spread * MAX_CHROMA) ** 2)
+
+
+def _merge(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Merge the groups of the given pairs in place (union-find); `groups` maps each image to its group's first."""
+    for a, b in zip(groups[left].tolist(), groups[right].tolist(), strict=True):
+        while groups[a] != a:
+            a = groups[a]
+        while groups[b] != b:
+            b = groups[b]
+        groups[max(a, b)] = min(a, b)
+    while len(left) and (groups[groups] != groups).any():
+        groups[:] = groups[groups]
+
+
+def _split_chains(groups: np.ndarray, thumbnails: np.ndarray) -> None:
+    """Keep in each group only the images similar to its first one; regroup the others in the same way."""
+    order = np.argsort(groups, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        while len(members) > 1:
+            close = _are_similar(thumbnails[members[:1]], thumbnails[members], MAX_SPREAD)
+            groups[members[close]] = members[0]
+            members = members[~close]
+            groups[members] = members[:1]
