@@ -1,9 +1,9 @@
 """Make the pictures in screenshots/ from the README's first command.
 
-python tests/make_screenshots.py                  # trains first, about a minute
+python tests/make_screenshots.py                  # trains first; takes a few minutes
 python tests/make_screenshots.py --runs runs      # uses the runs that are there
 
-TensorBoard is opened in headless Chromium, which needs Chromium, its chromedriver and selenium.
+It opens TensorBoard in headless Chromium, and needs Chromium, its chromedriver and selenium.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
-SCREENSHOTS = ROOT / "screenshots"
+README, SCREENSHOTS = ROOT / "README.md", ROOT / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 SECONDS = 60  # to wait for a page to be complete
@@ -75,17 +75,18 @@ def main() -> None:
 
 def first_command() -> list[str]:
     """Return the README's first training command, with the absolute path of train.py."""
-    command = re.search(r"\.venv/bin/python (train\.py [^\n]+)", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    command = re.search(r"\.venv/bin/python (train\.py [^\n]+)", README.read_text(encoding="utf-8"))[1]
     program, *flags = shlex.split(command)
     return [str(ROOT / program), *flags]
 
 
 def predict(runs: Path) -> None:
-    """Predict the pictures of plot_img with Grad-CAM."""
-    command = [sys.executable, str(ROOT / "predict.py"), "plot_img/daisy.jpg", "plot_img/tulips.jpg"]
-    command += ["--weights", str(next(runs.glob("*/weights/best.pth"))), "--save-plot", "screenshots/prediction.png"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    save(Image.open(SCREENSHOTS / "prediction.png"), "prediction")
+    """Run the README's prediction with Grad-CAM."""
+    words = re.search(r"python (predict\.py .*--save-plot \S+)", README.read_text(encoding="utf-8"))[1].split()
+    words[-1] = str(SCREENSHOTS / "prediction.png")
+    weights = next(runs.glob("*/weights/best.pth"))
+    subprocess.run([sys.executable, *words, "--weights", str(weights)], cwd=ROOT, check=True)
+    save(Image.open(words[-1]), "prediction")
 
 
 def draw_figures(runs: Path) -> None:
