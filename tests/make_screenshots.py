@@ -83,10 +83,11 @@ def first_command() -> list[str]:
 def predict(runs: Path) -> None:
     """Run the README's prediction with Grad-CAM."""
     words = re.search(r"python (predict\.py .*--save-plot \S+)", README.read_text(encoding="utf-8"))[1].split()
-    words[-1] = str(SCREENSHOTS / "prediction.png")
     weights = next(runs.glob("*/weights/best.pth"))
-    subprocess.run([sys.executable, *words, "--weights", str(weights)], cwd=ROOT, check=True)
-    save(Image.open(words[-1]), "prediction")
+    with tempfile.TemporaryDirectory() as folder:  # predict.py does not overwrite pictures that it has not drawn
+        words[-1] = str(Path(folder, words[-1]))
+        subprocess.run([sys.executable, *words, "--weights", str(weights)], cwd=ROOT, check=True)
+        save(Image.open(words[-1]), "prediction")
 
 
 def draw_figures(runs: Path) -> None:
