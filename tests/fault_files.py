@@ -367,14 +367,13 @@ def strange_run(campaign: Campaign, box: Path) -> None:
     (run / "class_indices.json").write_text("[" * 100_000)
     checkpoint = torch.load(run / "weights" / "last.pth", weights_only=True)
     events = {"../../../marker": 0, str(box / "marker"): 0}
-    words = ["--download", "--name=marker", f"--weights={escape}"]
-    checkpoint["resume"]["command"] += words
+    checkpoint["resume"]["flags"] |= {"name": "marker", "weights": escape}
     checkpoint["resume"]["events"] |= events
     torch.save(checkpoint, run / "weights" / "last.pth")
     epochs = str(campaign.epochs + 1)
     child = Child(program(["--resume", str(run), "--epochs", epochs], lambda: os.chdir(box)), Path("output"))
     campaign.expect(
-        "a strange run goes on, and nothing of it takes effect", child.end() == 0 and not printed_controls()
+        "a strange run is resumed, and nothing of it takes effect", child.end() == 0 and not printed_controls()
     )
     (run / "files.json").write_text("[" * 100_000)
     child = Child(program(["--resume", str(run), "--epochs", epochs + "0"], lambda: os.chdir(box)), Path("output"))

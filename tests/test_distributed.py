@@ -239,7 +239,7 @@ finish = train.Run.finish_epoch
 def note(run):
     if run.epoch == 1:
         path = f"epoch 1 of {{os.environ['RANK']}}.pth"
-        torch.save(run.state_dict(run.model), "unfinished " + path)
+        torch.save(run.model.state_dict(), "unfinished " + path)
         os.replace("unfinished " + path, path)  # whole, for who waits for it
     finish(run)
 

@@ -265,7 +265,7 @@ def test_time_budget_completes_the_schedule(two_classes, capsys):
     assert float(metrics()[-1]["learning_rate"]) < FLAG_DEFAULTS["scratch"]["lr"] / 10
     assert (RUN / f"{len(metrics()) - 1:05d}" / "validation" / "tensors.tsv").exists()
     assert train.main(["--resume"]) == 0
-    assert "its time is up" in capsys.readouterr().out
+    assert "its time budget is spent" in capsys.readouterr().out
 
 
 def test_plan_picks_the_largest_size_for_the_recipes_epochs(two_classes, monkeypatch):

@@ -1,7 +1,6 @@
 """`train.main` in this process: reproducibility, data, initial weights and user errors."""
 
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -292,12 +291,3 @@ def test_a_file_named_runs_is_an_error(two_classes, capsys):
     Path("runs").write_text("a file")
     assert train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1"]) == 1
     assert "runs" in capsys.readouterr().err
-
-
-def test_readme_documents_every_flag(capsys):
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--help"])
-    assert caught.value.code == 0
-    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
-    for flag in set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--logdir", "--nproc"}:
-        assert f"`{flag}`" in readme, flag
