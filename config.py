@@ -58,7 +58,7 @@ RECIPES = {
         progressive_resize_start=0.5,
         progressive_resize_end=0.85,
         ema_decay=0.9,
-        bn_images=64,
+        bn_images=128,
     ),
     "finetune": Recipe(
         "finetune",
@@ -70,7 +70,7 @@ RECIPES = {
         progressive_resize_end=0.85,
         feature_views=2,
         ema_decay=0.9,
-        bn_images=64,
+        bn_images=128,
     ),
 }
 FLAG_DEFAULTS = {  # of the flags that depend on the recipe
@@ -168,25 +168,31 @@ def build_parser() -> FlagParser:
     add("--img-size", type=size, help=f"input size in pixels (default: {DEFAULT_SIZE}; --time-budget chooses it)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default="tutorial", help="defaults of the next seven flags (default: %(default)s)")
-    add("--epochs", type=positive_count, help="passes over the training images")
-    add("--batch-size", type=positive_count, help="images per batch, in each process")
-    add("--lr", type=positive, help="maximum learning rate")
-    add("--lrf", type=non_negative, help="final learning rate, as a fraction of --lr")
-    add("--warmup", type=fraction, help="fraction of the training in which the learning rate rises to --lr")
-    weight_decay_help = "weight decay (L2 penalty); not applied to convolutions trained by Muon"
-    add("--weight-decay", type=non_negative, help=weight_decay_help)
-    add("--label-smoothing", type=fraction, help="label smoothing of the training loss")
+    recipe_help = "defaults of several flags, and the optimizer (default: %(default)s)"
+    add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
+    add("--epochs", type=positive_count, help="passes over the training images " + default_of("epochs"))
+    add("--time-budget", type=positive, metavar="MINUTES", help="train for this long instead of --epochs")
+    patience_help = "stop after N epochs without a better accuracy (default: never)"
+    add("--patience", type=count, default=0, metavar="N", help=patience_help)
+    add("--batch-size", type=positive_count, help="images per batch, in each process " + default_of("batch_size"))
     add("--accumulate", type=positive_count, default=1, help="batches per optimizer step (default: %(default)s)")
+    decay_help = "weight decay (L2 penalty); not applied to convolutions trained by Muon "
+    add("--weight-decay", type=non_negative, help=decay_help + default_of("weight_decay"))
+    smoothing_help = "label smoothing of the training loss "
+    add("--label-smoothing", type=fraction, help=smoothing_help + default_of("label_smoothing"))
     seed = checked(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
     seed_help = "random seed for weights, shuffling and augmentation (default: %(default)s)"
     add("--seed", type=seed, default=0, help=seed_help)
 
     add = parser.add_argument_group("schedule").add_argument
-    add("--time-budget", type=positive, metavar="MINUTES", help="train for this long instead of --epochs")
+    add("--lr", type=positive, help="maximum learning rate " + default_of("lr"))
+    add("--lrf", type=non_negative, help="final learning rate, as a fraction of --lr " + default_of("lrf"))
+    add(
+        "--warmup",
+        type=fraction,
+        help="fraction of the training in which the learning rate rises to --lr " + default_of("warmup"),
+    )
     add("--find-lr", action="store_true", help="run a learning-rate range test, suggest a value for --lr, and exit")
-    patience_help = "stop after N epochs without a better accuracy (default: never)"
-    add("--patience", type=count, default=0, metavar="N", help=patience_help)
 
     add = parser.add_argument_group("logging").add_argument
     name = checked(str, lambda s: s == Path(s).name and s[:1] not in ("", "."), "a plain folder name")
@@ -214,6 +220,11 @@ def build_parser() -> FlagParser:
     timeout_help = "seconds to wait for an unreachable rank (default: %(default)s)"
     add("--timeout", type=timeout, default=300, help=timeout_help)
     return parser
+
+
+def default_of(flag: str) -> str:
+    """Describe the default that each recipe gives a flag, for its help."""
+    return f"(default: {', '.join(f'{name} {defaults[flag]:g}' for name, defaults in FLAG_DEFAULTS.items())})"
 
 
 def checked(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
