@@ -29,7 +29,7 @@ from data_loading import DistributedBatchSampler, EpochSampler, build_train_load
 from data_utils import find_split
 from distributed import Distributed, is_connection_lost
 from image_cache import ImageCache
-from inference import gather_outputs, run_inference
+from inference import Outputs, gather_outputs, run_inference
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import build_optimizer
 from run_state import Run
@@ -363,15 +363,15 @@ def test_an_error_before_training_is_printed_once(sample, capfd, flag):
 
 
 def test_frozen_backbone_training_does_not_depend_on_world_size(sample, monkeypatch):
-    collect = data_loading.collect_features
+    run_inference = data_loading.run_inference
 
-    def count_features(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-        features, labels = collect(*arguments, **options)
+    def count_features(*arguments: object, **options: object) -> Outputs:
+        outputs = run_inference(*arguments, **options)
         with open(f"features by {os.environ['WORLD_SIZE']}", "a") as file:
-            file.write("." * len(features))
-        return features, labels
+            file.write("." * len(outputs.features))
+        return outputs
 
-    monkeypatch.setattr(data_loading, "collect_features", count_features)
+    monkeypatch.setattr(data_loading, "run_inference", count_features)
     flags = ["--data-path", str(sample), *SMALL, "--recipe", "finetune", "--freeze-layers", "--epochs", "3"]
     flags += ["--amp", "off"]  # bfloat16 results depend on the batch size
     for count in (1, 2):
@@ -450,7 +450,7 @@ def test_ranks_with_different_flags_are_refused(sample, capfd):
     flags = ["--data-path", str(sample), *SMALL]
     assert run_ranks(2, lambda: train.main([*flags, "--lr", f"0.00{os.environ['RANK']}1"])) == [1, 1]
     (line,) = capfd.readouterr().err.splitlines()
-    assert "the processes are not alike" in line
+    assert "the processes differ" in line
 
 
 @pytest.fixture
