@@ -135,7 +135,9 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
 
 def is_finite(state: Mapping[str, Tensor]) -> bool:
     """Return whether all weights are finite. After a training that has diverged they are not."""
-    return all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
+    # aminmax propagates NaN, and is several times as fast as isfinite.
+    extremes = [torch.stack(torch.aminmax(value)) for value in state.values() if value.is_floating_point()]
+    return all(bool(pair.isfinite().all()) for pair in extremes)
 
 
 @contextmanager
