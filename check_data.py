@@ -116,19 +116,19 @@ def check_data(args: argparse.Namespace) -> int:
 def output_outside_data(
     flag: str, name: str | None, formats: Sequence[str], folders: Sequence[str | None]
 ) -> Path | None:
-    """Return `output_path`, unless it is inside one of the data folders, where the next run would read it.
+    """Return the path of an output file, which must be outside the data folders: the next run would read it there.
 
-    A data folder that is the working directory is allowed.
+    The working directory is allowed even if it is a data folder.
 
     Raises:
-        UsageError: it is inside the data, or see `output_path`.
+        UsageError: the path is inside the data folders. For other errors, see `output_path`.
     """
     path = output_path(flag, name, formats)
     if path is not None:
         parent = path.parent.resolve()
         for data in (Path(folder).resolve() for folder in folders if folder):
             if parent.is_relative_to(data) and not parent == data == Path.cwd().resolve():
-                raise UsageError(f"{flag} {path}: is inside the data; choose another folder")
+                raise UsageError(f"{flag} {path}: is inside the data folder; choose another folder")
     return path
 
 
@@ -181,7 +181,7 @@ def print_classes(split: Split, val_source: str) -> None:
 
 
 def print_files(pictures: Sequence[Picture]) -> None:
-    """Print sizes, modes and formats, and the unusable files with reasons."""
+    """Print sizes, modes and formats, and the unusable files with the reasons."""
     usable = [picture for picture in pictures if picture.problem is None]
     if usable:
         sizes = sorted((picture.size for picture in usable), key=lambda size: (size[0] * size[1], size))
@@ -258,7 +258,7 @@ def save_figure(split: Split, sizes: Sequence[tuple[int, int]], groups: Sequence
     for group in itertools.islice((group for group in groups if group.conflict), FIGURE_PAIRS):
         first = group.members[0]
         pair = (first, next(member for member in group.members if member.label != first.label))
-        with contextlib.suppress(ImageError):  # the file has been removed meanwhile
+        with contextlib.suppress(ImageError):  # the file has since been removed
             images = [np.asarray(read_image(member.path, min_side=SMALL_SIDE)) for member in pair]
             pairs.append((images, [split.class_names[m.label] for m in pair], [Path(m.path).name for m in pair]))
     classes = len(split.class_names)
@@ -276,7 +276,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("folder", metavar="FOLDER", help="a folder with one sub-folder per class, or with train and val folders")
     add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class")
     add("--val-rate", type=float, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
-    add("--workers", type=int, help="processes that read images (default: one per core, at most 8)")
+    add("--workers", type=int, help="worker processes that read images (default: one per core, at most 8)")
     add(
         "--save-plot",
         metavar="OUT.png",
@@ -286,7 +286,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--csv", metavar="OUT.csv", help="write all duplicates to a CSV file")
     args = parser.parse_args(argv)
     if not args.folder or args.val_path == "":
-        parser.error("the name of a folder is empty")
+        parser.error("a folder name is empty")
     if not 0 <= args.val_rate < 1:
         parser.error(f"--val-rate is {args.val_rate}; it must be at least 0 and below 1")
     if args.workers is not None and args.workers < 0:
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_program(
         "check_data.py",
         lambda: check_data(parse_args(argv)),
-        memory_advice="free some, or try --workers 0",
+        memory_advice="close other programs, or try --workers 0",
         worker_advice="try --workers 0",
         error_status=2,
     )

@@ -21,7 +21,7 @@ from model import MODELS, ResNet, to_device
 if TYPE_CHECKING:
     from run_state import Run
 
-FORMAT = 2  # of last.pth; raise it with every change, as other formats cannot be resumed
+FORMAT = 2  # version of last.pth; increment it with every change: other versions cannot be resumed
 COUNTS = ("images", "steps", "correct")
 
 # The prefixes that torch.nn.parallel and torch.compile add to the names of parameters.
@@ -48,7 +48,7 @@ def load_pretrained(model: ResNet, weights: str | os.PathLike, model_name: str) 
 
     Raises:
         FileNotFoundError: the file does not exist.
-        WeightsError: it is not a weights file, or one of another model.
+        WeightsError: it is not a weights file, or is for another model.
         OSError: it cannot be read, or the ImageNet weights cannot be downloaded.
     """
     state = _imagenet_state(model_name) if weights == "imagenet" else _read_weights_file(weights)["state_dict"]
@@ -90,7 +90,7 @@ def load_model(
         "accuracy": checkpoint.get("accuracy"),
     }
     if info["model"] is None or info["class_names"] is None:
-        raise WeightsError(f"{path}: a plain state_dict; give its --model and its --class-indices as well")
+        raise WeightsError(f"{path}: a plain state_dict; also pass --model and --class-indices")
     _check_info(path, info)
     model = MODELS[info["model"]](num_classes=len(info["class_names"]))
     _load_state(model, checkpoint["state_dict"], path)
@@ -100,7 +100,7 @@ def load_model(
 def _check_info(path: str | os.PathLike, info: dict[str, Any]) -> None:
     names, size = info["class_names"], info["img_size"]
     if not isinstance(info["model"], str) or info["model"] not in MODELS:
-        raise WeightsError(f"{path}: made for an unknown model {info['model']!r}; known are {', '.join(MODELS)}")
+        raise WeightsError(f"{path}: unknown model {info['model']!r}; supported are {', '.join(MODELS)}")
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise WeightsError(f"{path}: its class_names are not a list of names")
     if not (isinstance(size, int) and 1 <= size <= 10_000):
@@ -108,17 +108,17 @@ def _check_info(path: str | os.PathLike, info: dict[str, Any]) -> None:
 
 
 def _read_weights_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a weights file as a dict whose "state_dict" holds the parameters, without the prefixes of wrappers."""
+    """Read a weights file as a dict whose "state_dict" holds the parameters, without wrapper prefixes."""
     content = read_torch_file(path)
     checkpoint = dict(content) if isinstance(content.get("state_dict"), Mapping) else {"state_dict": content}
     state = {_without_prefixes(str(name)): value for name, value in checkpoint["state_dict"].items()}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: holds no state_dict (names of parameters with their tensors)")
+        raise WeightsError(f"{path}: holds no state_dict (a dict of parameter names and tensors)")
     return checkpoint | {"state_dict": state}
 
 
 def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
-    """Load a dict of tensors and plain values to the CPU. Untrusted files are safe: no other object is unpickled.
+    """Load a dict of tensors and plain values to the CPU. Safe for untrusted files: nothing else is unpickled.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -134,7 +134,7 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
 
 
 def is_finite(state: Mapping[str, Tensor]) -> bool:
-    """Return whether all weights are finite. After a training that has diverged they are not."""
+    """Return whether all weights are finite. If training has diverged, they are not."""
     # aminmax propagates NaN, and is several times as fast as isfinite.
     extremes = [torch.stack(torch.aminmax(value)) for value in state.values() if value.is_floating_point()]
     return all(bool(pair.isfinite().all()) for pair in extremes)
@@ -142,7 +142,7 @@ def is_finite(state: Mapping[str, Tensor]) -> bool:
 
 @contextmanager
 def _refusing(complaint: str) -> Iterator[None]:
-    """Raise a WeightsError with this message for whatever torch raises for an invalid file."""
+    """Convert whatever torch raises for an invalid file, except OSError, to a WeightsError with this message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -178,10 +178,10 @@ def _imagenet_state(model_name: str) -> dict[str, Tensor]:
 def _load_state(
     model: ResNet, state: Mapping[str, Tensor], source: str | os.PathLike, may_miss: list[str] | None = None
 ) -> None:
-    """Call `load_state_dict`, with errors of one line; `may_miss` are the parameters that `state` may lack."""
+    """Call `load_state_dict`, with one-line errors. Only the parameters in `may_miss` may be missing from `state`."""
     own = model.state_dict()
     wrong = [
-        f"{name} is {tuple(value.shape)} there, {tuple(own[name].shape)} in the model"
+        f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
         for name, value in state.items()
         if name in own and value.shape != own[name].shape
     ]
@@ -189,15 +189,15 @@ def _load_state(
         # Not strict: files from before PyTorch 0.4.1 lack BatchNorm's num_batches_tracked.
         try:
             missing, unexpected = model.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # sparse tensors and the like
-            raise WeightsError(f"{source}: does not fit this model: parameters of another kind") from error
+        except RuntimeError as error:  # such as sparse tensors
+            raise WeightsError(f"{source}: does not fit this model: unsupported kind of tensor") from error
         wrong = [f"{name} is missing" for name in missing if name not in (may_miss or [])]
         wrong += [f"{name} is unknown" for name in unexpected]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(f"{source}: does not fit this model: {'; '.join(wrong[:3])}{more}")
     if not is_finite(state):
-        raise WeightsError(f"{source}: non-finite weights: the training has diverged")
+        raise WeightsError(f"{source}: non-finite weights: training has diverged")
 
 
 # --- save and resume ------------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def newest_weights(root: str | os.PathLike = "runs", file_name: str = "best.pth"
     """
     found = list(Path(root).glob(f"*/weights/{file_name}"))
     if not found:
-        raise UsageError(f"no run in {root} has a {file_name}: train a model first, or name one")
+        raise UsageError(f"no run in {root} has a {file_name}: train a model first, or name a file")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
-    """Save a checkpoint atomically: write a temporary file, flush it to the disk, and rename it.
+    """Save a checkpoint atomically: write a temporary file, flush it to disk, and rename it.
 
     Raises:
         OSError: it cannot be written. An earlier file of that name is unchanged.
@@ -240,7 +240,7 @@ def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk (on POSIX; Windows does so by itself)."""
+    """Flush a folder's entries to disk (on POSIX; Windows does so by itself)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -253,7 +253,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def finite_state_dict(model: nn.Module, epoch: int) -> dict[str, Tensor]:
-    """Return a model's state_dict on the CPU, to load without a GPU.
+    """Return a model's state_dict on the CPU, so that it loads without a GPU.
 
     Raises:
         FloatingPointError: training has diverged.
@@ -288,7 +288,7 @@ def save_last(run: "Run", progress: Mapping[str, float], event_sizes: Mapping[st
 
     Args:
         progress: the `Progress.state_dict` of the current epoch, summed over all ranks.
-        event_sizes: the sizes of the run's event files in bytes, to truncate them to on resume.
+        event_sizes: the sizes of the run's event files in bytes, to which they are truncated on resume.
 
     Raises:
         FloatingPointError, OSError: see `save_best`.
@@ -324,7 +324,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     content = read_torch_file(path)
     resume = content.get("resume")
     if not isinstance(resume, dict):
-        raise WeightsError(f"{path}: not a checkpoint to resume from; a run's weights/last.pth is one")
+        raise WeightsError(f"{path}: not a checkpoint to resume from; use a run's weights/last.pth")
     if resume.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: written by another version, and cannot be resumed; start a new run from its weights: "
@@ -345,7 +345,7 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
         if run.average is not None:
             run.average.load_state_dict(resume["average"])
         _load_optimizer(run.optimizer, resume["optimizer"])
-        if resume["scaler"]:  # empty if the run used another precision before
+        if resume["scaler"]:  # empty if the run used another precision earlier
             run.scaler.load_state_dict(resume["scaler"])
         run.schedule.load_state_dict(resume["schedule"])
         run.epoch = _non_negative(resume["epoch"])

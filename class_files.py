@@ -61,7 +61,7 @@ def read_label_file(
 
 
 def label_lines(images_dir: str | os.PathLike) -> list[str]:
-    """Read the non-empty lines of `images_dir`/label.txt. For the errors, see `read_label_file`."""
+    """Read the non-empty lines of `images_dir`/label.txt. For errors, see `read_label_file`."""
     label_file = Path(images_dir) / "label.txt"
     if not Path(images_dir).is_dir():
         raise FileNotFoundError(f"{os.fspath(images_dir)}: no such folder")

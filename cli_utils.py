@@ -1,4 +1,4 @@
-"""What the programs share: argument parsing, error messages, device and precision, DataLoader workers, and files."""
+"""Shared utilities: argument parsing, error messages, device and precision, DataLoader workers, and files."""
 
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ class DataError(UsageError):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that accepts --both-spellings and --both_spellings, and reports errors in one line."""
+    """An ArgumentParser that accepts both --some-flag and --some_flag, and reports errors in one line."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
         """Parse arguments after replacing underscores in the names of flags by hyphens."""
@@ -60,7 +60,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def parse_bool(text: str) -> bool:
-    """Parse the value of a flag such as `--freeze-layers False`, as `bool("False")` is True."""
+    """Parse the value of a flag such as `--freeze-layers False`, because `bool("False")` is True."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -68,7 +68,7 @@ def parse_bool(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Escape control characters and other unprintable ones, as in file names, for output on one line."""
+    """Escape control characters and other unprintable ones, such as those in file names, to print on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
@@ -110,7 +110,7 @@ def run_program(
     worker_advice: str,
     error_status: int = 1,
 ) -> int:
-    """Run a program and report expected errors in one line on standard error. Unexpected ones are raised.
+    """Run a program and report expected errors in one line on standard error. Unexpected errors propagate.
 
     Args:
         program: returns an exit status.
@@ -160,16 +160,16 @@ def _explain_error(error: Exception, memory_advice: str, worker_advice: str) -> 
 
 
 def explain_resource_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:
-    """Return a message for an error that means too little memory or a dead worker, None for any other error.
+    """Return a message for an error caused by too little memory or a dead worker, None for any other error.
 
-    Disables torch's handler of dead workers, which would report each again, so the program must end with this error.
+    Disables torch's handler for dead workers, which would report each one again; the program must then exit.
     """
     if is_out_of_memory(error):
         return f"out of memory: {memory_advice}"
     if is_dead_worker(error):
         if hasattr(signal, "SIGCHLD"):  # not on Windows, where torch has no such handler
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return f"a DataLoader worker died: too little memory or /dev/shm ({worker_advice}), or a corrupt image"
+        return f"a DataLoader worker died: too little memory or space in /dev/shm ({worker_advice}), or a corrupt image"
     return None
 
 
@@ -189,7 +189,7 @@ def is_dead_worker(error: Exception) -> bool:
 
 
 def flush_stdout() -> None:
-    """Flush standard output, and discard what cannot be written: Python would print an error at exit."""
+    """Flush standard output, and discard what cannot be written; otherwise Python would print an error at exit."""
     try:
         print(end="", flush=True)  # does nothing if there is no standard output
     except OSError:
@@ -205,7 +205,7 @@ def select_device(name: str, dist: Distributed | None = None) -> torch.device:
     If several ranks of `dist` run on this machine, each takes the GPU of its local rank.
 
     Raises:
-        UsageError: the name is invalid, or there is no GPU of that index.
+        UsageError: the name is invalid, or there is no GPU with that index.
     """
     match = re.fullmatch(r"(?:(cuda):)?(\d+)|cuda|mps|cpu", name)
     if match is None:
@@ -327,10 +327,10 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def worker_init(worker: int) -> None:
-    """Make a DataLoader worker ignore signals from the terminal, and end when the main process does."""
+    """Make a DataLoader worker ignore signals from the terminal, and exit when the main process does."""
     signal.set_wakeup_fd(-1)  # inherited from the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # If there is no shared memory for a batch, end the worker: the main process would wait for the batch forever.
+    # If there is no shared memory for a batch, exit; otherwise the main process would wait for it forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
     def exit_after(wait: Callable[[], None]) -> None:
@@ -390,7 +390,7 @@ class _MappedFiles(Dataset):
 
 
 def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
-    """Return the path of the output file that a flag names, None if the name is empty.
+    """Return the path of the output file that a flag names, or None if the name is empty.
 
     Raises:
         UsageError: its folder is missing, or its extension is not in `formats`.
@@ -406,7 +406,7 @@ def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Pat
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which then replaces `path`: a reader never sees half a file.
+    """Yield a temporary path to write to, which then replaces `path`, so that no reader sees a partial file.
 
     A symbolic link is kept, and its target replaced. A pipe or a device is written to directly.
     """
@@ -431,7 +431,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
     """Write a CSV file atomically: first `columns`, then the other keys of the rows.
 
-    Characters that UTF-8 cannot encode, which file names may have, are escaped.
+    Characters that UTF-8 cannot encode, which file names may contain, are escaped.
     """
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     with (

@@ -40,9 +40,9 @@ class Recipe:
     progressive_resize_end: float = (
         1.0  # below 1: objects appear smaller at test time, https://arxiv.org/abs/1906.06423
     )
-    feature_views: int = 0  # --freeze-layers: precompute the features of so many augmented views per image; 0: never
+    feature_views: int = 0  # --freeze-layers: precompute the features of this many augmented views per image; 0: never
     ema_decay: float = 0.0  # moving average of the weights, which is validated and saved as best.pth; 0: none
-    bn_images: int = 0  # estimate BatchNorm statistics from so many training images; 0: use the running averages
+    bn_images: int = 0  # estimate BatchNorm statistics from this many training images; 0: use the running averages
 
     def __str__(self) -> str:
         return self.name
@@ -73,7 +73,7 @@ RECIPES = {
         bn_images=128,
     ),
 }
-FLAG_DEFAULTS = {  # of the flags that depend on the recipe
+FLAG_DEFAULTS = {  # for the flags that depend on the recipe
     "tutorial": {
         "epochs": 30,
         "batch_size": 16,
@@ -107,14 +107,14 @@ MAY_CHANGE = {  # flags that may change on resume
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
     *("strict", "timeout"),
 }
-NOT_SAVED = {"resume", "download", "allow_changed_data"}  # flags that concern a single launch of the program
+NOT_SAVED = {"resume", "download", "allow_changed_data"}  # flags that apply to a single launch only
 
 
 # --- flags --------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = None) -> argparse.Namespace:
-    """Parse and validate the command line; exit with status 2 and one line if a flag is invalid.
+    """Parse and validate the command line; exit with status 2 and a one-line message if a flag is invalid.
 
     Args:
         saved: flags to use as defaults instead of the recipe's.
@@ -130,7 +130,7 @@ def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = 
     if args.download:
         args.data_path = args.data_path or str(FLOWER_PHOTOS)
     if args.time_budget and args.epochs != (saved or FLAG_DEFAULTS[args.recipe.name])["epochs"]:
-        parser.error("--epochs has no effect with --time-budget: give one of them")
+        parser.error("--epochs has no effect with --time-budget: pass only one of them")
     if args.time_budget and uses_cached_features(args):
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
     if args.batch_size == 1 and has_single_pixels(args):
@@ -151,7 +151,7 @@ def build_parser() -> FlagParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", type=folder, help="folder with one sub-folder per class (default: the built-in sample)")
-    add("--val-path", type=folder, help="validation folder of the same form (default: a fraction of --data-path)")
+    add("--val-path", type=folder, help="validation folder with the same layout (default: a fraction of --data-path)")
     val_rate_help = "fraction of each class held out for validation (default: %(default)s)"
     val_rate = checked(float, lambda x: 0 < x < 1, "above 0 and below 1")
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
@@ -163,7 +163,7 @@ def build_parser() -> FlagParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="resnet34", help="network (default: %(default)s)")
     add("--weights", default="", help="weights file to start from, or imagenet (default: train from scratch)")
-    add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train the classifier fc only")
+    add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train only the classifier, fc")
     size = checked(int, lambda n: n >= 32, "at least 32")
     add("--img-size", type=size, help=f"input size in pixels (default: {DEFAULT_SIZE}; --time-budget chooses it)")
 
@@ -172,7 +172,7 @@ def build_parser() -> FlagParser:
     add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
     add("--epochs", type=positive_count, help="passes over the training images " + default_of("epochs"))
     add("--time-budget", type=positive, metavar="MINUTES", help="train for this long instead of --epochs")
-    patience_help = "stop after N epochs without a better accuracy (default: never)"
+    patience_help = "stop after N epochs without improvement in accuracy (default: never)"
     add("--patience", type=count, default=0, metavar="N", help=patience_help)
     add("--batch-size", type=positive_count, help="images per batch, in each process " + default_of("batch_size"))
     add("--accumulate", type=positive_count, default=1, help="batches per optimizer step (default: %(default)s)")
@@ -212,7 +212,7 @@ def build_parser() -> FlagParser:
     add("--allow-changed-data", action="store_true", help="resume even if files were added, changed or removed")
 
     add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda, or else the CPU)")
+    add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda if available, else cpu)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
     add("--workers", type=count, help="DataLoader workers per process (default: one per core, at most 8)")
     add("--sync-bn", action="store_true", help="synchronised BatchNorm over all GPUs, under torchrun")
@@ -223,7 +223,7 @@ def build_parser() -> FlagParser:
 
 
 def default_of(flag: str) -> str:
-    """Describe the default that each recipe gives a flag, for its help."""
+    """Describe a flag's default in each recipe, for its help text."""
     return f"(default: {', '.join(f'{name} {defaults[flag]:g}' for name, defaults in FLAG_DEFAULTS.items())})"
 
 
@@ -313,7 +313,7 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
     if args.recipe.name != recipe.name:
         raise UsageError(_conflict("recipe", run, recipe, "omit the flag to resume it, or start a new run"))
     if args.epochs < saved["epochs"]:
-        raise UsageError(_conflict("epochs", run, saved["epochs"], "it can only be more"))
+        raise UsageError(_conflict("epochs", run, saved["epochs"], "it can only be increased"))
     args.recipe, args.resume = recipe, str(run)
     return args
 

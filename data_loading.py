@@ -1,4 +1,4 @@
-"""DataLoaders for training and validation: samplers, data sets that tolerate broken files, cached features."""
+"""DataLoaders for training and validation: samplers, datasets that tolerate broken files, cached features."""
 
 import argparse
 import contextlib
@@ -32,11 +32,10 @@ T = TypeVar("T")
 
 
 class EpochSampler(Sampler):
-    """The order of an epoch's images, with an augmentation seed per image and the image size, for `MyDataSet`.
+    """Shuffle an epoch's images, and add an augmentation seed per image and the image size, for `MyDataSet`.
 
-    Yields (index, seed) or (index, seed, img_size). The order depends on `seed` and the epoch; an image's seed on
-    `seed`, the epoch and the image's index. Neither depends on the number of workers. Call `set_epoch` before each
-    epoch.
+    Yields (index, seed) or (index, seed, img_size). The order depends on `seed` and the epoch, and an image's seed also
+    on its index. Neither depends on the number of workers. Call `set_epoch` before each epoch.
 
     Args:
         size: the number of images.
@@ -70,7 +69,7 @@ class EpochSampler(Sampler):
 
 
 class DistributedBatchSampler(Sampler):
-    """The batches of one rank, for a DataLoader's `batch_sampler`: an even share of the images of each step.
+    """A `batch_sampler` for a DataLoader that gives each rank an even share of the images of each step.
 
     A step takes `world_size * accumulate * batch_size` images; the last step takes the rest. For a given step size, all
     ranks together see the same images in a step, whatever the world size.
@@ -107,7 +106,7 @@ class DistributedBatchSampler(Sampler):
         """Return, for each remaining step, the weights of its batches' mean losses.
 
         With these weights, a step's loss averaged over ranks is the mean over its images. A rank without images gets
-        one with weight 0.
+        one image, with weight 0.
         """
         weights = []
         for images in self._sizes():
@@ -137,14 +136,14 @@ class DistributedBatchSampler(Sampler):
         return [min(self.batch_size, share - start) for start in range(0, share, self.batch_size)]
 
 
-# --- data sets ----------------------------------------------------------------------------------------------------
+# --- datasets -----------------------------------------------------------------------------------------------------
 
 
 class SafeImages(Dataset):
-    """A data set whose files may disappear or become corrupt during a run; each one is reported on standard error.
+    """A dataset that tolerates missing and corrupt files during a run, and reports each one on standard error.
 
     Args:
-        images: the data set.
+        images: the dataset.
         replace: substitute the next readable image and its label; otherwise the item is None, which `collate_fn` skips.
         return_index: return (image, index) instead of (image, label), to identify skipped images.
 
@@ -171,12 +170,12 @@ class SafeImages(Dataset):
                 with contextlib.suppress(ImageError):  # reported when its turn comes
                     return self.images[(other, *how) if how else other]
             if self.replace:
-                raise ImageError(f"{error}; nor any other image") from error
+                raise ImageError(f"{error}; no other image is readable") from error
             return None
 
     @staticmethod
     def collate_fn(batch: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
-        """Collate the readable items as `MyDataSet.collate_fn`; (0, 3, 0, 0) and (0,) if there are none."""
+        """Collate the readable items like `MyDataSet.collate_fn`: to (0, 3, 0, 0) and (0,) if there are none."""
         readable = [item for item in batch if item is not None]
         if not readable:
             return torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
@@ -230,7 +229,7 @@ class Loaders(NamedTuple):
 def build_loaders(
     args: argparse.Namespace, data: Data, img_size: int, device: torch.device, dist: Distributed
 ) -> Loaders:
-    """Create the loaders of this rank's training and validation images, and give the data sets their transforms.
+    """Create the loaders of this rank's training and validation images, and set the datasets' transforms.
 
     Raises:
         UsageError: there are too few training images for one step.
@@ -247,7 +246,7 @@ def build_loaders(
 
 
 def cache_images(data_sets: Iterable[MyDataSet], dist: Distributed) -> None:
-    """Give each data set an eighth of the available memory to cache decoded images in."""
+    """Give each dataset a cache for decoded images, which may use an eighth of the available memory."""
     (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)
     for images in data_sets:
         if cache_bytes > 0:

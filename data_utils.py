@@ -1,6 +1,6 @@
 """Split image folders into training and validation images, and plot images. Only functions that plot import matplotlib.
 
-The functions of class_files.py can be imported from here as well, as in the tutorial.
+The functions of class_files.py can also be imported from here, as in the tutorial.
 """
 
 import collections
@@ -135,7 +135,7 @@ def find_split(
 
     Args:
         data_path: a folder with one sub-folder per class, or with folders `train` and `val` (or `valid`, `validation`,
-            `test`) of that form.
+            `test`) laid out in the same way.
         val_path: a validation folder with one sub-folder per class; takes precedence over those in `data_path`.
         val_rate: fraction of each class to hold out if there is no validation folder.
 
@@ -179,7 +179,7 @@ def require_training_images(split: Split, usable_labels: Iterable[int], explain:
 
     Args:
         usable_labels: the labels of the usable training images.
-        explain: returns the reason why the image at a path is unusable.
+        explain: returns why the image at a path is unusable.
     """
     emptied = set(split.train_labels) - set(usable_labels)
     if emptied:
@@ -369,7 +369,7 @@ def plot_class_preds(
 def choose_figure_images(
     data_set: MyDataSet, class_names: Sequence[str], images_dir: str | os.PathLike
 ) -> tuple[Tensor, list[str]]:
-    """Choose the images of the prediction figure.
+    """Choose the images for the prediction figure.
 
     Returns:
         Up to 24 images (N, 3, H, W) uint8 and their class names: those listed in `images_dir`/label.txt if all are

@@ -1,4 +1,4 @@
-"""Training in several processes that torchrun starts: the process group, its collectives, and DistributedDataParallel.
+"""Distributed training under torchrun: the process group, its collectives, and DistributedDataParallel.
 
 Without torchrun there is one process, and every method is a no-op or returns its input.
 """
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_SYNCS = 1.0
 
 
 class OtherRankFailed(Exception):  # noqa: N818 - the rank that failed reports the error itself
-    """Another rank has raised an error, which it reports."""
+    """Another rank has raised an error, and reports it."""
 
 
 class Distributed:
@@ -35,11 +35,11 @@ class Distributed:
     https://docs.pytorch.org/docs/stable/elastic/run.html.
 
     Args:
-        timeout: seconds to wait for a rank that cannot be reached. A rank that has ended is noticed at once.
+        timeout: seconds to wait for an unreachable rank. A rank that has ended is detected at once.
 
     Attributes:
         is_launched: whether torchrun has started this process.
-        launch_ids: once entered, one identifier per torchrun (one per machine). It survives restarts.
+        launch_ids: one identifier per torchrun process (one per machine), set on entry and unchanged by restarts.
 
     Raises:
         RuntimeError: from every method, if another rank has ended or cannot be reached; see `is_connection_lost`.
@@ -57,12 +57,12 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the main process, rank 0, which alone prints and writes files."""
+        """Whether this is the main process, rank 0, the only one that prints and writes files."""
         return self.rank == 0
 
     @staticmethod
     def _launch_id() -> str:
-        """Identify the torchrun that started this process, also after it has restarted it; "" without torchrun."""
+        """Identify the torchrun that started or restarted this process; return "" without torchrun."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return ""
         torchrun = os.getppid()
@@ -84,7 +84,7 @@ class Distributed:
         return self
 
     def _connect_store(self) -> dist.Store:
-        """Create a store on rank 0, as torchrun's own still holds the keys from before a restart.
+        """Create a store on rank 0, because torchrun's own still holds the keys from before a restart.
 
         https://github.com/pytorch/pytorch/issues/135712
         """
@@ -106,7 +106,7 @@ class Distributed:
                 return store
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self.is_launched and kind is None:  # after an error it would wait for ranks that are gone
+        if self.is_launched and kind is None:  # after an error, it would wait for ranks that have ended
             dist.destroy_process_group()
 
     # --- collectives ----------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Distributed:
         """Call `function` on one rank per machine first, then on the others, which find what it has downloaded.
 
         Raises:
-            OtherRankFailed: on the other ranks, if it raises on one of the first.
+            OtherRankFailed: on the other ranks, if it raises on a local rank 0.
         """
         goes_first, result, succeeded = self.local_rank == 0, None, False
         try:
@@ -151,11 +151,11 @@ class Distributed:
         return result if goes_first else function()
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raise an error that all ranks have found: itself on the main process, `OtherRankFailed` on the others."""
+        """Raise an error that all ranks have detected: `error` on the main process, `OtherRankFailed` on the others."""
         raise error if self.is_main else OtherRankFailed
 
     def gather(self, value: T, no_timeout: bool = False) -> list[T]:
-        """All-gather a picklable value: one per rank, in the order of the ranks."""
+        """All-gather a picklable value: one per rank, in rank order."""
         if not self.is_launched:
             return [value]
         values: list[T | None] = [None] * self.world_size
@@ -228,11 +228,11 @@ class Distributed:
     # --- periodic synchronisation ---------------------------------------------------------------------------------
 
     def elapsed(self) -> float:
-        """Return the seconds since the start: with several ranks, those at the last `sync_flags`, equal on all."""
+        """Return the seconds since the start; under torchrun those at the last `sync_flags`, equal on all ranks."""
         return self._synced_at if self.is_launched else time.perf_counter() - self._start
 
     def is_time_to_sync(self) -> bool:
-        """Count a step, and return whether to call `sync_flags` after it: about once per second, on all ranks alike."""
+        """Count a step, and return whether to call `sync_flags` now: about once per second, on all ranks at once."""
         self._steps += 1
         return not self.is_launched or self._steps % self._interval == 0
 
@@ -247,6 +247,6 @@ class Distributed:
 
 def is_connection_lost(error: Exception) -> bool:
     """Return whether an error means that another rank has ended or cannot be reached."""
-    # Gloo raises plain RuntimeErrors; all name Gloo, except those that follow another operation's timeout.
+    # Gloo raises plain RuntimeErrors; all mention Gloo, except those that follow another operation's timeout.
     messages = ("gloo", "application timeout caused pair closure")
     return isinstance(error, dist.DistError) or any(message in str(error).lower() for message in messages)

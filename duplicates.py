@@ -8,7 +8,7 @@ from PIL import Image
 # Thresholds for near-identical images, measured on photographs and drawn flowers of 64 px or more. Copies (re-encoded
 # at quality 30 or more, or resized smoothly by a factor of 0.5 to 2) differ by at most 5 bits, 3.6 luma and 9.2 chroma.
 # Among 2,936 photographs and 1,000 drawn flowers, no two distinct images with hashes that close differ by less than
-# 6.7 luma. On 28 px digits the ranges overlap: quality 30 costs up to 5.3 luma, and two handwritten ones may differ by
+# 6.7 luma. On 28 px digits the ranges overlap: quality 30 costs up to 5.3 luma, and two different images may differ by
 # less.
 THUMBNAIL = 16  # side length in pixels
 HASH_BITS = 63  # an 8 x 8 block of DCT coefficients without the mean
@@ -32,7 +32,7 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
 
     The bits come from the low frequencies of the luma's DCT, after the "DCT based" hash of Zauner (2010),
     https://www.phash.org/docs/pubs/thesis_zauner.pdf. A bit is set if its coefficient is above `MIN_COEFFICIENT`;
-    Zauner's threshold is the median, which noise decides in flat images.
+    Zauner's threshold is the median, which depends on noise in flat images.
     """
     frequency, place = np.ogrid[:8, :THUMBNAIL]
     basis = np.cos(np.pi * frequency * (2 * place + 1) / (2 * THUMBNAIL)) * np.sqrt(2 / THUMBNAIL)
@@ -63,7 +63,7 @@ def group_near_identical(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarr
         left, right = distinct[left], distinct[right]
         for start in range(0, len(left), THUMBNAIL_PAIRS_PER_BATCH):
             a, b = (side[start : start + THUMBNAIL_PAIRS_PER_BATCH] for side in (left, right))
-            apart = groups[a] != groups[b]  # some groups have been merged meanwhile
+            apart = groups[a] != groups[b]  # some groups have since been merged
             a, b = a[apart], b[apart]
             similar = _are_similar(thumbnails[a], thumbnails[b])
             _merge(groups, a[similar], b[similar])
@@ -83,7 +83,7 @@ def near_hash_pairs(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tupl
         brightness: (N,) floats from 0 to 255.
 
     Yields:
-        The indices of the first and the second hash of some pairs, (M,) int64 each. Each pair occurs once.
+        The indices of the first and second hashes of a batch of pairs, (M,) int64 each. Each pair occurs once.
     """
     width = -(-HASH_BITS // (MAX_BITS + 1))
     mask = np.uint64(2**width - 1)

@@ -1,4 +1,4 @@
-"""The text in figures: fonts that have its characters, escapes for the others, and sizes that fit."""
+"""Text in figures: choose fonts that have its characters, escape the others, and choose sizes that fit."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ def _has(path: str, character: str) -> bool:
 
 
 def text_width(text: str) -> int:
-    """Return the width of a line in columns, of which an East Asian wide character takes two."""
+    """Return the width of a line in columns. East Asian wide characters take two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -67,7 +67,7 @@ def fitting_font_size(text: str, inches: float, largest: float = 12) -> float:
 
 
 def shorten_middle(text: str, width: int) -> str:
-    """Replace the middle of `text` by an ellipsis if it takes more than `width` columns."""
+    """Replace the middle of `text` with an ellipsis if it takes more than `width` columns."""
     text = legible(text)
     while text_width(text) > width:
         middle = len(text) // 2

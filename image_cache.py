@@ -12,10 +12,10 @@ class ImageCache:
     """Decoded images, uint8 (3, H, W), in memory that is shared with forked processes such as DataLoader workers.
 
     Args:
-        images: how many images there are; each is addressed by its index.
+        images: the number of images, which are addressed by index.
         size: bytes. Memory is allocated as the cache fills.
-        shared_memory: maps a number of bytes that several processes share. Each writes to its own part of them, and
-            reads all.
+        shared_memory: maps the given number of bytes, shared by several processes. Each process writes to its own part
+            and reads all parts.
         part: the number of this process's part, from 0.
         parts: the number of parts.
     """

@@ -25,12 +25,12 @@ class ImageError(OSError):
 def read_image(path: str | os.PathLike, min_side: int | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
-    The EXIF orientation is applied. 16-bit grey is scaled, not clipped; transparent pixels become white; of an
-    animation, the first frame is read.
+    The EXIF orientation is applied. 16-bit grey is scaled, not clipped; transparent pixels become white; only
+    the first frame of an animation is read.
 
     Args:
         min_side: the minimum length of the shorter side in pixels. A larger image is reduced to 1/2, 1/3, 1/4, ... of
-            its size. libjpeg reduces by powers of 2 while it decodes, in a fraction of the time.
+            its size. JPEG files are reduced by powers of 2 while decoding, which is much faster.
 
     Raises:
         ImageError: the file is missing, unreadable, corrupt or not an image.
@@ -73,7 +73,7 @@ def aspect_ratio(path: str | os.PathLike) -> float:
     Raises:
         ImageError: the header is unreadable.
     """
-    with _image_errors(path), _open(path) as file:  # ignores the orientation, for which a PNG would be decoded
+    with _image_errors(path), _open(path) as file:  # ignores the orientation: to read it, a PNG would be decoded
         return max(file.size) / min(file.size)
 
 

@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: (N, classes) float32.
-        labels: (N,) int64, whatever the loader yields with the images: labels, or indices into a data set.
+        labels: (N,) int64, whatever the loader yields with the images: labels, or indices into a dataset.
         features: (M, F) float32, the inputs of the last layer for every `feature_stride`-th label; else empty.
     """
 
@@ -46,7 +46,7 @@ def compute_logits(
             float32.
 
     Returns:
-        Logits (N, classes), always float32, whose precision softmax and loss need.
+        Logits (N, classes), always float32, as softmax and the loss need its precision.
     """
     with torch.autocast(torch.device(device).type, amp_dtype, enabled=amp_dtype is not None):
         return model(prepare_batch(images, device)).float()
@@ -66,7 +66,7 @@ def run_inference(
     Args:
         model: a ResNet, or any classifier if `feature_stride` is 0, or a linear layer that takes features.
         amp_dtype: mixed precision, see `compute_logits`.
-        feature_stride: return the features of images whose label is a multiple of it; 0: of none.
+        feature_stride: return the features of images whose label is a multiple of it; 0: return none.
         after_batch: callback after each batch; an exception that it raises ends the pass.
 
     Raises:

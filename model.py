@@ -2,7 +2,7 @@
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, https://arxiv.org/abs/1512.03385
 
-Names and shapes in `state_dict()` are torchvision's, so its official weights load; for equal weights the logits equal
+Names and shapes in `state_dict()` are torchvision's, so its official weights load; with equal weights the logits equal
 torchvision's.
 """
 
@@ -74,10 +74,10 @@ class ResNet(nn.Module):
         block: BasicBlock or Bottleneck.
         blocks_num: the number of blocks in each of the four stages.
         num_classes: the number of logits.
-        include_top: whether to have `avgpool` and `fc`.
+        include_top: whether to include `avgpool` and `fc`.
 
-    `forward` takes images (N, 3, H, W), float, normalised, and gives logits (N, num_classes); without the top the
-    feature map (N, 512 * block.expansion, H/32, W/32), sides rounded up.
+    `forward` maps normalised float images (N, 3, H, W) to logits (N, num_classes); without the top, to the feature map
+    (N, 512 * block.expansion, H/32, W/32), with sides rounded up.
     """
 
     def __init__(
@@ -202,15 +202,15 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor) -> Tensor:
     """Compute Grad-CAM of the last feature map (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
 
     Grad-CAM weights the channels by the mean gradient of a class's logit. After average pooling and one linear layer
-    this is the class's row of `fc.weight`, up to a constant (section 3.1), so that no backward pass is needed.
+    this is the class's row of `fc.weight`, up to a constant (section 3.1), so no backward pass is needed.
 
     Args:
         images: (N, 3, H, W) float32, normalised, on the model's device.
         classes: (N,) int64, the class to explain for each image, such as the predicted one.
 
     Returns:
-        Heat (N, H, W) float32 from 0 to 1, the maximum of each image. It is as coarse
-        as the feature map: H/32 x W/32 values, interpolated.
+        Heat maps (N, H, W) float32, each scaled to a maximum of 1. They are as coarse as the feature map: H/32 x W/32
+        values, interpolated.
     """
     with evaluation_mode(model):
         features = model.feature_map(images)

@@ -37,8 +37,8 @@ class MyDataSet(Dataset):
     Args:
         images_path: the image files.
         images_class: the labels, ints from 0.
-        transform: receives a PIL RGB image. If None, items hold that image. A transform with an attribute `min_side`,
-            like those of this module, receives a uint8 tensor (3, H, W) that is reduced as in `read_image`.
+        transform: receives a PIL RGB image. If None, items hold the image itself. A transform with an attribute
+            `min_side`, like those of this module, receives a uint8 tensor (3, H, W) that is reduced as in `read_image`.
         cache: keeps decoded images that were reduced to `min_side`, for later epochs.
     """
 
@@ -115,7 +115,7 @@ class TrainTransform:
 
     Attributes:
         min_side: the minimum length of the shorter side, see `read_image`. At 224 px it reduces photographs to about
-            the size of ImageNet's, so that the smallest crops are enlarged as much as there.
+            the size of ImageNet's, so that the smallest crops are enlarged as much as in ImageNet training.
     """
 
     def __init__(self, img_size: int = 224) -> None:
@@ -179,7 +179,7 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return MEAN and STD times 255, (3, 1, 1). They are cached, as creating them synchronises with the device."""
+    """Return MEAN and STD times 255, (3, 1, 1). They are cached because creating them synchronises with the device."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
     return mean, std
 

@@ -18,27 +18,27 @@ from model import ResNet
 
 WARMUP_START = 1 / 25  # of the maximum learning rate: PyTorch's default for 1cycle
 MOMENTUM = 0.9
-BLOCK_ROWS = 64  # rows of a kernel that are orthogonalized together
-EPSILON = 1e-7  # avoids a division by zero
-TIME_IS_UP = 0.97  # fraction of a time budget after which no other epoch starts
+BLOCK_ROWS = 64  # rows of a kernel that are orthogonalised together
+EPSILON = 1e-7  # avoids division by zero
+TIME_IS_UP = 0.97  # fraction of a time budget after which no further epoch starts
 
 
 # --- optimizer ----------------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.SGD):
-    """SGD that orthogonalizes the momentum of convolution kernels, the groups with `"orthogonal": True`.
+    """SGD that orthogonalises the momentum of convolution kernels: the groups with `"orthogonal": True`.
 
-    A few directions dominate a momentum matrix; orthogonalized, it updates a layer equally in all of them (Jordan et
+    A few directions dominate a momentum matrix; orthogonalised, it updates a layer equally in all of them (Jordan et
     al. 2024, https://kellerjordan.github.io/posts/muon/). `torch.optim.Muon` accepts matrices only. Here a kernel
-    (out, in, height, width) is a matrix of `out` rows, orthogonalized in blocks of 64 rows, which takes a fraction of
-    the time (Khaled et al. 2025, https://arxiv.org/abs/2510.16981). A kernel keeps its norm, which BatchNorm cancels:
-    its learning rate is the angle of an update in radians.
+    (out, in, height, width) is a matrix of `out` rows, orthogonalised in blocks of 64 rows, which takes a fraction of
+    the time (Khaled et al. 2025, https://arxiv.org/abs/2510.16981). A kernel keeps its norm, which BatchNorm cancels,
+    so its learning rate is the angle of an update in radians.
 
     Args:
         groups: parameter groups, each with the key "orthogonal".
-        dtype: to orthogonalize in; None for the kernels' own.
-        options: `torch.optim.SGD`'s, for the other groups. Kernels have Nesterov momentum and no weight decay.
+        dtype: the dtype in which to orthogonalise; None for the kernels' own.
+        options: `torch.optim.SGD`'s, for the other groups. Kernels use Nesterov momentum and no weight decay.
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -54,7 +54,7 @@ class Muon(torch.optim.SGD):
                 if kernel.grad is not None:
                     self._update(kernel, group["lr"])
                     gradients[kernel], kernel.grad = kernel.grad, None
-        super().step()  # of all parameters that still have a gradient
+        super().step()  # updates the parameters that still have a gradient
         for kernel, gradient in gradients.items():
             kernel.grad = gradient
 
@@ -95,7 +95,7 @@ def build_optimizer(
     """Create the optimizer of the trainable parameters, with one parameter group per learning-rate scale.
 
     Args:
-        amp_dtype: of mixed precision; None for float32.
+        amp_dtype: the dtype for mixed precision; None for float32.
     """
     recipe = args.recipe
     groups: dict[tuple[float, bool], list[Parameter]] = {}
@@ -157,7 +157,7 @@ class Schedule:
         lrf: the final learning rate, as a fraction of `lr`.
         warmup: the fraction of the training in which the learning rate rises.
         per_step: update the learning rate after every step instead of every epoch.
-        img_sizes: pixels at the start and at the end.
+        img_sizes: the image sizes in pixels at the start and at the end.
     """
 
     def __init__(
@@ -197,13 +197,13 @@ class Schedule:
         return self.lr * ((1 + math.cos(math.pi * fall)) / 2 * (1 - self.lrf) + self.lrf)
 
     def img_size(self, epoch: int) -> int:
-        """Return the image size of an epoch, which grows linearly over the first 80 % of the training."""
+        """Return the image size of an epoch, which grows linearly over the first 80% of the training."""
         first, last = self.img_sizes
         grown = min(1.0, self.progress(epoch) / 0.8)
         return last if grown == 1 else first + round(grown * (last - first) / SIZE_STEP) * SIZE_STEP
 
     def reserve_time(self, seconds: float) -> None:
-        """Receive the seconds between the last step of an epoch and the first of the next one."""
+        """Reserve time between the last step of an epoch and the first of the next; a no-op without a time budget."""
 
     def state_dict(self) -> dict[str, float]:
         """Return the state to be saved."""

@@ -256,7 +256,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plot = f"plot the images (at most {FIGURE_IMAGES}: the least certain ones) with Grad-CAM heat maps"
     add("--save-plot", metavar="OUT.png", help=plot)
     add("--model", choices=MODELS, help="architecture of a plain state_dict, which does not store it")
-    add("--class-indices", metavar="JSON", help="class_indices.json of a plain state_dict, which has no class names")
+    add("--class-indices", metavar="JSON", help="class_indices.json for a plain state_dict, which has no class names")
     args = parser.parse_args(argv)
     if args.topk < 1:
         parser.error(f"--topk is {args.topk}; it must be at least 1")
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_program(
         "predict.py",
         lambda: predict(parse_args(argv)),
-        memory_advice="free some, or try --device cpu",
+        memory_advice="close other programs, or try --device cpu",
         worker_advice=f"try at most {MANY_FILES} images at a time",
     )
 

@@ -119,7 +119,7 @@ def drop_unusable(split: Split, checked: dict[str, Checked]) -> tuple[Split, lis
 
 
 def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
-    """Describe the files of a split, to detect changes on resume. The folder may be moved.
+    """Describe the files of a split, to detect changes on resume, even if the folder is moved.
 
     Returns:
         {"daisy/a.jpg": [["train", checksum]], ...}, with two entries if the file exists in both train and val. The
@@ -142,9 +142,9 @@ class Data(NamedTuple):
     class_names: list[str]
     counts: dict[str, tuple[int, int]]  # training and validation images per class
     val_source: str  # where the validation images come from
-    problems: list[str]  # why images are unusable
+    problems: list[str]  # the reasons why images are unusable
     files: Files
-    known: dict[str, Any]  # all results of `check_images`, earlier ones included
+    known: dict[str, Any]  # all results of `check_images`, including earlier ones
 
 
 def prepare_data(args: argparse.Namespace, known_images: Path) -> Data:

@@ -1,4 +1,4 @@
-"""The state of a training run: what is trained, how far it is, and what was best so far."""
+"""The state of a training run: the model and its optimizer, the progress, and the best result so far."""
 
 import math
 import time
@@ -30,8 +30,8 @@ class Run:
         info: the model's metadata in a weights file: {"model": ..., "class_names": ..., "img_size": ...}.
         average: the averaged weights, if any.
         global_batch: images per step, over all ranks.
-        patience: the number of epochs without a better accuracy after which training ends; 0: never.
-        save_every: also save the plain state_dict every so many epochs; 0: never.
+        patience: the number of epochs without improvement in accuracy after which training ends; 0: never.
+        save_every: the interval in epochs at which the plain state_dict is also saved; 0: never.
         dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
 
     Attributes:
@@ -106,17 +106,17 @@ class Run:
         return is_best
 
     def _why_finished(self, epochs: int) -> str:
-        """Return why training is complete after so many epochs, or "" if it is not."""
+        """Return why training is complete after `epochs` epochs, or "" if it is not."""
         if self.schedule.is_over(epochs):
             return self.schedule.why_over
         if self.improved_at is not None and 0 < self.patience <= epochs - 1 - self.improved_at:
-            return f"{self.patience} epochs without a better accuracy; resume it with a larger --patience"
+            return f"{self.patience} epochs without improvement in accuracy; resume it with a larger --patience"
         return ""
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write last.pth, after the steps that `progress` has read. Flush the event files first.
+        """Write last.pth, with the state after the last step. Flush the event files first.
 
         Raises:
             FloatingPointError, OSError: training has diverged, or writing failed. The previous last.pth is kept.
@@ -130,7 +130,7 @@ class Run:
             self._save_seconds = self._saved_at - start
 
     def save_is_due(self) -> bool:
-        """Return whether, on the main process, a minute and 100 times a save's duration have passed since the last."""
+        """Return whether the last save was over a minute, and 100 times its duration, ago; False on other ranks."""
         waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._save_seconds)
         return self.dist.is_main and time.perf_counter() - self._saved_at > waiting
 

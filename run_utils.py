@@ -1,4 +1,4 @@
-"""A run's folder: its lock, metadata, data and event files. Signals that stop a run."""
+"""Manage a run's folder (lock, metadata, data and event files) and the signals that stop a run."""
 
 import argparse
 import contextlib
@@ -77,7 +77,7 @@ def open_run(name: str, dist: Distributed) -> RunFolder:
     def read() -> tuple[Path, dict[str, Any]]:
         nonlocal lock
         path = find_run(name)
-        lock = lock_run(path)  # before reading, as another process may be about to change it
+        lock = lock_run(path)  # before reading, because another process may be about to change it
         return path, read_checkpoint(path / "weights" / "last.pth")
 
     path, checkpoint = dist.broadcast_from_main(read)
@@ -112,7 +112,7 @@ def find_run(run: str) -> Path:
     if path.is_file():
         path = path.absolute()
         if (path.parent.name, path.name) != ("weights", "last.pth"):
-            raise UsageError(f"--resume {run}: it must be the last.pth in the folder weights of its run")
+            raise UsageError(f"--resume {run}: it must be the last.pth in the folder weights of a run")
         return path.parents[1]
     for folder in (path, Path("runs", run)):
         if (folder / "weights" / "last.pth").is_file():
@@ -220,8 +220,8 @@ def check_same_data(folder: RunFolder, data: Data, allow_changed: bool) -> None:
         print(f"{printable(name)} {difference}", file=sys.stderr)
     if differences and not allow_changed:
         raise UsageError(
-            f"{len(differences)} files have changed since the run started; restore them, or resume with the present "
-            f"files by --allow-changed-data"
+            f"{len(differences)} files have changed since the run started; restore them, or pass "
+            f"--allow-changed-data to resume with the current files"
         )
 
 
@@ -271,7 +271,7 @@ def event_errors(run: Path) -> Iterator[None]:
     except ConnectionError:  # the output is closed, or a worker has ended
         raise
     except OSError as error:
-        is_complete = error.strerror is None  # the message names its file already
+        is_complete = error.strerror is None  # the message already names its file
         if is_complete or error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             raise
         raise OSError(f"cannot write to {run}: {error.strerror}") from error
@@ -326,7 +326,7 @@ class StopSignals(Callback):
             self._raise(self.received or 0)
 
     def after_step(self, step: int) -> None:
-        """Check, as a callback of a pass over the training images that has nothing to save."""
+        """Call `check`, for use as a callback where there is nothing to save."""
         self.check()
 
     def sync(self, *flags: float) -> list[float]:

@@ -178,7 +178,7 @@ CLASS_NAMES = tuple(_FLOWERS)
 
 
 def _petal(start: float, end: float, width: float, roundness: float, widest: float = 0.55) -> np.ndarray:
-    """Return a petal along the x axis; `roundness` below 0.5 blunts its tip, towards 1 sharpens it."""
+    """Return a petal along the x axis; a `roundness` below 0.5 blunts its tip, and one near 1 sharpens it."""
     t = np.linspace(0, 1, 15)
     half = width * np.sin(np.pi * t ** (np.log(0.5) / np.log(widest))) ** roundness
     x = start + (end - start) * t
@@ -288,7 +288,7 @@ def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder to create, with one sub-folder per class")
-    parser.add_argument("--images-per-class", type=int, default=60, help="(default: %(default)s)")
+    parser.add_argument("--images-per-class", type=int, default=60, help="number of images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="width and height in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Everything that a run writes to TensorBoard and, for those who open no browser, to files in its folder."""
+"""Write a run's metrics and figures to TensorBoard and, for use without a browser, to files in its folder."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ from tuning import RangeTest
 
 PLOT_IMG = Path(__file__).resolve().parent / "plot_img"
 WORST = 8  # images in the figure of the worst mistakes
-HIDDEN_FLAGS = (  # flags that HPARAMS leaves out, as they have no effect on what a network learns
+HIDDEN_FLAGS = (  # flags omitted from HPARAMS, as they do not affect what a network learns
     *("allow_changed_data", "download", "find_lr", "histograms", "name"),
     *("num_classes", "resume", "save_every", "strict", "timeout", "workers"),
 )
@@ -51,7 +51,7 @@ class BackgroundWriter:
         self._pending: list[Future] = []
 
     def submit(self, function: Callable[..., None], *arguments: object) -> None:
-        """Start a function once the one before has finished; re-raise what that has raised."""
+        """Run a function once the previous one has finished. Re-raises the previous one's exception."""
         if self._executor is None:
             function(*arguments)
         else:
@@ -59,7 +59,7 @@ class BackgroundWriter:
             self._pending.append(self._executor.submit(function, *arguments))
 
     def wait(self) -> None:
-        """Wait until everything has finished; re-raise what it has raised."""
+        """Wait until everything has finished. Re-raises its exception."""
         while self._pending:
             self._pending.pop().result()
 
@@ -102,7 +102,7 @@ class TensorBoardLogger:
     the 1st, 2nd, 4th, 8th, ... and the last epoch, the projector the last epoch only.
 
     Args:
-        loaders: of the images, also if training uses cached features.
+        loaders: the image loaders, even if training uses cached features.
         amp_dtype: mixed precision, see `compute_logits`.
         histograms: "first" for the weights of two convolutions, "all" for the weights and gradients of all.
     """
@@ -126,7 +126,7 @@ class TensorBoardLogger:
         self.tag_names = [printable(name) for name in self.class_names]  # event files are UTF-8
         self.val_set = self.val_images.images
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
-        self.background = BackgroundWriter(synchronous=device.type == "cpu")  # whose cores are busy with training
+        self.background = BackgroundWriter(synchronous=device.type == "cpu")  # a CPU is busy with training
 
     def __enter__(self) -> "TensorBoardLogger":
         with contextlib.ExitStack() as stack:
@@ -146,7 +146,7 @@ class TensorBoardLogger:
 
         Args:
             description: the run in Markdown.
-            flags: of train.py.
+            flags: train.py's flags.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # add_graph uses torch.jit.trace, which is deprecated
@@ -172,7 +172,7 @@ class TensorBoardLogger:
         self.flush()
 
     def log_step(self, step: int, loss: float) -> None:
-        """Write a step's loss on the main process; every few steps only, the same ones after a resume."""
+        """Write the main process's loss, every few steps. A resumed run logs the same steps."""
         if step % math.ceil(self.steps_per_epoch / STEPS_LOGGED) == 0:
             self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps_per_epoch + step)
 
@@ -226,7 +226,7 @@ class TensorBoardLogger:
     def scalars(
         self, progress: Progress, validation: Evaluation, learning_rate: float, seconds: float
     ) -> dict[str, float]:
-        """Return an epoch's metrics by tag, without those that are unknown."""
+        """Return an epoch's metrics by tag, except those that are unknown."""
         scalars = {
             "train_loss": progress.loss,
             "val_loss": validation.loss,
@@ -244,7 +244,7 @@ class TensorBoardLogger:
         return {tag: value for tag, value in scalars.items() if value is not None and not math.isnan(value)}
 
     def add_histograms(self, epoch: int) -> None:
-        """Write the weights of two convolutions, or with --histograms all the weights and gradients of all."""
+        """Write the weights of two convolutions, or with `--histograms all` the weights and gradients of all."""
         for tag, convolution in named_convolutions(self.run.model).items():
             if self.histograms == "all" or tag in ("conv1", "layer1/block0/conv1"):
                 self.writer.add_histogram(tag, convolution.weight, epoch)
@@ -333,7 +333,7 @@ class TensorBoardLogger:
     def training_batch(self) -> MakeFigure:
         """Show up to 16 images of the epoch's first batch, augmented as in training.
 
-        With --freeze-layers and features that were computed once, training has used other augmentations.
+        If training uses cached features, they come from other augmentations.
         """
         order = self.batches.order
         order.set_epoch(self.run.epoch, img_size=order.img_size)

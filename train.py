@@ -1,4 +1,4 @@
-"""Train a ResNet on a folder of images: `python train.py --help` shows how."""
+"""Train a ResNet on a folder of images; see `python train.py --help`."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ from tensorboard_logger import NullLogger, TensorBoardLogger
 from train_eval_utils import Callback, Progress, estimate_batch_norm, train_one_epoch
 from tuning import choose_img_size, find_lr
 
-PROJECTOR_IMAGES = 1000  # validation images in TensorBoard's projector, about
+PROJECTOR_IMAGES = 1000  # approximate number of validation images in TensorBoard's projector
 
 
 def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None = None) -> None:
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     schedule = build_schedule(args, len(loaders.batches.steps()), img_size, dist)
     schedule.reserve_time(evaluation_seconds)
 
-    # --- start or resume the run; nothing has been written so far, in case a flag or the data is invalid
+    # --- start or resume the run; nothing is written before this, in case a flag or the data is invalid
     is_new = folder is None
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
     run = start_run(args, folder, data, img_size, loaders.batches.global_batch, state, dist)
@@ -103,7 +103,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 logger.log_start(describe_run(args, data.counts, hardware), vars(args))
                 callback.save()
             learner, eval_model = model, run.eval_model
-            if uses_cached_features(args):  # then only fc is trained, on features computed here
+            if uses_cached_features(args):  # train only fc, on features that are computed once
                 learner = eval_model = model.fc
                 check = {"amp_dtype": amp_dtype, "after_batch": stop.check}
                 loaders = cache_features(args, model, loaders, img_size, device, dist, **check)
@@ -136,7 +136,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
 
 
 class RunCallback(Callback):
-    """Sets the learning rate, averages the weights, logs losses, and saves the run when it is due or has to stop."""
+    """Sets the learning rate, averages the weights, logs losses, and saves the run at intervals."""
 
     def __init__(self, run: Run, stop: StopSignals, logger: TensorBoardLogger | NullLogger) -> None:
         self.run, self.stop, self.logger = run, stop, logger
@@ -158,7 +158,7 @@ class RunCallback(Callback):
         self.logger.log_step(step, loss)
 
     def save(self) -> None:
-        """Save the run after the last step, once everything up to there has been logged."""
+        """Save the run as of the last step, after logging everything up to that step."""
         self.run.progress.read(self.on_loss)
         self.logger.flush()
         self.run.save()
@@ -173,7 +173,7 @@ def validate(
     amp_dtype: torch.dtype | None,
     stop: StopSignals,
 ) -> Evaluation:
-    """Validate `model` after an epoch, over all ranks, with images that cannot be read skipped.
+    """Validate `model` on all ranks after an epoch. Unreadable images are skipped.
 
     Raises:
         FloatingPointError: the loss is not finite: training has diverged.
@@ -199,7 +199,7 @@ def validate(
     )
     if len(indices) < len(val_set):
         print(f"[epoch {run.epoch}] skipped {len(val_set) - len(indices)} of {len(val_set)} validation images")
-    if not math.isfinite(validation.loss):  # nothing of this epoch has been saved
+    if not math.isfinite(validation.loss):  # nothing from this epoch has been saved
         lr = max(group["lr"] / group["lr_scale"] for group in run.optimizer.param_groups)
         message = f"the validation loss is {validation.loss} after epoch {run.epoch}, with learning rate {lr:g}"
         dist.fail(FloatingPointError(f"training diverged: {message}; try a lower learning rate"))
@@ -211,10 +211,10 @@ def setup_device(args: argparse.Namespace, dist: Distributed) -> tuple[torch.dev
     """Select the device and the precision, and configure CUDA.
 
     Returns:
-        The device, the dtype of mixed precision (None: float32), and a description of the precision.
+        The device, the dtype for mixed precision (None: float32), and a description of the precision.
 
     Raises:
-        UsageError: the ranks differ, or a flag does not fit the number of processes.
+        UsageError: the ranks have different settings, or a flag does not suit the number of processes.
     """
     matplotlib.use("Agg")  # figures go to files, even if there is a screen
     device = select_device(args.device, dist)
@@ -250,7 +250,7 @@ def build_model(
     if args.weights and load_weights:
         skipped = dist.local_rank_zero_first(lambda: load_pretrained(model, args.weights, args.model))
         if skipped:
-            description += f" except {', '.join(skipped)}, which have another number of classes"
+            description += f" except {', '.join(skipped)}, which have a different number of classes"
     if args.freeze_layers:
         freeze_backbone(model)
         description += "; only fc is trained"
@@ -282,7 +282,7 @@ def start_run(
     state: dict[str, Any],
     dist: Distributed,
 ) -> Run:
-    """Create a run, or restore the one in `folder`, after checking that the data are the same.
+    """Create a run, or restore the one in `folder`, after checking that the data has not changed.
 
     Args:
         state: model, optimizer, scaler and schedule, see `Run`.
@@ -301,7 +301,7 @@ def start_run(
         save_every=args.save_every,
         dist=dist,
     )
-    dist.sync_flags()  # the time that has been spent
+    dist.sync_flags()  # synchronises the elapsed time
     if folder is not None:
         dist.broadcast_from_main(lambda: check_same_data(folder, data, args.allow_changed_data))
         run.load(folder.checkpoint)
@@ -318,7 +318,7 @@ def print_header(
     weights_line: str,
     is_new: bool,
 ) -> None:
-    """Print what is trained, on what, and where the results go."""
+    """Print the device, the model, the data, and where the results go."""
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     names, folder = data.class_names, printable(str(run.folder))
     print(f"device       {describe_device(device)}{describe_processes(run.dist)}")
@@ -361,7 +361,7 @@ def program(argv: list[str]) -> int:
     """Parse the flags, find the run to resume, if any, and train. Returns the exit status."""
     args = parse_args(argv)
     with Distributed(args.timeout) as dist, silence_other_ranks(dist):
-        # torchrun restarts a failed launch with its original flags: resume the run that it has started.
+        # torchrun restarts a failed launch with its original flags: resume the run that it started.
         name = dist.broadcast_from_main(lambda: find_launched_run(dist.launch_ids)) or args.resume
         folder = None if name is None else open_run(name, dist)
         if folder is not None:

@@ -70,7 +70,7 @@ class Progress:
 
     @property
     def accuracy(self) -> float:
-        """In 0..1, on augmented images, with the weights of each step."""
+        """Training accuracy in 0..1, on augmented images, with the weights at each step."""
         return self.correct / self.images if self.images else math.nan
 
     @property
@@ -97,7 +97,7 @@ class Progress:
         self.unread.append((torch.stack([loss.detach().float(), correct.float()]), len(labels)))
 
     def is_due(self) -> bool:
-        """Return whether there are losses to read, and the last read was half a second ago."""
+        """Return whether there are losses to read, and the last read was at least half a second ago."""
         return bool(self.unread) and time.perf_counter() - self.last_read >= READ_SECONDS
 
     def read(self, on_loss: Callable[[int, float], None] | None = None) -> None:

@@ -65,7 +65,7 @@ def find_lr(
     loader = make_loader(images, batches, number_of_workers(args.workers), device)
     options |= {"label_smoothing": args.label_smoothing, "callback": callback}
     result = find_learning_rate(model, optimizer, loader, device, rates, **options)
-    found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: the loss falls with no rate"
+    found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: no rate reduces the loss"
     print(f"suggestion   {found}")
     return result
 
@@ -101,8 +101,8 @@ def find_learning_rate(
 ) -> RangeTest:
     """Raise the learning rate step by step until the loss diverges (Smith 2017, https://arxiv.org/abs/1506.01186).
 
-    Overwrites the model's weights. The suggestion is the highest rate before the averaged loss has lost half of what it
-    had gained, a little above the rate of the minimum: it suits a schedule that warms up and decays.
+    Overwrites the model's weights. The suggestion is the highest rate before the averaged loss has given back half of
+    its decrease, a little above the rate at its minimum: it suits a schedule that warms up and decays.
 
     Args:
         optimizer: its parameter groups have the key "lr_scale", see `set_learning_rate`.
@@ -111,7 +111,7 @@ def find_learning_rate(
         callback, options: those of `train_one_epoch`.
 
     Raises:
-        FloatingPointError: the loss is not finite at one of the first rates already.
+        FloatingPointError: the loss is not finite at one of the first rates.
     """
     test = _RangeTestCallback(optimizer, rates, callback or Callback())
     try:
@@ -146,10 +146,10 @@ def choose_img_size(
     amp_dtype: torch.dtype | None,
     dist: Distributed,
 ) -> tuple[int, float]:
-    """Return --img-size, or by default 224 pixels or the size that --time-budget allows for.
+    """Return --img-size, or by default 224 pixels or the size that fits --time-budget.
 
-    For a time budget, measure the speed of a few training steps, and choose the largest size at which there is time
-    for the recipe's epochs.
+    For a time budget, measure the speed of a few training steps, and choose the largest size that leaves time for
+    the recipe's epochs.
 
     Returns:
         The size, and for a time budget the seconds that an evaluation will take, else 0.
@@ -199,7 +199,7 @@ def measure_cost(
 
 
 class _SpeedCallback(Callback):
-    """Ends an epoch after some seconds, and counts from its third step, when kernels and workers have warmed up."""
+    """Ends an epoch after `seconds`, counted from its third step, when kernels and workers have warmed up."""
 
     def __init__(self, progress: Progress, seconds: float) -> None:
         self.progress, self.seconds = progress, seconds

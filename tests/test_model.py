@@ -160,7 +160,7 @@ def test_mismatch_outside_fc_is_an_error(tmp_path):
     with pytest.raises(WeightsError, match=r"bn1\.weight is missing"):
         load_pretrained(resnet18(num_classes=2), path, "resnet18")
     torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
-    with pytest.raises(WeightsError, match=r"conv1\.weight is \(64, 1, 7, 7\) there, \(64, 3, 7, 7\) in the model"):
+    with pytest.raises(WeightsError, match=r"conv1\.weight is \(64, 1, 7, 7\) in the file, \(64, 3, 7, 7\) in"):
         load_pretrained(resnet18(num_classes=2), path, "resnet18")
 
 

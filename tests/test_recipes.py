@@ -201,7 +201,7 @@ def test_lower_loss_breaks_ties_for_the_best_epoch(two_classes, monkeypatch, cap
     assert "best accuracy 0.800 at epoch 2" in capsys.readouterr().out
     assert len(metrics()) == 6  # a lower loss does not reset patience, which counts from epoch 1
     assert train.main(["--resume"]) == 0
-    assert "is complete: 4 epochs without a better accuracy" in capsys.readouterr().out
+    assert "is complete: 4 epochs without improvement in accuracy" in capsys.readouterr().out
 
 
 # --- early stopping and time budgets ----------------------------------------------------------------------------
@@ -215,9 +215,9 @@ def test_patience_stops_a_run_without_improvement(two_classes, monkeypatch, caps
     assert len(list(RUN.glob("0000*/validation/tensors.tsv"))) == 1  # written by the last epoch only
     capsys.readouterr()
     assert train.main(["--resume"]) == 0
-    assert "is complete: 2 epochs without a better accuracy" in capsys.readouterr().out
+    assert "is complete: 2 epochs without improvement in accuracy" in capsys.readouterr().out
     assert train.main(["--resume", "--patience", "1"]) == 0
-    assert "is complete: 1 epochs without a better accuracy" in capsys.readouterr().out
+    assert "is complete: 1 epochs without improvement in accuracy" in capsys.readouterr().out
     assert train.main(["--resume", "--patience", "3"]) == 0
     assert len(metrics()) == 5
 

@@ -181,7 +181,7 @@ def test_frozen_backbone_keeps_its_initial_weights(no_figures, two_classes, tmp_
     flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1", "--weights", str(tmp_path / "w.pth")]
     assert train.main([*flags, "--freeze-layers", "--recipe", recipe]) == 0
     printed = capsys.readouterr().out
-    assert "w.pth except fc.weight, fc.bias, which have another number of classes; only fc is trained" in printed
+    assert "w.pth except fc.weight, fc.bias, which have a different number of classes; only fc is trained" in printed
     assert "warning" not in printed
     for name, value in weights_of(Path("runs/flower_experiment")).items():
         if not name.startswith("fc."):
