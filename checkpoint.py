@@ -53,13 +53,13 @@ def load_pretrained(model: ResNet, weights: str | os.PathLike, model_name: str) 
     """
     state = _imagenet_state(model_name) if weights == "imagenet" else _read_weights_file(weights)["state_dict"]
     own = model.state_dict()
-    left_out = [
+    skipped = [
         name
         for name, value in state.items()
         if name.startswith("fc.") and name in own and value.shape != own[name].shape
     ]
-    _load_state(model, {name: value for name, value in state.items() if name not in left_out}, weights, left_out)
-    return left_out
+    _load_state(model, {name: value for name, value in state.items() if name not in skipped}, weights, skipped)
+    return skipped
 
 
 def load_model(
@@ -126,7 +126,7 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[Any, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    with _refusing(f"{path}: not a PyTorch weights file, or corrupt"):
+    with _as_weights_error(f"{path}: not a PyTorch weights file, or corrupt"):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
@@ -141,7 +141,7 @@ def is_finite(state: Mapping[str, Tensor]) -> bool:
 
 
 @contextmanager
-def _refusing(complaint: str) -> Iterator[None]:
+def _as_weights_error(complaint: str) -> Iterator[None]:
     """Convert whatever torch raises for an invalid file, except OSError, to a WeightsError with this message."""
     try:
         with warnings.catch_warnings():
@@ -169,16 +169,16 @@ def _imagenet_state(model_name: str) -> dict[str, Tensor]:
     }
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        with _refusing(f"{file}: not the ImageNet weights, or corrupt; remove the file and try again"):
+        with _as_weights_error(f"{file}: not the ImageNet weights, or corrupt; remove the file and try again"):
             return weights.get_state_dict(**options)
     except OSError as error:
         raise OSError(f"cannot download {weights.url}: {error}") from error
 
 
 def _load_state(
-    model: ResNet, state: Mapping[str, Tensor], source: str | os.PathLike, may_miss: list[str] | None = None
+    model: ResNet, state: Mapping[str, Tensor], source: str | os.PathLike, allowed_missing: list[str] | None = None
 ) -> None:
-    """Call `load_state_dict`, with one-line errors. Only the parameters in `may_miss` may be missing from `state`."""
+    """Call `load_state_dict` with one-line errors; `state` may lack the parameters in `allowed_missing` only."""
     own = model.state_dict()
     wrong = [
         f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
@@ -191,7 +191,7 @@ def _load_state(
             missing, unexpected = model.load_state_dict(state, strict=False)
         except RuntimeError as error:  # such as sparse tensors
             raise WeightsError(f"{source}: does not fit this model: unsupported kind of tensor") from error
-        wrong = [f"{name} is missing" for name in missing if name not in (may_miss or [])]
+        wrong = [f"{name} is missing" for name in missing if name not in (allowed_missing or [])]
         wrong += [f"{name} is unknown" for name in unexpected]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -330,6 +330,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: written by another version, and cannot be resumed; start a new run from its weights: "
             f"--weights {path}"
         )
+    size = content.get("img_size")
+    if not isinstance(size, int) or size < 32 or not isinstance(content.get("class_names"), list):
+        raise WeightsError(f"{path}: corrupt: invalid img_size or class_names")
     return dict(content)
 
 
@@ -349,7 +352,7 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
             run.scaler.load_state_dict(resume["scaler"])
         run.schedule.load_state_dict(resume["schedule"])
         run.epoch = _non_negative(resume["epoch"])
-        run.set_progress(float(resume["progress"]["loss_sum"]), *(int(resume["progress"][key]) for key in COUNTS))
+        run.restore_progress(float(resume["progress"]["loss_sum"]), *(int(resume["progress"][key]) for key in COUNTS))
         run.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
         for row in run.history:
             row["epoch"] = int(row["epoch"])

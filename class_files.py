@@ -87,15 +87,15 @@ def _read_label_line(line: str, images_dir: Path, class_names: Sequence[str]) ->
         raise DataError(f"unknown class {class_name[0]!r}")
     name = line.removesuffix(known).rstrip()
     raise DataError(
-        f"{name!r} is outside the folder" if _leaves_folder(name) else f"no image file {name!r} in the folder"
+        f"{name!r} is outside the folder" if _escapes_folder(name) else f"no image file {name!r} in the folder"
     )
 
 
 def _is_file_in(folder: Path, name: str) -> bool:
-    return bool(name) and not _leaves_folder(name) and (folder / name).is_file()
+    return bool(name) and not _escapes_folder(name) and (folder / name).is_file()
 
 
-def _leaves_folder(name: str) -> bool:
+def _escapes_folder(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 

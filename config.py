@@ -133,7 +133,7 @@ def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = 
         parser.error("--epochs has no effect with --time-budget: pass only one of them")
     if args.time_budget and uses_cached_features(args):
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
-    if args.batch_size == 1 and has_single_pixels(args):
+    if args.batch_size == 1 and needs_two_images(args):
         parser.error("--batch-size must be at least 2 for training images of 32 pixels")
     if args.find_lr and args.accumulate > 1:
         parser.error("--accumulate must be 1 with --find-lr: use a larger --batch-size")
@@ -170,27 +170,27 @@ def build_parser() -> FlagParser:
     add = parser.add_argument_group("training").add_argument
     recipe_help = "defaults of several flags, and the optimizer (default: %(default)s)"
     add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
-    add("--epochs", type=positive_count, help="passes over the training images " + default_of("epochs"))
+    add("--epochs", type=positive_count, help="passes over the training images " + default_help("epochs"))
     add("--time-budget", type=positive, metavar="MINUTES", help="train for this long instead of --epochs")
     patience_help = "stop after N epochs without improvement in accuracy (default: never)"
     add("--patience", type=count, default=0, metavar="N", help=patience_help)
-    add("--batch-size", type=positive_count, help="images per batch, in each process " + default_of("batch_size"))
+    add("--batch-size", type=positive_count, help="images per batch, in each process " + default_help("batch_size"))
     add("--accumulate", type=positive_count, default=1, help="batches per optimizer step (default: %(default)s)")
     decay_help = "weight decay (L2 penalty); not applied to convolutions trained by Muon "
-    add("--weight-decay", type=non_negative, help=decay_help + default_of("weight_decay"))
+    add("--weight-decay", type=non_negative, help=decay_help + default_help("weight_decay"))
     smoothing_help = "label smoothing of the training loss "
-    add("--label-smoothing", type=fraction, help=smoothing_help + default_of("label_smoothing"))
+    add("--label-smoothing", type=fraction, help=smoothing_help + default_help("label_smoothing"))
     seed = checked(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
     seed_help = "random seed for weights, shuffling and augmentation (default: %(default)s)"
     add("--seed", type=seed, default=0, help=seed_help)
 
     add = parser.add_argument_group("schedule").add_argument
-    add("--lr", type=positive, help="maximum learning rate " + default_of("lr"))
-    add("--lrf", type=non_negative, help="final learning rate, as a fraction of --lr " + default_of("lrf"))
+    add("--lr", type=positive, help="maximum learning rate " + default_help("lr"))
+    add("--lrf", type=non_negative, help="final learning rate, as a fraction of --lr " + default_help("lrf"))
     add(
         "--warmup",
         type=fraction,
-        help="fraction of the training in which the learning rate rises to --lr " + default_of("warmup"),
+        help="fraction of the training in which the learning rate rises to --lr " + default_help("warmup"),
     )
     add("--find-lr", action="store_true", help="run a learning-rate range test, suggest a value for --lr, and exit")
 
@@ -222,7 +222,7 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def default_of(flag: str) -> str:
+def default_help(flag: str) -> str:
     """Describe a flag's default in each recipe, for its help text."""
     return f"(default: {', '.join(f'{name} {defaults[flag]:g}' for name, defaults in FLAG_DEFAULTS.items())})"
 
@@ -250,9 +250,9 @@ def training_sizes(recipe: Recipe, img_size: int) -> tuple[int, int]:
     return start, end
 
 
-def has_single_pixels(args: argparse.Namespace) -> bool:
-    """Return whether the network reduces the smallest training images to a single pixel."""
-    return min(training_sizes(args.recipe, args.img_size or DEFAULT_SIZE)) <= 32
+def needs_two_images(args: argparse.Namespace) -> bool:
+    """Return whether BatchNorm needs batches of two images, as the smallest ones end as a single pixel."""
+    return min(training_sizes(args.recipe, args.img_size or DEFAULT_SIZE)) <= 32 and not args.freeze_layers
 
 
 def uses_cached_features(args: argparse.Namespace) -> bool:
@@ -302,7 +302,7 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
         UsageError: a flag contradicts how the run was started, or `saved` is corrupt.
     """
     defaults = flags_to_save(parse_args([]))
-    is_valid = _is_like(saved, defaults) and _is_like(saved["recipe"], defaults["recipe"])
+    is_valid = _same_schema(saved, defaults) and _same_schema(saved["recipe"], defaults["recipe"])
     if not is_valid or saved["recipe"]["name"] not in RECIPES or saved["model"] not in MODELS:
         raise UsageError(f"{run / 'weights' / 'last.pth'}: corrupt, or written by another version: unknown flags")
     recipe = Recipe(**saved["recipe"])
@@ -322,7 +322,7 @@ def _conflict(flag: str, run: Path, value: Any, advice: str) -> str:
     return f"--{flag.replace('_', '-')}: the run {run} was started with {value}; {advice}"
 
 
-def _is_like(values: Any, defaults: Mapping[str, Any]) -> bool:
+def _same_schema(values: Any, defaults: Mapping[str, Any]) -> bool:
     """Return whether `values` is a dict with the keys of `defaults` and values of the same types."""
     if not isinstance(values, dict) or values.keys() != defaults.keys():
         return False

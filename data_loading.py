@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from cli_utils import UsageError, available_memory, number_of_workers, worker_init
-from config import has_single_pixels, training_sizes
+from config import needs_two_images, training_sizes
 from distributed import Distributed
 from image_cache import ImageCache
 from image_io import ImageError
@@ -78,7 +78,7 @@ class DistributedBatchSampler(Sampler):
         order: the order of all images.
         batch_size: images per batch.
         accumulate: batches per step.
-        drop_single: drop the last step if any of its batches would be a single image.
+        drop_single_image_batches: drop the last step if any of its batches would be a single image.
         drop_last: drop the last step if it is smaller than the others.
     """
 
@@ -90,12 +90,12 @@ class DistributedBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
-        drop_single: bool = False,
+        drop_single_image_batches: bool = False,
         drop_last: bool = False,
     ) -> None:
         self.order, self.batch_size = order, batch_size
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.drop_single, self.drop_last = drop_single, drop_last
+        self.drop_single_image_batches, self.drop_last = drop_single_image_batches, drop_last
 
     @property
     def global_batch(self) -> int:
@@ -128,7 +128,7 @@ class DistributedBatchSampler(Sampler):
     def _sizes(self) -> list[int]:
         whole, left = divmod(len(self.order), self.global_batch)
         single = any(1 in self._batches(left, rank) for rank in range(min(self.world_size, left)))
-        drops = left == 0 or self.drop_last or (single and self.drop_single)
+        drops = left == 0 or self.drop_last or (single and self.drop_single_image_batches)
         return [self.global_batch] * whole + ([] if drops else [left])
 
     def _batches(self, images: int, rank: int) -> list[int]:
@@ -168,7 +168,8 @@ class SafeImages(Dataset):
             for offset in range(1, len(self) if self.replace else 0):
                 other = (index + offset) % len(self)
                 with contextlib.suppress(ImageError):  # reported when its turn comes
-                    return self.images[(other, *how) if how else other]
+                    image, label = self.images[(other, *how) if how else other]
+                    return image, other if self.return_index else label
             if self.replace:
                 raise ImageError(f"{error}; no other image is readable") from error
             return None
@@ -269,7 +270,7 @@ def build_train_loader(
         world_size=dist.world_size,
         accumulate=args.accumulate,
         # BatchNorm cannot normalise a batch of a single value per channel.
-        drop_single=has_single_pixels(args) and not args.freeze_layers,
+        drop_single_image_batches=needs_two_images(args),
         drop_last=args.sync_bn,  # SyncBatchNorm needs equal batch sizes on all ranks
     )
     if not batches.steps():

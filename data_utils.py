@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FIGURE_IMAGES = 24  # maximum in the prediction figure
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found is used
-KNOWN_IMAGES = ".checked_images.json"  # in the runs folder: the cached results of checking image files
+CHECK_CACHE = ".checked_images.json"  # in the runs folder: the cached results of checking image files
 
 
 # --- folder -> lists of files and labels --------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def _subfolders(root: str | os.PathLike) -> list[Path]:
 
 def _is_ignored(folder: Path) -> bool:
     """Return whether a folder holds the metadata of a macOS archive, or runs of train.py."""
-    return folder.name == "__MACOSX" or os.access(folder / KNOWN_IMAGES, os.F_OK)
+    return folder.name == "__MACOSX" or os.access(folder / CHECK_CACHE, os.F_OK)
 
 
 def _is_folder(path: Path) -> bool:

@@ -79,7 +79,7 @@ class Distributed:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 options |= {"store": self._connect_store(), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group(**options)
-            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            self._no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
             self.launch_ids = set(self.gather(self._launch_id())) - {""}
         return self
 
@@ -127,7 +127,7 @@ class Distributed:
             if self.is_main:
                 message = [(True, function())]
         finally:
-            dist.broadcast_object_list(message, src=0, group=self._patient if no_timeout else None)
+            dist.broadcast_object_list(message, src=0, group=self._no_timeout_group if no_timeout else None)
         succeeded, result = message[0]
         if not succeeded:
             raise OtherRankFailed
@@ -159,7 +159,7 @@ class Distributed:
         if not self.is_launched:
             return [value]
         values: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._patient if no_timeout else None)
+        dist.all_gather_object(values, value, group=self._no_timeout_group if no_timeout else None)
         return values
 
     def all_reduce_sum(self, *values: float) -> list[float]:
@@ -228,15 +228,15 @@ class Distributed:
     # --- periodic synchronisation ---------------------------------------------------------------------------------
 
     def elapsed(self) -> float:
-        """Return the seconds since the start; under torchrun those at the last `sync_flags`, equal on all ranks."""
+        """Return the seconds since the start; under torchrun those at the last `sync_max`, equal on all ranks."""
         return self._synced_at if self.is_launched else time.perf_counter() - self._start
 
     def is_time_to_sync(self) -> bool:
-        """Count a step, and return whether to call `sync_flags` now: about once per second, on all ranks at once."""
+        """Count a step, and return whether to call `sync_max` now: about once per second, on all ranks at once."""
         self._steps += 1
         return not self.is_launched or self._steps % self._interval == 0
 
-    def sync_flags(self, *flags: float) -> list[float]:
+    def sync_max(self, *flags: float) -> list[float]:
         """Take the maximum of each flag over all ranks, and synchronise `elapsed`."""
         *flags, now = self.all_reduce_max(*flags, time.perf_counter() - self._start)
         interval = max(now - self._synced_at, 1e-3)

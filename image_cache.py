@@ -12,29 +12,29 @@ class ImageCache:
     """Decoded images, uint8 (3, H, W), in memory that is shared with forked processes such as DataLoader workers.
 
     Args:
-        images: the number of images, which are addressed by index.
-        size: bytes. Memory is allocated as the cache fills.
+        num_images: the number of images, which are addressed by index.
+        num_bytes: the capacity. Memory is allocated as the cache fills.
         shared_memory: maps the given number of bytes, shared by several processes. Each process writes to its own part
             and reads all parts.
-        part: the number of this process's part, from 0.
-        parts: the number of parts.
+        rank: the number of this process, from 0.
+        world_size: the number of processes.
     """
 
     def __init__(
         self,
-        images: int,
-        size: int,
+        num_images: int,
+        num_bytes: int,
         shared_memory: Callable[[int], mmap.mmap] | None = None,
-        part: int = 0,
-        parts: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         # torch's shared tensors would allocate everything at once.
-        memory = (shared_memory or functools.partial(mmap.mmap, -1))(24 * images + size)
-        places = torch.frombuffer(memory, dtype=torch.int64, count=3 * images)
-        self._places = places.view(images, 3)  # start, height, width
-        self._pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=24 * images)
-        self._used = torch.multiprocessing.get_context().Value("q", size * part // parts)
-        self._end = size * (part + 1) // parts
+        memory = (shared_memory or functools.partial(mmap.mmap, -1))(24 * num_images + num_bytes)
+        places = torch.frombuffer(memory, dtype=torch.int64, count=3 * num_images)
+        self._places = places.view(num_images, 3)  # start, height, width
+        self._pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=24 * num_images)
+        self._used = torch.multiprocessing.get_context().Value("q", num_bytes * rank // world_size)
+        self._end = num_bytes * (rank + 1) // world_size
 
     def get(self, index: int) -> Tensor | None:
         """Return an image, or None if it is not in the cache."""

@@ -184,7 +184,7 @@ class Evaluation:
         either = confusion.sum(dim=0) + confusion.sum(dim=1)
         return (2 * confusion.diag() / either)[either > 0].double().mean().item()
 
-    def worst(self, count: int) -> list[int]:
-        """Return the indices of `count` images by descending loss, misclassified ones first."""
+    def worst_mistakes(self, count: int) -> list[int]:
+        """Return the positions of up to `count` misclassified images, the highest loss first."""
         by_loss = self.losses.argsort(descending=True, stable=True).tolist()
-        return sorted(by_loss, key=lambda place: bool(self.predicted[place] == self.labels[place]))[:count]
+        return [position for position in by_loss if self.predicted[position] != self.labels[position]][:count]

@@ -20,7 +20,7 @@ WARMUP_START = 1 / 25  # of the maximum learning rate: PyTorch's default for 1cy
 MOMENTUM = 0.9
 BLOCK_ROWS = 64  # rows of a kernel that are orthogonalised together
 EPSILON = 1e-7  # avoids division by zero
-TIME_IS_UP = 0.97  # fraction of a time budget after which no further epoch starts
+BUDGET_END_FRACTION = 0.97  # fraction of a time budget after which no further epoch starts
 
 
 # --- optimizer ----------------------------------------------------------------------------------------------------
@@ -134,6 +134,11 @@ def build_average(args: argparse.Namespace, model: ResNet) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.recipe.ema_decay))
 
 
+def current_learning_rate(optimizer: Optimizer) -> float:
+    """Return the learning rate without the scales of the parameter groups, as for --lr."""
+    return max(group["lr"] / group.get("lr_scale", 1.0) for group in optimizer.param_groups)
+
+
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group to `lr` times its scale."""
     for group in optimizer.param_groups:
@@ -184,7 +189,7 @@ class Schedule:
         return epoch >= self.epochs
 
     @property
-    def why_over(self) -> str:
+    def end_reason(self) -> str:
         """Why the training is complete, for messages."""
         return f"{self.epochs} epochs; resume it with more --epochs"
 
@@ -242,10 +247,10 @@ class TimedSchedule(Schedule):
 
     def is_over(self, epoch: int) -> bool:
         """Return whether the time is up, or too short for another epoch to learn anything."""
-        return self.progress(epoch) >= TIME_IS_UP
+        return self.progress(epoch) >= BUDGET_END_FRACTION
 
     @property
-    def why_over(self) -> str:
+    def end_reason(self) -> str:
         return "its time budget is spent"
 
     def reserve_time(self, seconds: float) -> None:

@@ -31,7 +31,7 @@ def find_data(args: argparse.Namespace) -> str | Path:
     return SAMPLE
 
 
-class Checked(NamedTuple):
+class ImageCheck(NamedTuple):
     """The result of checking an image file."""
 
     size: int  # bytes
@@ -40,7 +40,7 @@ class Checked(NamedTuple):
     problem: str | None  # the reason why the image is unusable
 
 
-def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, Checked]:
+def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, ImageCheck]:
     """Decode every image to find the unusable ones.
 
     Args:
@@ -51,15 +51,15 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
     Returns:
         The results by absolute path.
     """
-    result: dict[str, Checked] = {}
+    result: dict[str, ImageCheck] = {}
     unknown = []
     for path in dict.fromkeys(map(_absolute, paths)):
         size, time = _size_and_time(path)
         match known.get(path):
             case [before, then, str(checksum), None] if (before, then) == (size, time):
-                result[path] = Checked(size, time, checksum, None)
+                result[path] = ImageCheck(size, time, checksum, None)
             case _:
-                result[path] = Checked(size, time, None, None)
+                result[path] = ImageCheck(size, time, None, None)
                 unknown.append(path)
     for path, (checksum, problem) in zip(
         unknown, map_files(_check_image, unknown, workers, "checking images"), strict=True
@@ -89,7 +89,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def drop_unusable(split: Split, checked: dict[str, Checked]) -> tuple[Split, list[str]]:
+def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> tuple[Split, list[str]]:
     """Remove the unusable images from a split.
 
     Args:
@@ -118,7 +118,7 @@ def drop_unusable(split: Split, checked: dict[str, Checked]) -> tuple[Split, lis
     return left, problems
 
 
-def describe_files(split: Split, checked: dict[str, Checked]) -> Files:
+def describe_files(split: Split, checked: dict[str, ImageCheck]) -> Files:
     """Describe the files of a split, to detect changes on resume, even if the folder is moved.
 
     Returns:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from checkpoint import restore, save_best, save_last, save_plain
+from checkpoint import WeightsError, restore, save_best, save_last, save_plain
 from cli_utils import UsageError
 from distributed import Distributed
 from inference import Evaluation
 from optimization import Schedule
-from run_utils import RunFolder, cut_events, event_sizes
+from run_utils import RunFolder, event_sizes, truncate_event_files
 from train_eval_utils import Progress
 
 SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
@@ -75,7 +75,7 @@ class Run:
         self.best_confusion: Tensor | None = None
         self.improved_at: int | None = None
         self.finished = ""
-        self._saved_at, self._save_seconds = 0.0, 0.0
+        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
 
     @property
     def weights(self) -> Path:
@@ -102,13 +102,13 @@ class Run:
         is_best = (accuracy, -loss) > (self.best["accuracy"], -self.best["val_loss"])
         if is_best:
             self.best, self.best_confusion = self.last, validation.confusion
-        self.finished = self._why_finished(self.epoch + 1)
+        self.finished = self._finish_reason(self.epoch + 1)
         return is_best
 
-    def _why_finished(self, epochs: int) -> str:
+    def _finish_reason(self, epochs: int) -> str:
         """Return why training is complete after `epochs` epochs, or "" if it is not."""
         if self.schedule.is_over(epochs):
-            return self.schedule.why_over
+            return self.schedule.end_reason
         if self.improved_at is not None and 0 < self.patience <= epochs - 1 - self.improved_at:
             return f"{self.patience} epochs without improvement in accuracy; resume it with a larger --patience"
         return ""
@@ -158,16 +158,17 @@ class Run:
         """
         before = checkpoint["resume"].get("global_batch")
         if before != self.global_batch:
-            raise UsageError(
-                f"the run was started with a global batch of {before} images, and now it is {self.global_batch}; "
-                f"resume it with as many processes as before"
-            )
-        sizes = restore(self, checkpoint)
-        self.finished = self.finished and self._why_finished(self.epoch)  # more epochs or patience may be allowed now
+            message = f"the run was started with a global batch of {before} images, and now it is {self.global_batch}"
+            self.dist.fail(UsageError(f"{message}; resume it with as many processes as before"))
+        try:
+            sizes = restore(self, checkpoint)
+        except WeightsError as error:
+            self.dist.fail(error)
+        self.finished = self.finished and self._finish_reason(self.epoch)  # more epochs or patience may be allowed now
         if self.dist.is_main:
-            cut_events(self.folder, sizes)
+            truncate_event_files(self.folder, sizes)
 
-    def set_progress(self, loss_sum: float, images: int, steps: int, correct: int) -> None:
+    def restore_progress(self, loss_sum: float, images: int, steps: int, correct: int) -> None:
         """Restore the progress within an epoch, given the sums over all ranks."""
         self.images_before = images
         # Only rank 0 restores the sums: `Progress.all_reduce` adds up all ranks.

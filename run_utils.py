@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from checkpoint import newest_weights, read_checkpoint
 from cli_utils import UsageError, printable, quote_command, read_json, write_json
 from config import command_line
-from data_utils import KNOWN_IMAGES, write_class_indices
+from data_utils import CHECK_CACHE, write_class_indices
 from distributed import Distributed
 from prepare_data import Data
 from train_eval_utils import Callback
@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LAUNCH = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
+LAUNCH_FILE = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
 SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
 
 # --- folder -------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def find_run(run: str) -> Path:
 
 def find_launched_run(launch_ids: set[str], root: str | os.PathLike = "runs") -> str | None:
     """Return the folder of the run that one of these launches started, or None without a last.pth to resume from."""
-    for file in Path(root).glob(f"*/{LAUNCH}") if launch_ids else ():
+    for file in Path(root).glob(f"*/{LAUNCH_FILE}") if launch_ids else ():
         started_by = file.read_text(encoding="utf-8").splitlines()
         if not launch_ids.isdisjoint(started_by) and (file.parent / "weights" / "last.pth").exists():
             return str(file.parent)
@@ -159,11 +159,13 @@ def write_metadata(folder: Path, args: argparse.Namespace, data: Data, launch_id
         (folder / "args.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
         write_class_indices(data.class_names, folder / "class_indices.json")
     if launch_ids:
-        (folder / LAUNCH).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
+        (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     write_json(data.files, folder / "files.json")
-    write_json(data.known, folder.parent / KNOWN_IMAGES)
-    if data.problems:
-        (folder / "unusable_images.txt").write_text("\n".join([*data.problems, ""]), encoding="utf-8")
+    write_json(data.known, folder.parent / CHECK_CACHE)
+    unusable = folder / "unusable_images.txt"
+    unusable.write_text("\n".join([*data.problems, ""]), encoding="utf-8")
+    if not data.problems:
+        unusable.unlink()
 
 
 def versions() -> dict[str, str]:
@@ -244,7 +246,7 @@ def event_sizes(run: Path) -> dict[str, int]:
     return sizes
 
 
-def cut_events(run: Path, sizes: dict[str, int]) -> None:
+def truncate_event_files(run: Path, sizes: dict[str, int]) -> None:
     """Truncate a run's event files to the `sizes` from `event_sizes`; remove those that were missing or empty."""
     for path in run.glob("events.out.tfevents.*"):
         size = sizes.get(path.name, 0)
@@ -331,7 +333,7 @@ class StopSignals(Callback):
 
     def sync(self, *flags: float) -> list[float]:
         """All-reduce the maximum of each flag. Raise `StopRequest` on all ranks if one has received a signal."""
-        number, *flags = self.dist.sync_flags(self.received or 0, *flags)
+        number, *flags = self.dist.sync_max(self.received or 0, *flags)
         self._raise(int(number))
         return flags
 

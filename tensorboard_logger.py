@@ -190,10 +190,10 @@ class TensorBoardLogger:
             self.writer.add_scalar(tag, value, epoch)
         self.add_histograms(epoch)
         run.history.append({"epoch": epoch} | scalars)
-        with replaceable(run.folder / "metrics.csv") as path:
+        with skip_if_open_on_windows(run.folder / "metrics.csv") as path:
             write_csv(run.history, path)
         if run.best is run.last:
-            with replaceable(run.folder / "mistakes.csv") as path:
+            with skip_if_open_on_windows(run.folder / "mistakes.csv") as path:
                 write_csv(self.rows_by_loss(validation), path)
 
         files, figures = {}, {"predictions vs. actuals": self.predictions()}
@@ -299,7 +299,7 @@ class TensorBoardLogger:
         for tag, make_figure in figures.items():
             self.writer.add_figure(tag, drawn[make_figure], epoch)
         for name, make_figure in files.items():
-            with replaceable(self.run.folder / name) as path, atomic_file(path) as unfinished:
+            with skip_if_open_on_windows(self.run.folder / name) as path, atomic_file(path) as unfinished:
                 drawn[make_figure].savefig(unfinished)
 
     def predictions(self) -> MakeFigure:
@@ -313,7 +313,7 @@ class TensorBoardLogger:
 
     def worst_mistakes(self, validation: Evaluation) -> dict[str, MakeFigure]:
         """Show the mistakes with the highest loss, with Grad-CAM; nothing if their files no longer exist."""
-        positions = validation.worst(WORST)
+        positions = validation.worst_mistakes(WORST)
         items = [self.val_images[index] for index in validation.indices[positions].tolist()]
         positions = [position for position, item in zip(positions, items, strict=True) if item is not None]
         if not positions:
@@ -344,7 +344,7 @@ class TensorBoardLogger:
 
 
 @contextlib.contextmanager
-def replaceable(path: Path) -> Iterator[Path]:
+def skip_if_open_on_windows(path: Path) -> Iterator[Path]:
     """Yield `path` to be replaced; if another program has it open on Windows, print a warning and leave it."""
     try:
         yield path

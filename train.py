@@ -28,11 +28,11 @@ from cli_utils import (
 )
 from config import describe_recipe, flags_to_save, parse_args, resume_args, uses_cached_features
 from data_loading import Loaders, build_loaders, cache_features
-from data_utils import KNOWN_IMAGES
+from data_utils import CHECK_CACHE
 from distributed import Distributed
 from inference import Evaluation, gather_outputs, run_inference
 from model import MODELS, ResNet, freeze_backbone, to_device
-from optimization import build_average, build_optimizer, build_schedule, set_learning_rate
+from optimization import build_average, build_optimizer, build_schedule, current_learning_rate, set_learning_rate
 from prepare_data import Data, prepare_data
 from run_state import Run
 from run_utils import (
@@ -69,11 +69,14 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
 
     # --- data, model, optimizer, loaders, schedule
     runs = folder.path.absolute().parent if folder else Path("runs")
-    data = dist.broadcast_from_main(lambda: prepare_data(args, runs / KNOWN_IMAGES), no_timeout=True)
-    model, weights_line = build_model(args, data.class_names, device, dist, load_weights=folder is None)
+    data = dist.broadcast_from_main(lambda: prepare_data(args, runs / CHECK_CACHE), no_timeout=True)
+    model, weights_description = build_model(args, data.class_names, device, dist, load_weights=folder is None)
     optimizer = build_optimizer(args, model, device, amp_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    img_size, evaluation_seconds = resumed_size(folder) or choose_img_size(args, model, data, device, amp_dtype, dist)
+    if folder is None:
+        img_size, evaluation_seconds = choose_img_size(args, model, data, device, amp_dtype, dist)
+    else:
+        img_size, evaluation_seconds = folder.checkpoint["img_size"], 0.0
     loaders = build_loaders(args, data, img_size, device, dist)
     schedule = build_schedule(args, len(loaders.batches.steps()), img_size, dist)
     schedule.reserve_time(evaluation_seconds)
@@ -89,13 +92,14 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     if dist.is_main:
         write_metadata(run.folder, args, data, dist.launch_ids)
         logger = TensorBoardLogger(run, loaders, device, amp_dtype, histograms=args.histograms)
-        print_header(args, data, run, device, precision, weights_line, is_new)
+        print_header(args, data, run, device, precision, weights_description, is_new)
 
     # --- train
     with logger, StopSignals(dist) as stop:
         options = {"amp_dtype": amp_dtype, "scaler": scaler}
         if args.find_lr:
-            return logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))
+            logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))
+            return
         callback = RunCallback(run, stop, logger)
         try:
             if is_new:
@@ -109,13 +113,12 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 loaders = cache_features(args, model, loaders, img_size, device, dist, **check)
             learner = dist.wrap_ddp(learner, device, sync_bn=args.sync_bn)
             options |= {"label_smoothing": args.label_smoothing, "callback": callback, "keep_bar": False}
-
             while not run.finished:
                 stop.sync()
                 start = time.perf_counter()
                 loaders.batches.order.set_epoch(run.epoch, run.images_before, schedule.img_size(run.epoch))
-                epoch = {"epoch": run.epoch, "steps": loaders.batches.steps(), "progress": run.progress}
-                train_one_epoch(learner, optimizer, loaders.train, device, **epoch, **options)
+                options |= {"steps": loaders.batches.steps(), "progress": run.progress}
+                train_one_epoch(learner, optimizer, loaders.train, device, run.epoch, **options)
                 learning_rate = schedule.learning_rate(run.epoch, run.progress.steps - 1)  # of the last step
                 validation = validate(run, eval_model, loaders, data, device, amp_dtype, stop)
                 progress = run.progress.all_reduce(dist)
@@ -129,10 +132,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
             print_stop(run)
             raise
 
-    best = str(run.weights / "best.pth")
-    print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {printable(best)}")
-    example = data.val_set.images_path[0]
-    print(f"next: {quote_command(['python', 'predict.py', '--weights', best, example])}", flush=True)
+    print_result(run, data)
 
 
 class RunCallback(Callback):
@@ -200,7 +200,7 @@ def validate(
     if len(indices) < len(val_set):
         print(f"[epoch {run.epoch}] skipped {len(val_set) - len(indices)} of {len(val_set)} validation images")
     if not math.isfinite(validation.loss):  # nothing from this epoch has been saved
-        lr = max(group["lr"] / group["lr_scale"] for group in run.optimizer.param_groups)
+        lr = current_learning_rate(run.optimizer)
         message = f"the validation loss is {validation.loss} after epoch {run.epoch}, with learning rate {lr:g}"
         dist.fail(FloatingPointError(f"training diverged: {message}; try a lower learning rate"))
     run.schedule.reserve_time(*dist.all_reduce_max(time.perf_counter() - start))
@@ -259,20 +259,6 @@ def build_model(
     return to_device(model, device), description
 
 
-def resumed_size(folder: RunFolder | None) -> tuple[int, float] | None:
-    """Return the image size of a run to resume, and 0 seconds to reserve; None for a new run.
-
-    Raises:
-        UsageError: the checkpoint is corrupt.
-    """
-    if folder is None:
-        return None
-    size = folder.checkpoint.get("img_size")
-    if not isinstance(size, int) or size < 32:
-        raise UsageError(f"{folder.path / 'weights' / 'last.pth'}: corrupt: its img_size is {size!r}")
-    return size, 0.0
-
-
 def start_run(
     args: argparse.Namespace,
     folder: RunFolder | None,
@@ -301,7 +287,7 @@ def start_run(
         save_every=args.save_every,
         dist=dist,
     )
-    dist.sync_flags()  # synchronises the elapsed time
+    dist.sync_max()  # synchronises the elapsed time
     if folder is not None:
         dist.broadcast_from_main(lambda: check_same_data(folder, data, args.allow_changed_data))
         run.load(folder.checkpoint)
@@ -315,7 +301,7 @@ def print_header(
     run: Run,
     device: torch.device,
     precision: str,
-    weights_line: str,
+    weights_description: str,
     is_new: bool,
 ) -> None:
     """Print the device, the model, the data, and where the results go."""
@@ -323,7 +309,7 @@ def print_header(
     names, folder = data.class_names, printable(str(run.folder))
     print(f"device       {describe_device(device)}{describe_processes(run.dist)}")
     print(f"precision    {precision}")
-    print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_line)}")
+    print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_description)}")
     print(f"recipe       {describe_recipe(args, run.info['img_size'])}")
     if run.global_batch > args.batch_size:
         print(f"global batch {run.global_batch} images per step")
@@ -347,6 +333,14 @@ def print_epoch(run: Run, progress: Progress, learning_rate: float, seconds: flo
     )
 
 
+def print_result(run: Run, data: Data) -> None:
+    """Print the best accuracy, and the command that predicts a validation image."""
+    best = str(run.weights / "best.pth")
+    print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {printable(best)}")
+    example = data.val_set.images_path[0]
+    print(f"next: {quote_command(['python', 'predict.py', '--weights', best, example])}", flush=True)
+
+
 def print_stop(run: Run) -> None:
     """Print where the run has stopped, and how to resume it."""
     if run.dist.is_main:
@@ -357,7 +351,7 @@ def print_stop(run: Run) -> None:
             print(f"train.py: stopped at {where}; to resume: {launcher}{command}", file=sys.stderr)
 
 
-def program(argv: list[str]) -> int:
+def run_training(argv: list[str]) -> int:
     """Parse the flags, find the run to resume, if any, and train. Returns the exit status."""
     args = parse_args(argv)
     with Distributed(args.timeout) as dist, silence_other_ranks(dist):
@@ -365,7 +359,8 @@ def program(argv: list[str]) -> int:
         name = dist.broadcast_from_main(lambda: find_launched_run(dist.launch_ids)) or args.resume
         folder = None if name is None else open_run(name, dist)
         if folder is not None:
-            args = resume_args(argv, folder.checkpoint["resume"].get("flags"), folder.path)
+            flags = folder.checkpoint["resume"].get("flags")
+            args = dist.broadcast_from_main(lambda: resume_args(argv, flags, folder.path))
         try:
             train(args, dist, folder)
         except StopRequest as stop:
@@ -378,7 +373,7 @@ def program(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit status."""
     memory_advice, worker_advice = "try a smaller --batch-size or --img-size", "try --workers 0"
-    run = functools.partial(program, sys.argv[1:] if argv is None else argv)
+    run = functools.partial(run_training, sys.argv[1:] if argv is None else argv)
     return run_program("train.py", run, memory_advice=memory_advice, worker_advice=worker_advice)
 
 

@@ -208,7 +208,7 @@ def _explain_divergence(optimizer: Optimizer, epoch: int) -> Iterator[None]:
     try:
         yield
     except NonFiniteLossError as error:
-        lr = max(group["lr"] for group in optimizer.param_groups)
+        lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in optimizer.param_groups)
         message = f"{error} of epoch {epoch}, with learning rate {lr:g}; try a lower learning rate"
         raise NonFiniteLossError(message) from error
 

@@ -24,7 +24,7 @@ from prepare_data import Data
 from train_eval_utils import Callback, NonFiniteLossError, Progress, train_one_epoch
 
 WINDOW = 11  # steps over which the range test averages the loss
-DIVERGED = 2  # the factor by which the averaged loss exceeds its minimum when the range test stops
+DIVERGENCE_FACTOR = 2  # the factor by which the averaged loss exceeds its minimum when the range test stops
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # values of --img-size that a time budget may choose
 PROBE_SIZES = (64, 128)  # image sizes at which the speed is measured
 
@@ -64,7 +64,7 @@ def find_lr(
     batches = BatchSampler(sampler, args.batch_size, drop_last=False)
     loader = make_loader(images, batches, number_of_workers(args.workers), device)
     options |= {"label_smoothing": args.label_smoothing, "callback": callback}
-    result = find_learning_rate(model, optimizer, loader, device, rates, **options)
+    result = lr_range_test(model, optimizer, loader, device, rates, **options)
     found = f"--lr {result.suggestion:.2g}" if math.isfinite(result.suggestion) else "none: no rate reduces the loss"
     print(f"suggestion   {found}")
     return result
@@ -78,7 +78,7 @@ class _RangeTestCallback(Callback):
         self.losses: list[float] = []
 
     def before_step(self, step: int) -> bool:
-        if _divergence(self.losses) < len(self.losses):
+        if _divergence_index(self.losses) < len(self.losses):
             return False
         set_learning_rate(self.optimizer, self.rates[step])
         return self.callback.before_step(step)
@@ -90,7 +90,7 @@ class _RangeTestCallback(Callback):
         self.losses.append(loss)
 
 
-def find_learning_rate(
+def lr_range_test(
     model: nn.Module,
     optimizer: Optimizer,
     data_loader: DataLoader,
@@ -119,7 +119,7 @@ def find_learning_rate(
     except NonFiniteLossError:
         if len(test.losses) < WINDOW:
             raise
-    losses = test.losses[: _divergence(test.losses)]
+    losses = test.losses[: _divergence_index(test.losses)]
     smoothed = np.convolve(np.pad(losses, WINDOW // 2, mode="edge"), np.full(WINDOW, 1 / WINDOW), mode="valid")
     tried, minimum = np.array(rates[: len(losses)]), int(smoothed.argmin())
     half = (np.mean(losses[:WINDOW]) + smoothed[minimum]) / 2
@@ -128,10 +128,10 @@ def find_learning_rate(
     return RangeTest(tried, np.array(losses), smoothed, suggestion)
 
 
-def _divergence(losses: Sequence[float]) -> int:
+def _divergence_index(losses: Sequence[float]) -> int:
     """Return the index at which the averaged loss has diverged; if it has not, the number of losses."""
     means = np.convolve(losses, np.full(WINDOW, 1 / WINDOW), mode="valid") if len(losses) >= WINDOW else []
-    diverged = np.flatnonzero(means > DIVERGED * np.minimum.accumulate(means)) if len(means) else []
+    diverged = np.flatnonzero(means > DIVERGENCE_FACTOR * np.minimum.accumulate(means)) if len(means) else []
     return int(diverged[0]) + WINDOW if len(diverged) else len(losses)
 
 

@@ -31,7 +31,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
     are made without it, and --set-aside evaluates on it. Runs already in the CSV file are not repeated.
     """
     path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
-    settings = {"set": "set aside" if args.set_aside else "for choices"}
+    settings = {"set": "test" if args.set_aside else "validation"}
     settings["length"] = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
     settings |= {"model": args.model, "amp": args.amp, "hardware": hardware(torch.device(args.device))}
     settings |= {"img_size": str(args.img_size or "planned"), "data_path": args.data_path or "sample"}
@@ -45,7 +45,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
             print(f"seed {seed}  {kind:40} {accuracy} (loss {loss}) after {last['at_minute']} min", flush=True)
     wanted = [settings | {"kind": kind, "values": values_of(kind, args)} for kind in args.kinds]
     rows = [row for row in read_rows(path) if any(kind.items() <= row.items() for kind in wanted)]
-    print(f"{settings['hardware']}; {args.model}, {settings['length']}, validated on images {settings['set']}")
+    print(f"{settings['hardware']}; {args.model}, {settings['length']}, evaluated on the {settings['set']} images")
     for kind in args.kinds:
         ends = {row["seed"]: float(row["accuracy"]) for row in rows if row["kind"] == kind}
         print(f"{kind:40} mean {statistics.fmean(ends.values()):.4f} of {sorted(ends.values())}")

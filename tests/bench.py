@@ -14,7 +14,7 @@ python tests/bench.py accuracy --data-path flower_photos    # recipes in equal t
 python tests/bench.py scaling --data-path flower_photos     # two processes of one thread against one of two
 
 Comparisons run in rounds A B, B A, A B, ..., because a machine's speed drifts. Each round gives one ratio. The median
-ratio and its range are printed, and the rounds are appended to a CSV file. The default data set is the drawn sample.
+ratio and its range are printed, and the rounds are appended to a CSV file. The default dataset is the drawn sample.
 """
 
 import argparse
@@ -356,27 +356,32 @@ def main() -> None:
     benches["accuracy"] = compare_recipes
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=[*benches, "baseline"], help="what to measure; baseline: the tutorial's training, by itself")
-    add("--data-path", help="a folder with one sub-folder a class (default: the drawn sample)")
-    add("--images", type=int, default=0, help="so many images of the folder, of all classes together (default: all)")
-    add("--large", action="store_true", help="ceiling: on drawn JPEGs of 4000 x 3000 px")
-    add("--rounds", type=int, default=3, help="default: %(default)s")
-    add("--epochs", type=int, default=2, help="of each round of training (default: %(default)s)")
+    add("bench", choices=[*benches, "baseline"], help="what to measure; baseline: the tutorial's training alone")
+    add("--data-path", help="folder with one sub-folder per class (default: the drawn sample)")
+    add("--images", type=int, default=0, help="number of images to use, over all classes (default: all)")
+    add("--large", action="store_true", help="ceiling: use drawn JPEGs of 4000 x 3000 px")
+    add("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
+    add("--epochs", type=int, default=2, help="epochs per training (default: %(default)s)")
     add("--kinds", nargs="+", default=["tutorial", "scratch"], help="accuracy: recipes (default: tutorial scratch)")
-    add("--minutes", type=float, default=25, help="accuracy: of each training (default: %(default)s); 0: --epochs")
-    add("--set-aside", action="store_true", help="accuracy: validate on the images set aside, for final figures")
-    add("--model", default="resnet34", help="default: %(default)s")
-    add("--img-size", type=int, help="default: 224; accuracy: as planned for the time")
-    add("--batch-size", type=int, default=16, help="default: %(default)s")
-    add("--device", default="cuda", help="default: CUDA, else the CPU")
-    add("--seed", type=int, default=0, help="baseline: of the weights and the order (default: %(default)s)")
-    add("--workers", type=int, help="of ours (default: train.py's)")
-    add("--amp", default="auto", help="of ours: auto, on, off")
-    add("--gpu-step", type=float, default=20, help="scaling: milliseconds, for the estimate (default: %(default)s)")
-    add("--csv", default="bench.csv", help="the rounds are added to this file (default: %(default)s)")
+    add("--minutes", type=float, default=25, help="accuracy: minutes per training (default: %(default)s); 0: --epochs")
+    add("--set-aside", action="store_true", help="accuracy: evaluate on the held-out test images, for final figures")
+    add("--model", default="resnet34", help="network (default: %(default)s)")
+    add("--img-size", type=int, help="input size in pixels (default: 224; accuracy: chosen for the time)")
+    add("--batch-size", type=int, default=16, help="images per batch (default: %(default)s)")
+    add("--device", default="cuda", help="cuda or cpu (default: cuda if available)")
+    add("--seed", type=int, default=0, help="baseline: random seed for weights and order (default: %(default)s)")
+    add("--workers", type=int, help="DataLoader workers of train.py (default: its own)")
+    add("--amp", default="auto", help="mixed precision of train.py: auto, on or off (default: %(default)s)")
+    add(
+        "--gpu-step",
+        type=float,
+        default=20,
+        help="scaling: milliseconds per step on a GPU, for the estimate (default: %(default)s)",
+    )
+    add("--csv", default="bench.csv", help="file to append the rounds to (default: %(default)s)")
     args = parser.parse_args()
     if args.bench == "accuracy" and (args.images or args.batch_size != parser.get_default("batch_size")):
-        parser.error("accuracy: of all images, in batches of the recipe's (--kinds scratch:batch_size=64)")
+        parser.error("accuracy uses all images and the recipe's batch size (--kinds scratch:batch_size=64 changes it)")
     if args.img_size is None and args.bench != "accuracy":
         args.img_size = 224
     args.device = str(select_device(args.device))  # reports a missing GPU only once

@@ -268,7 +268,7 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
         campaign.expect("an event file's write fails: every checkpoint loads", unreadable(Path("runs", name)))
         if Path("runs", name, "weights", "last.pth").exists():
             status = Child(program(["--resume", name]), Path("output")).end()
-            campaign.expect("an event file's write fails: the run goes on later", status == 0)
+            campaign.expect("an event file's write fails: the run is resumed later", status == 0)
 
     for lost in (".", "weights")[:rounds]:
         run = Path("runs", f"removed {lost}")
@@ -316,7 +316,7 @@ def small_file_system(campaign: Campaign, mib: int) -> None:
         if (run / "weights" / "last.pth").exists():
             subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
             status = Child(program(["--resume", "run"], lambda: os.chdir(folder)), Path("output")).end()
-            campaign.expect("a full tmpfs: the run goes on when there is room", status == 0)
+            campaign.expect("a full tmpfs: the run is resumed once there is space", status == 0)
             campaign.expect("a full tmpfs: it ends as the undisturbed run", differences(run, undisturbed))
     finally:
         subprocess.run(["umount", folder], check=True)

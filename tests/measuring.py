@@ -186,7 +186,7 @@ def subset(data_path: str | None, images: int):
 
 
 def drawn_sample() -> Path:
-    """Return the built-in data set, drawn if it is missing."""
+    """Return the built-in dataset, drawn if it is missing."""
     return Path(find_data(argparse.Namespace(download=False, data_path=None)))
 
 

@@ -33,7 +33,7 @@ from inference import Outputs, gather_outputs, run_inference
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import build_optimizer
 from run_state import Run
-from run_utils import LAUNCH, StopRequest, StopSignals, find_launched_run
+from run_utils import LAUNCH_FILE, StopRequest, StopSignals, find_launched_run
 from train_eval_utils import train_one_epoch
 
 pytestmark = [
@@ -523,7 +523,7 @@ def test_run_of_matches_the_launch_id_of_any_host():
     """Rank 0 may be on another host after a restart."""
     for name, launch_ids in {"a": "id one 1 5\nid two 1 7", "b": "id three 1 8", "c": "id four 1 9"}.items():
         Path("runs", name, "weights").mkdir(parents=True)
-        Path("runs", name, LAUNCH).write_text(launch_ids)
+        Path("runs", name, LAUNCH_FILE).write_text(launch_ids)
         if name != "c":
             Path("runs", name, "weights", "last.pth").touch()
     assert find_launched_run({"id two 1 7", "id five 1 3"}) == str(Path("runs", "a"))

@@ -1,4 +1,4 @@
-"""The data set, its transforms and normalisation, the sampler, and the image cache."""
+"""The dataset, its transforms and normalisation, the sampler, and the image cache."""
 
 import random
 import re

@@ -32,7 +32,7 @@ def loader(count: int = 10, batch_size: int = 4, seed: int = 0) -> DataLoader:
 
 
 class Stream(IterableDataset):
-    """Iterable version of a data set, without a length."""
+    """Iterable version of a dataset, without a length."""
 
     def __init__(self, images: TensorDataset) -> None:
         self.images = images
@@ -282,7 +282,8 @@ def test_metrics_match_their_definitions():
     assert found.losses.tolist() == pytest.approx(losses, rel=1e-5)
     assert found.loss == pytest.approx(sum(losses) / 6)
     assert torch.allclose(found.probabilities, probabilities)
-    assert found.worst(4) == [4, 2, 5, 1]  # the two mistakes, then the highest losses among the rest
+    assert found.worst_mistakes(4) == [4, 2]
+    assert found.worst_mistakes(1) == [4]
 
 
 def test_batch_norm_statistics_match_the_current_weights():

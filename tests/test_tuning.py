@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train_eval_utils import CPU, loader, tiny_resnet
 
 import train
-from tuning import find_learning_rate, measure_speed
+from tuning import lr_range_test, measure_speed
 
 
 def test_find_learning_rate_on_a_valley():
@@ -28,7 +28,7 @@ def test_find_learning_rate_on_a_valley():
 
     rates = np.geomspace(1e-4, 100, 60)
     batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))] * 60
-    found = find_learning_rate(Valley(), optimizer, batches, "cpu", rates)
+    found = lr_range_test(Valley(), optimizer, batches, "cpu", rates)
     assert found.losses.argmin() == pytest.approx(30, abs=1)
     assert found.suggestion == pytest.approx(half_lost, rel=0.3)
 
