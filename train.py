@@ -251,6 +251,8 @@ def build_model(
         skipped = dist.local_rank_zero_first(lambda: load_pretrained(model, args.weights, args.model))
         if skipped:
             description += f" except {', '.join(skipped)}, which have a different number of classes"
+    elif args.recipe.name == "finetune" and load_weights:
+        print("warning: --recipe finetune is for pretrained weights: pass --weights, or use --recipe scratch")
     if args.freeze_layers:
         freeze_backbone(model)
         description += "; only fc is trained"

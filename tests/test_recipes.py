@@ -369,6 +369,14 @@ def test_explicit_img_size_is_not_planned(two_classes):
     assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["img_size"] == 40
 
 
+def test_fine_tuning_without_weights_is_warned_about(two_classes, capsys):
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "64", "--epochs", "1"]
+    assert train.main([*flags, "--recipe", "finetune"]) == 0
+    assert "warning: --recipe finetune" in capsys.readouterr().out
+    assert train.main([*flags, "--recipe", "scratch"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 # --- a frozen backbone ------------------------------------------------------------------------------------------
 
 
