@@ -17,19 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli_utils import (
-    FIGURE_FORMATS,
-    FlagParser,
-    UsageError,
-    atomic_file,
-    map_files,
-    output_path,
-    printable,
-    run_program,
-    write_csv,
-)
+from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, map_files, output_path, printable, run_program
 from data_utils import Split, file_checksum, find_split, require_training_images
 from duplicates import THUMBNAIL, group_near_identical, make_thumbnail, perceptual_hashes
+from file_utils import atomic_file, write_csv
 from image_io import ImageError, read_header, read_image
 from my_dataset import MAX_ASPECT_RATIO
 

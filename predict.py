@@ -28,16 +28,15 @@ from cli_utils import (
     DataError,
     FlagParser,
     UsageError,
-    atomic_file,
     map_files,
     output_path,
     printable,
     run_program,
     select_device,
     select_precision,
-    write_csv,
 )
 from data_utils import list_images_below, read_class_indices
+from file_utils import atomic_file, write_csv
 from image_io import ImageError, read_image
 from inference import compute_logits
 from model import MODELS, ResNet, evaluation_mode, fold_batch_norm, grad_cam

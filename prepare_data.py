@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli_utils import DataError, UsageError, map_files, number_of_workers, read_json
+from cli_utils import DataError, UsageError, map_files, number_of_workers
 from data_utils import Split, file_checksum, find_split, require_training_images
 from download import download_flower_photos
+from file_utils import read_json
 from image_io import ImageError, read_image
 from my_dataset import MAX_ASPECT_RATIO, MyDataSet
 from sample_flowers import draw_sample

@@ -20,10 +20,11 @@ from types import FrameType
 from typing import Any, TextIO
 
 from checkpoint import newest_weights, read_checkpoint
-from cli_utils import UsageError, printable, quote_command, read_json, write_json
+from cli_utils import UsageError, printable, quote_command
 from config import command_line
 from data_utils import CHECK_CACHE, write_class_indices
 from distributed import Distributed
+from file_utils import read_json, write_json
 from prepare_data import Data
 from train_eval_utils import Callback
 

@@ -20,9 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 import plot_utils
-from cli_utils import atomic_file, peak_memory, printable, write_csv
+from cli_utils import peak_memory, printable
 from data_loading import Loaders
 from data_utils import choose_figure_images
+from file_utils import atomic_file, write_csv
 from inference import Evaluation, compute_logits
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels

@@ -14,7 +14,6 @@ from cli_utils import (
     DataError,
     FlagParser,
     UsageError,
-    atomic_file,
     available_cores,
     available_memory,
     map_files,
@@ -26,6 +25,7 @@ from cli_utils import (
     worker_init,
 )
 from distributed import OtherRankFailed
+from file_utils import atomic_file
 
 
 def test_atomic_file_keeps_links_and_pipes(tmp_path):

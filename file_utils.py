@@ -1,0 +1,57 @@
+"""Write files atomically, and read and write JSON and CSV files."""
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which then replaces `path`, so that no reader sees a partial file.
+
+    A symbolic link is kept, and its target replaced. A pipe or a device is written to directly.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
+    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # keeps the extension, which decides the format
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
+    """Write a CSV file atomically: first `columns`, then the other keys of the rows.
+
+    Characters that UTF-8 cannot encode, which file names may contain, are escaped.
+    """
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    with (
+        atomic_file(path) as unfinished,
+        open(unfinished, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; return an empty one if the file is missing or corrupt."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
