@@ -8,6 +8,7 @@ Exit status: 0 if there are no label conflicts, 1 if a picture is in several cla
 
 import argparse
 import contextlib
+import functools
 import itertools
 import sys
 from collections import Counter
@@ -18,11 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, map_files, output_path, printable, run_program
-from data_utils import Split, file_checksum, find_split, require_training_images
+from data_utils import Split, find_split, require_training_images
 from duplicates import THUMBNAIL, group_near_identical, make_thumbnail, perceptual_hashes
 from file_utils import atomic_file, write_csv
-from image_io import ImageError, read_header, read_image
-from my_dataset import MAX_ASPECT_RATIO
+from image_folders import UNKNOWN_TYPE, Skipped, file_checksum, unreadable
+from image_io import ImageError, PixelRange, merge_pixel_ranges, read_header, read_image, read_pixel_range
+from my_dataset import EXTREME, is_extreme
 
 SMALL_SIDE = 224  # pixels: train.py's default image size
 UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
@@ -31,9 +33,9 @@ FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 
 
 class Picture(NamedTuple):
-    """An image file's header, checksum and thumbnail (see `make_thumbnail`), or the reason why it is unusable."""
+    """An image file's header, checksum and thumbnail (see `make_thumbnail`), or the reason why it is skipped."""
 
-    problem: str | None
+    skipped: Skipped | None
     format: str = ""
     mode: str = ""
     size: tuple[int, int] = (0, 0)  # width and height in pixels, upright
@@ -78,13 +80,17 @@ def check_data(args: argparse.Namespace) -> int:
     split, val_source = find_split(args.folder, args.val_path, args.val_rate)
     images = [Member(*image, "training") for image in zip(split.train_paths, split.train_labels, strict=True)]
     images += [Member(*image, "validation") for image in zip(split.val_paths, split.val_labels, strict=True)]
-    pictures = list(map_files(read_picture, [image.path for image in images], args.workers, "reading images"))
+    paths = [image.path for image in images]
+    pixel_range = merge_pixel_ranges(map_files(pixel_range_or_none, paths, args.workers, "reading headers"))
+    read = functools.partial(read_picture, pixel_range=pixel_range)
+    pictures = dict(zip(paths, map_files(read, paths, args.workers, "reading images"), strict=True))
 
-    print_classes(split, val_source)
-    print_files(pictures)
-    usable = [(image, picture) for image, picture in zip(images, pictures, strict=True) if picture.problem is None]
-    problems = {image.path: picture.problem for image, picture in zip(images, pictures, strict=True)}
-    require_training_images(split, [image.label for image, _ in usable if image.subset == "training"], problems.get)
+    left = split.drop([picture.skipped for picture in pictures.values() if picture.skipped is not None])
+    usable = [(image, pictures[image.path]) for image in images if pictures[image.path].skipped is None]
+    print_classes(left, val_source)
+    print_files([picture for _, picture in usable], pixel_range)
+    print_skipped(left.skipped)
+    require_training_images(split, left.train_labels, lambda path: pictures[path].skipped)
 
     groups = find_groups(usable)
     print_groups(groups, split.class_names, args.folder)
@@ -92,14 +98,15 @@ def check_data(args: argparse.Namespace) -> int:
         write_groups(groups, split.class_names, args.folder, csv_path)
         print(f"all groups: {printable(str(csv_path))}")
     if plot_path:
-        save_figure(split, [picture.size for _, picture in usable], groups, plot_path)
+        save_figure(left, [picture.size for _, picture in usable], groups, plot_path)
         print(f"figure: {printable(str(plot_path))}")
     conflicts = sum(group.conflict for group in groups)
     leaks = sum(group.leak for group in groups)
     print(
         f"{'LABEL CONFLICTS' if conflicts else 'no label conflicts'}: "
         f"{conflicts} {'picture' if conflicts == 1 else 'pictures'} in several classes, {leaks} in both training and "
-        f"validation, {len(groups)} duplicated in total; {len(images) - len(usable)} of {len(images)} files unusable"
+        f"validation, {len(groups)} duplicated in total; {len(left.skipped)} of "
+        f"{len(usable) + len(left.skipped)} files skipped"
     )
     return 1 if conflicts else 0
 
@@ -123,17 +130,25 @@ def output_outside_data(
     return path
 
 
-def read_picture(path: str) -> Picture:
+def pixel_range_or_none(path: str) -> PixelRange | None:
+    """Call `read_pixel_range`; return None for an unreadable image, which is reported when it is read."""
+    try:
+        return read_pixel_range(path)
+    except ImageError:
+        return None
+
+
+def read_picture(path: str, pixel_range: PixelRange | None) -> Picture:
     """Read an image file's header, thumbnail and checksum."""
     try:
         header = read_header(path)
-        thumbnail = make_thumbnail(read_image(path, min_side=8 * THUMBNAIL))
+        thumbnail = make_thumbnail(read_image(path, min_side=8 * THUMBNAIL, pixel_range=pixel_range))
         checksum = file_checksum(path)
         if checksum is None:
             raise ImageError(f"cannot read image {path!r}: it has been removed")
     except ImageError as error:
-        return Picture(str(error))
-    return Picture(None, *header, checksum, thumbnail)
+        return Picture(unreadable(path, error))
+    return Picture(Skipped(path, EXTREME, EXTREME) if is_extreme(path) else None, *header, checksum, thumbnail)
 
 
 def find_groups(usable: Sequence[tuple[Member, Picture]]) -> list[Group]:
@@ -163,6 +178,8 @@ def print_classes(split: Split, val_source: str) -> None:
     print(f"{split}\nvalidation: {printable(val_source)}\n\n{'class':{width}}  training  validation")
     for label, name in enumerate(names):
         print(f"{name:{width}}  {train[label]:8}  {val[label]:10}")
+    if unvalidated := [name for label, name in enumerate(names) if not val[label]] if val else []:
+        print(f"no validation images of {', '.join(unvalidated)}")
     most, least = max(train, key=train.get), min(train, key=train.get)
     if train[most] >= UNBALANCED * train[least]:
         print(
@@ -171,25 +188,27 @@ def print_classes(split: Split, val_source: str) -> None:
         )
 
 
-def print_files(pictures: Sequence[Picture]) -> None:
-    """Print sizes, modes and formats, and the unusable files with the reasons."""
-    usable = [picture for picture in pictures if picture.problem is None]
-    if usable:
-        sizes = sorted((picture.size for picture in usable), key=lambda size: (size[0] * size[1], size))
-        smallest, median, largest = (f"{w} x {h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
-        small = sum(min(size) < SMALL_SIDE for size in sizes)
-        extreme = sum(max(size) > MAX_ASPECT_RATIO * min(size) for size in sizes)
-        print(f"\nsize in pixels: smallest {smallest}, median {median}, largest {largest}")
-        print(f"shorter side below {SMALL_SIDE} px: {small}")
-        print(f"aspect ratio above {MAX_ASPECT_RATIO} (skipped by train.py): {extreme}")
-        for attribute in ("mode", "format"):
-            counts = Counter(getattr(picture, attribute) for picture in usable).most_common()
-            print(f"{attribute}: {', '.join(f'{name} {count}' for name, count in counts)}")
-    problems = [picture.problem for picture in pictures if picture.problem is not None]
-    print(f"unusable: {len(problems)}")
-    for problem in problems[:LISTED_FILES]:
-        print(f"  {printable(problem)}")
-    _print_more(len(problems) - LISTED_FILES, "files", "  ")
+def print_files(usable: Sequence[Picture], pixel_range: PixelRange | None) -> None:
+    """Print the sizes, modes and formats of the usable images, and the range of their pixel values."""
+    if not usable:
+        return
+    sizes = sorted((picture.size for picture in usable), key=lambda size: (size[0] * size[1], size))
+    smallest, median, largest = (f"{w} x {h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
+    print(f"\nsize in pixels: smallest {smallest}, median {median}, largest {largest}")
+    print(f"shorter side below {SMALL_SIDE} px: {sum(min(size) < SMALL_SIDE for size in sizes)}")
+    for attribute in ("mode", "format"):
+        counts = Counter(getattr(picture, attribute) for picture in usable).most_common()
+        print(f"{attribute}: {', '.join(f'{name} {count}' for name, count in counts)}")
+    if pixel_range:
+        print(f"pixel range: {pixel_range[0]:g} to {pixel_range[1]:g}, scaled to 8 bits")
+
+
+def print_skipped(skipped: Sequence[Skipped]) -> None:
+    """Print the first skipped files with the reasons, images first."""
+    images_first = sorted(skipped, key=lambda file: file.kind == UNKNOWN_TYPE)
+    for file in images_first[:LISTED_FILES]:
+        print(f"  {printable(str(file))}")
+    _print_more(len(skipped) - LISTED_FILES, "files", "  ")
 
 
 def print_groups(groups: Sequence[Group], class_names: Sequence[str], root: str) -> None:

@@ -86,6 +86,7 @@ def load_model(
         "model": model_name or checkpoint.get("model"),
         "class_names": class_names or checkpoint.get("class_names"),
         "img_size": checkpoint.get("img_size", 224),
+        "pixel_range": checkpoint.get("pixel_range"),
         "epoch": checkpoint.get("epoch"),
         "accuracy": checkpoint.get("accuracy"),
     }

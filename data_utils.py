@@ -5,12 +5,10 @@ The functions of class_files.py can also be imported from here, as in the tutori
 
 import collections
 import contextlib
-import hashlib
-import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,15 @@ from class_files import (  # noqa: F401 - part of the tutorial's data_utils
     write_pickle,
 )
 from cli_utils import DataError
+from image_folders import (
+    Skipped,
+    count_skipped,
+    likely_class,
+    list_images_by_class,
+    list_loose_files,
+    list_unused,
+    subfolders,
+)
 from image_io import ImageError, read_image
 from model import evaluation_mode
 from my_dataset import MyDataSet, prepare_batch, to_pixels
@@ -34,10 +41,8 @@ from my_dataset import MyDataSet, prepare_batch, to_pixels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FIGURE_IMAGES = 24  # maximum in the prediction figure
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found is used
-CHECK_CACHE = ".checked_images.json"  # in the runs folder: the cached results of checking image files
 
 
 # --- folder -> lists of files and labels --------------------------------------------------------------------------
@@ -52,6 +57,18 @@ class Split:
     train_labels: list[int]
     val_paths: list[str]
     val_labels: list[int]
+    skipped: list[Skipped] = field(default_factory=list)  # the other files in the folders
+
+    def drop(self, skipped: Sequence[Skipped]) -> "Split":
+        """Return a split without the images that are skipped."""
+        paths = {file.path for file in skipped}
+
+        def keep(images: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
+            kept = [pair for pair in zip(images, labels, strict=True) if pair[0] not in paths]
+            return [path for path, _ in kept], [label for _, label in kept]
+
+        subsets = *keep(self.train_paths, self.train_labels), *keep(self.val_paths, self.val_labels)
+        return Split(self.class_names, *subsets, [*self.skipped, *skipped])
 
     def count(self) -> dict[str, tuple[int, int]]:
         """Return the numbers of training and validation images per class."""
@@ -59,10 +76,11 @@ class Split:
         return {name: (train[label], val[label]) for label, name in enumerate(self.class_names)}
 
     def __str__(self) -> str:
+        skipped = f"\nskipped {count_skipped(self.skipped)}" if self.skipped else ""
         return (
             f"{len(self.train_paths) + len(self.val_paths)} images were found in the dataset.\n"
             f"{len(self.train_paths)} images for training.\n"
-            f"{len(self.val_paths)} images for validation."
+            f"{len(self.val_paths)} images for validation.{skipped}"
         )
 
 
@@ -75,9 +93,9 @@ def read_split_data(
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """Split a folder of images, with one sub-folder per class, into training and validation images.
 
-    Classes are sorted by name; hidden sub-folders, __MACOSX and runs folders are ignored. Of the n images of a class,
-    `int(n * val_rate)` are held out. The split depends on file names and `val_rate` only. Prints the image counts and
-    writes the class names to `class_indices_path`.
+    Classes are sorted by name, and include the images in their own sub-folders. Of the n images of a class,
+    `int(n * val_rate)` are held out, but at least one if there are two. The split depends on file names and `val_rate`
+    only. Prints the numbers of images and of skipped files, and writes the class names to `class_indices_path`.
 
     Args:
         val_rate: fraction to hold out, 0 <= val_rate < 1.
@@ -88,7 +106,7 @@ def read_split_data(
 
     Raises:
         FileNotFoundError, NotADirectoryError, PermissionError: `root` is missing, not a folder or unreadable.
-        DataError: fewer than two classes, a class without images, or too few images to hold one out.
+        DataError: fewer than two classes, a class without images, or no class with two images.
         ValueError: `val_rate` is out of range.
     """
     split = split_folder(root, val_rate)
@@ -110,21 +128,20 @@ def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
     """Split a folder like `read_split_data`, without printing, writing or plotting."""
     if not 0 <= val_rate < 1:
         raise ValueError(f"val_rate is {val_rate}; it must be at least 0 and below 1")
-    images = list_images_by_class(root)
-    split = Split(list(images), [], [], [], [])
+    skipped: list[Skipped] = []
+    images = list_images_by_class(root, skipped)
+    split = Split(list(images), [], [], [], [], skipped)
     generator = random.Random(0)  # private: leaves the global generator alone
     for label, paths in enumerate(images.values()):
-        held_out = set(generator.sample(paths, k=int(len(paths) * val_rate)))
+        at_least = 1 if val_rate > 0 and len(paths) > 1 else 0
+        held_out = set(generator.sample(paths, k=max(at_least, int(len(paths) * val_rate))))
         train = [path for path in paths if path not in held_out]
         split.train_paths += train
         split.train_labels += [label] * len(train)
         split.val_paths += [path for path in paths if path in held_out]
         split.val_labels += [label] * len(held_out)
     if val_rate > 0 and not split.val_paths:
-        raise DataError(
-            f"{os.fspath(root)}: too few images to hold any out for validation; with a fraction of {val_rate:g}, "
-            f"at least one class needs {math.ceil(1 / val_rate)} images"
-        )
+        raise DataError(f"{os.fspath(root)}: one image per class is too few: none can be held out for validation")
     return split
 
 
@@ -143,38 +160,59 @@ def find_split(
         The split, and a description of the source of its validation images.
 
     Raises:
-        DataError: a validation class is missing from the training folder. For other errors, see `read_split_data`.
+        DataError: a validation class is missing from the training folder, or both folders are the same. For other
+            errors, see `read_split_data`.
     """
     train_path, own_val_path = _train_and_val_folders(data_path)
-    val_path = val_path or own_val_path
-    if val_path is None:
-        source = "" if Path(train_path) == Path(data_path) else f" in {train_path}"
-        return split_folder(train_path, val_rate), f"{100 * val_rate:g}% of each class{source}, held out"
-    split = split_folder(train_path, 0)
-    val_images = list_images_by_class(val_path, min_classes=1)
-    unknown = sorted(val_images.keys() - set(split.class_names))
+    has_own_folders = Path(train_path) != Path(data_path)
+    if val_path is None and own_val_path is None:
+        split = split_folder(train_path, val_rate)
+        source = f" in {train_path}" if has_own_folders else ""
+        val_source = f"{100 * val_rate:g}% of each class{source}, held out"
+    else:
+        split = split_folder(train_path, 0)
+        val_path = val_path or own_val_path
+        _add_validation_images(split, train_path, val_path)
+        val_source = f"from {os.fspath(val_path)}"
+    if has_own_folders:
+        used = {train_path, val_path and Path(val_path)}
+        unused = [folder for folder in subfolders(data_path) if folder not in used]
+        split.skipped += list_loose_files(data_path) + list_unused(unused)
+    return split, val_source
+
+
+def _add_validation_images(split: Split, train_path: Path, val_path: str | os.PathLike) -> None:
+    if Path(val_path).resolve() == train_path.resolve():
+        raise DataError(f"{os.fspath(val_path)}: is both the training and the validation folder; omit --val-path")
+    images = list_images_by_class(val_path, split.skipped, min_classes=1)
+    unknown = [name for name in images if name not in split.class_names]
     if unknown:
-        raise DataError(f"{os.fspath(val_path)}: classes missing from {train_path}: {', '.join(unknown)}")
-    for name, paths in val_images.items():
+        likely = likely_class(unknown[0], split.class_names)
+        hint = f"; is {unknown[0]} the class {likely}?" if likely else ""
+        raise DataError(f"{os.fspath(val_path)}: classes missing from {train_path}: {', '.join(unknown)}{hint}")
+    for name, paths in images.items():
         split.val_paths += paths
         split.val_labels += [split.class_names.index(name)] * len(paths)
-    return split, f"from {os.fspath(val_path)}"
 
 
 def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
-    """Return the training and validation folders: sub-folders of `root`, or `root` itself and None."""
-    folders = {folder.name.lower(): folder for folder in _subfolders(root)}
-    if "train" not in folders or not folders.keys() <= {"train", *VALIDATION_FOLDERS}:
+    """Return the training and validation folders: sub-folders of `root`, or `root` itself and None.
+
+    Other sub-folders are allowed beside them if train and val have a class in common.
+    """
+    folders = {folder.name.lower(): folder for folder in subfolders(root)}
+    classes = {name: {path.name for path in subfolders(folder)} for name, folder in folders.items()}
+    if not classes.get("train"):  # then "train" and "test" may be class names
         return Path(root), None
-    if not _subfolders(folders["train"]):  # then "train" and "test" are class names
-        return Path(root), None
-    # Skip a folder without sub-folders, such as the unlabelled test images of a competition.
-    return folders["train"], next(
-        (folders[name] for name in VALIDATION_FOLDERS if name in folders and _subfolders(folders[name])), None
-    )
+    # A folder without sub-folders may hold the unlabelled test images of a competition.
+    val = next((name for name in VALIDATION_FOLDERS if classes.get(name)), None)
+    only_subsets = folders.keys() <= {"train", *VALIDATION_FOLDERS}
+    if only_subsets or (val and classes["train"] & classes[val]):
+        return folders["train"], folders.get(val)
+    return Path(root), None
 
 
-def require_training_images(split: Split, usable_labels: Iterable[int], explain: Callable[[str], str | None]) -> None:
+def require_training_images(split: Split, usable_labels: Iterable[int], explain: Callable[[str], object]) -> None:
     """Raise DataError if a class of `split` has no usable training images.
 
     Args:
@@ -186,104 +224,6 @@ def require_training_images(split: Split, usable_labels: Iterable[int], explain:
         label = min(emptied)
         example = split.train_paths[split.train_labels.index(label)]
         raise DataError(f"class {split.class_names[label]}: no usable training images; {explain(example)}")
-
-
-def list_images_by_class(root: str | os.PathLike, min_classes: int = 2) -> dict[str, list[str]]:
-    """List the images per class, both sorted by name.
-
-    Args:
-        min_classes: the minimum number of classes.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError, PermissionError: see `list_images`.
-        DataError: too few classes, or a class without images.
-    """
-    classes = _subfolders(root)
-    if len(classes) < min_classes:
-        found = f"only one, {classes[0].name}" if classes else "none"
-        needed = "at least two sub-folders" if min_classes > 1 else "sub-folders"
-        raise DataError(f"{os.fspath(root)}: needs {needed} of images, one per class; found {found}")
-    images = {folder.name: list_images(folder) for folder in classes}
-    empty = [name for name, paths in images.items() if not paths]
-    if empty:
-        raise DataError(
-            f"{os.fspath(root)}: no image ({' '.join(IMAGE_EXTENSIONS)}) in class {', '.join(empty)}; "
-            f"add some, or move that folder elsewhere"
-        )
-    return images
-
-
-def list_images(folder: str | os.PathLike) -> list[str]:
-    """List the image files directly in `folder`, sorted by name. Skips hidden files; extensions match in any case.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError, PermissionError: `folder` is missing, not a folder or unreadable.
-    """
-    return [
-        str(path) for path in _list_visible(folder) if path.suffix.lower() in IMAGE_EXTENSIONS and not _is_folder(path)
-    ]
-
-
-def list_images_below(folder: str | os.PathLike, on_error: Callable[[OSError], None]) -> list[str]:
-    """List the images in a folder and all its sub-folders. Follows links, but visits each folder once.
-
-    Args:
-        on_error: called with the error of each unreadable folder, which is skipped.
-    """
-    images, waiting, seen = [], [Path(folder)], set()
-    while waiting:
-        current = waiting.pop()
-        if current.resolve() in seen:
-            continue
-        seen.add(current.resolve())
-        try:
-            images += list_images(current)
-            waiting += reversed(_subfolders(current))
-        except OSError as error:
-            on_error(error)
-    return images
-
-
-def file_checksum(path: str) -> str | None:
-    """Return a file's 128-bit BLAKE2b checksum in hexadecimal, or None if it is unreadable."""
-    content = hashlib.blake2b(digest_size=16)
-    try:
-        if not Path(path).is_file():  # a pipe or a device may never end
-            return None
-        with open(path, "rb") as file:
-            while chunk := file.read(2**20):
-                content.update(chunk)
-    except OSError:  # reported when the image is read
-        return None
-    return content.hexdigest()
-
-
-def _subfolders(root: str | os.PathLike) -> list[Path]:
-    return [path for path in _list_visible(root) if _is_folder(path) and not _is_ignored(path)]
-
-
-def _is_ignored(folder: Path) -> bool:
-    """Return whether a folder holds the metadata of a macOS archive, or runs of train.py."""
-    return folder.name == "__MACOSX" or os.access(folder / CHECK_CACHE, os.F_OK)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a link into a folder without permission
-        return False
-
-
-def _list_visible(folder: str | os.PathLike) -> list[Path]:
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: a file, not a folder of images")
-    try:
-        return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
-    except PermissionError as error:
-        raise PermissionError(f"{folder}: no permission to read this folder") from error
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -382,8 +322,9 @@ def choose_figure_images(
         try:
             labelled, problems = read_label_file(images_dir, class_names)
             if labelled and not problems:
-                images = [data_set.transform(read_image(path)) for path, _ in labelled[:FIGURE_IMAGES]]
-                return torch.stack(images), [name for _, name in labelled[:FIGURE_IMAGES]]
+                paths, names = zip(*labelled[:FIGURE_IMAGES], strict=True)
+                images = [read_image(path, pixel_range=data_set.pixel_range) for path in paths]
+                return torch.stack([data_set.transform(image) for image in images]), list(names)
         except (DataError, ImageError) as error:  # a figure must not end the training
             print(f"{error}; the prediction figure shows validation images instead")
     images, names = [], []

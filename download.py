@@ -13,7 +13,7 @@ from pathlib import Path
 from torchvision.datasets.utils import download_url
 
 from cli_utils import DataError
-from data_utils import list_images_by_class
+from image_folders import list_images_by_class
 
 FLOWER_PHOTOS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWER_PHOTOS_MD5 = "6f87fb78e9cc9ab41eff2015b380011d"
@@ -65,7 +65,7 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
         except tarfile.TarError as error:
             raise DataError(f"{url}: cannot unpack the archive: {error}") from error
         content = unpacked / "flower_photos"
-        list_images_by_class(content)
+        list_images_by_class(content, [])
         (content / DOWNLOADED).write_bytes(md5.encode())
         if root.exists():
             root.rmdir()

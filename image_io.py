@@ -1,17 +1,29 @@
 """Decode image files of any format and mode that Pillow supports to upright 8-bit RGB images."""
 
+import functools
 import math
+import mimetypes
 import os
 import stat
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+with suppress(ImportError):  # optional: HEIC, the format of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 STRIP_PIXELS = 2**22  # large images are converted in strips of this size
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognises, but cannot decode
+RAW_EXTENSIONS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
+
+PixelRange = tuple[float, float]  # the pixel values that become black and white
 
 
 class ImageError(OSError):
@@ -22,23 +34,57 @@ class ImageError(OSError):
         return super().__str__().rstrip().rpartition("\n")[-1].rpartition("ImageError: ")[-1]
 
 
-def read_image(path: str | os.PathLike, min_side: int | None = None) -> Image.Image:
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Return the file extensions that the installed Pillow can decode, such as ".jpg", in lower case."""
+    Image.init()
+    formats = {*Image.OPEN, "MPO"} - NOT_DECODED - {"EPS"}  # Pillow opens MPO as JPEG; for EPS, see _open
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_image_file(path: str | os.PathLike) -> bool:
+    """Return whether Pillow can decode a file with this extension or, if there is none, with this content."""
+    if suffix := Path(path).suffix:
+        return suffix.lower() in image_extensions()
+    with suppress(ImageError):
+        return read_header(path)[0] not in NOT_DECODED
+    return False
+
+
+def unsupported_format(path: str | os.PathLike) -> str | None:
+    """Return advice if the extension is that of an image format that Pillow cannot decode, else None."""
+    suffix = Path(path).suffix.lower()
+    if suffix in image_extensions():
+        return None
+    if suffix in HEIF_EXTENSIONS:
+        return "pip install pillow-heif, or convert it to JPEG"
+    is_image = (mimetypes.guess_type(f"image{suffix}", strict=False)[0] or "").startswith("image/")
+    return "convert it to JPEG or PNG" if is_image or suffix in (*RAW_EXTENSIONS, ".eps", ".jxl") else None
+
+
+def read_image(
+    path: str | os.PathLike, min_side: int | None = None, pixel_range: PixelRange | None = None
+) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
-    The EXIF orientation is applied. 16-bit grey is scaled, not clipped; transparent pixels become white; only
-    the first frame of an animation is read.
+    The EXIF orientation is applied. Pixels with more than 8 bits are scaled linearly; transparent pixels become white;
+    only the first frame of an animation is read.
 
     Args:
         min_side: the minimum length of the shorter side in pixels. A larger image is reduced to 1/2, 1/3, 1/4, ... of
             its size. JPEG files are reduced by powers of 2 while decoding, which is much faster.
+        pixel_range: for images with more than 8 bits (16-bit, 32-bit or float grey), the values that become black and
+            white. None: the image's own minimum and maximum.
 
     Raises:
         ImageError: the file is missing, unreadable, corrupt or not an image.
     """
-    return decode(path, min_side)[0]
+    return decode(path, min_side, pixel_range)[0]
 
 
-def decode(path: str | os.PathLike, min_side: int | None = None) -> tuple[Image.Image, bool]:
+def decode(
+    path: str | os.PathLike, min_side: int | None = None, pixel_range: PixelRange | None = None
+) -> tuple[Image.Image, bool]:
     """Read an image like `read_image`. Returns the image, and whether it has been reduced."""
     with _image_errors(path), _open(path) as file:
         full_size = min(file.size)
@@ -46,11 +92,32 @@ def decode(path: str | os.PathLike, min_side: int | None = None) -> tuple[Image.
             factor = max(1, full_size // min_side)
             file.draft(None, (math.ceil(file.width / factor), math.ceil(file.height / factor)))
         file.load()  # applies the orientation of a TIFF file
-        image = _to_rgb(file, max(1, min(file.size) // min_side) if min_side is not None else 1)
+        if _has_wide_pixels(file):
+            pixel_range = pixel_range or _value_range(file)
+        image = _to_rgb(file, max(1, min(file.size) // min_side) if min_side is not None else 1, pixel_range)
         image.info.clear()
         image.getexif()[ExifTags.Base.Orientation] = _orientation(file)
         ImageOps.exif_transpose(image, in_place=True)
         return image, min(image.size) < full_size
+
+
+def read_pixel_range(path: str | os.PathLike) -> PixelRange | None:
+    """Return an image's minimum and maximum pixel value, or None for an image of at most 8 bits per channel.
+
+    Raises:
+        ImageError: see `read_image`.
+    """
+    with _image_errors(path), _open(path) as file:
+        if not _has_wide_pixels(file):
+            return None
+        file.load()
+        return _value_range(file)
+
+
+def merge_pixel_ranges(ranges: Iterable[Sequence[float] | None]) -> PixelRange | None:
+    """Return the smallest range that contains all `ranges`; None if all of them are None."""
+    known = [pair for pair in ranges if pair is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
 def read_header(path: str | os.PathLike) -> tuple[str, str, tuple[int, int]]:
@@ -104,44 +171,60 @@ def _image_errors(path: str | os.PathLike) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        raise ImageError(f"cannot read image {os.fspath(path)!r}: {_reason(error)}") from error
+        raise ImageError(f"cannot read image {os.fspath(path)!r}: {_reason(error, path)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str | os.PathLike) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of an unknown format"
+        advice = unsupported_format(path)
+        return f"unsupported image format ({advice})" if advice else "not an image, or of an unknown format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
-    """Convert to RGB at 1/factor of the size, in strips to limit the memory for huge images."""
+def _has_wide_pixels(image: Image.Image) -> bool:
+    """Return whether an image is grey with more than 8 bits, which Pillow would clip at 255."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _strips(image: Image.Image, factor: int = 1) -> list[tuple[int, int, int, int]]:
+    """Split an image into boxes of full width and a multiple of `factor` rows, to limit the memory for huge images."""
     rows = factor * max(1, STRIP_PIXELS // (image.width * factor))
-    strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    has_any_range = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
-    white = max(_white_level(image.crop(strip)) for strip in strips) if has_any_range else 65535
-    if len(strips) == 1:
-        return _strip_to_rgb(image, white).reduce(factor)
+    return [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+
+def _value_range(image: Image.Image) -> PixelRange:
+    """Return the minimum and maximum of the finite pixel values."""
+    extremes = []
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
+        if (values := values[np.isfinite(values)]).size:
+            extremes += [float(values.min()), float(values.max())]
+    return min(extremes, default=0.0), max(extremes, default=0.0)
+
+
+def _to_rgb(image: Image.Image, factor: int, pixel_range: PixelRange | None) -> Image.Image:
+    """Convert to RGB at 1/factor of the size."""
+    boxes = _strips(image, factor)
+    if len(boxes) == 1:
+        return _strip_to_rgb(image, pixel_range).reduce(factor)
     result = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-    for strip in strips:
-        result.paste(_strip_to_rgb(image.crop(strip), white).reduce(factor), (0, strip[1] // factor))
+    for box in boxes:
+        result.paste(_strip_to_rgb(image.crop(box), pixel_range).reduce(factor), (0, box[1] // factor))
     return result
 
 
-def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip values above 255
-        image = Image.fromarray((_finite(image) / white * 255).clip(0, 255).astype(np.uint8))
+def _strip_to_rgb(image: Image.Image, pixel_range: PixelRange | None) -> Image.Image:
+    if _has_wide_pixels(image):
+        image = _scale_to_8_bits(np.asarray(image, dtype=np.float64), *pixel_range)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def _white_level(image: Image.Image) -> float:
-    """Return the value of white: by convention 1 or 255 (floats), 1, 255 or 65535 (integers); else the maximum."""
-    largest, levels = _finite(image).max(initial=0), (1, 255) if image.mode == "F" else (1, 255, 65535)
-    return next((level for level in levels if largest <= level), largest)
-
-
-def _finite(image: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+def _scale_to_8_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
+    """Map `low` to black and `high` to white, and clip values beyond them. NaN becomes black."""
+    finite = np.nan_to_num(values, nan=low, posinf=high, neginf=low).clip(low, high)
+    scale = 255 / (high - low) if high > low else 0.0
+    return Image.fromarray(np.rint((finite - low) * scale).astype(np.uint8))

@@ -15,13 +15,14 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from image_cache import ImageCache
-from image_io import ImageError, aspect_ratio, decode, read_image
+from image_io import ImageError, PixelRange, aspect_ratio, decode, read_image
 
 # ImageNet's RGB mean and standard deviation on a scale of 0 to 1, as torchvision's weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 MAX_ASPECT_RATIO = 10
+EXTREME = f"aspect ratio above {MAX_ASPECT_RATIO}"  # the reason why such an image is skipped
 
 
 class MyDataSet(Dataset):
@@ -40,6 +41,7 @@ class MyDataSet(Dataset):
         transform: receives a PIL RGB image. If None, items hold the image itself. A transform with an attribute
             `min_side`, like those of this module, receives a uint8 tensor (3, H, W) that is reduced as in `read_image`.
         cache: keeps decoded images that were reduced to `min_side`, for later epochs.
+        pixel_range: the scale of images with more than 8 bits, see `read_image`.
     """
 
     def __init__(
@@ -49,21 +51,20 @@ class MyDataSet(Dataset):
         transform: Callable | None = None,
         *,
         cache: ImageCache | None = None,
+        pixel_range: PixelRange | None = None,
     ) -> None:
         if len(images_path) != len(images_class):
             raise ValueError(f"{len(images_path)} images, but {len(images_class)} labels")
-        usable = [not _is_extreme(path) for path in images_path]
+        usable = [not is_extreme(path) for path in images_path]
         self.images_path = [path for path, use in zip(images_path, usable, strict=True) if use]
         self.images_class = [label for label, use in zip(images_class, usable, strict=True) if use]
         self.transform = transform
         self.cache = cache
+        self.pixel_range = pixel_range
         skipped = [os.fspath(path) for path, use in zip(images_path, usable, strict=True) if not use]
         if skipped:
             names = ", ".join(map(repr, skipped[:3])) + (", ..." if len(skipped) > 3 else "")
-            print(
-                f"skipped {len(skipped)} of {len(images_path)} images with an aspect ratio above {MAX_ASPECT_RATIO}: "
-                f"{names}"
-            )
+            print(f"skipped {len(skipped)} of {len(images_path)} images with an {EXTREME}: {names}")
 
     def __len__(self) -> int:
         return len(self.images_path)
@@ -84,10 +85,10 @@ class MyDataSet(Dataset):
     def _image(self, index: int) -> Image.Image | Tensor:
         path, min_side = self.images_path[index], getattr(self.transform, "min_side", None)
         if min_side is None:
-            return read_image(path)
+            return read_image(path, pixel_range=self.pixel_range)
         pixels = self.cache.get(index) if self.cache else None
         if pixels is None:
-            image, is_reduced = decode(path, min_side)
+            image, is_reduced = decode(path, min_side, self.pixel_range)
             pixels = F.pil_to_tensor(image)
             if self.cache and is_reduced:
                 self.cache.put(index, pixels)
@@ -100,7 +101,8 @@ class MyDataSet(Dataset):
         return stack_images(images), torch.as_tensor(labels, dtype=torch.int64)
 
 
-def _is_extreme(path: str | os.PathLike) -> bool:
+def is_extreme(path: str | os.PathLike) -> bool:
+    """Return whether the image's aspect ratio is above `MAX_ASPECT_RATIO`; False if it is unreadable."""
     try:
         return aspect_ratio(path) > MAX_ASPECT_RATIO
     except ImageError:

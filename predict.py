@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoint import load_model, newest_weights
+from class_files import read_class_indices
 from cli_utils import (
     FIGURE_FORMATS,
     MANY_FILES,
@@ -35,9 +37,19 @@ from cli_utils import (
     select_device,
     select_precision,
 )
-from data_utils import list_images_below, read_class_indices
 from file_utils import atomic_file, write_csv
-from image_io import ImageError, read_image
+from image_folders import (
+    UNREADABLE,
+    UNSUPPORTED,
+    Skipped,
+    count_skipped,
+    file_checksum,
+    likely_class,
+    list_images,
+    normalise,
+    read_run_checksums,
+)
+from image_io import ImageError, PixelRange, read_image
 from inference import compute_logits
 from model import MODELS, ResNet, evaluation_mode, fold_batch_norm, grad_cam
 from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
@@ -46,11 +58,12 @@ from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
 # printed probabilities would depend on the number of images.
 BATCH_SIZE = 8
 FIGURE_IMAGES = 24  # maximum in --save-plot: the least certain ones
+SUBSETS = {"new": "images", "val": "of the run's validation images", "train": "of the run's training images"}
 SIGNATURE = b"predict.py --save-plot"  # the comment in a JPEG figure
 
 
 class ImageFile(NamedTuple):
-    """An image to classify: its path, its label if its folder is named after a class, and its command-line argument."""
+    """An image to classify: its path, its label if a folder is named after a class, and its command-line argument."""
 
     path: str
     label: str | None
@@ -87,36 +100,60 @@ def predict(args: argparse.Namespace) -> int:
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
     class_names = read_class_indices(args.class_indices) if args.class_indices else None
-    model, info = load_model(args.weights or newest_weights(), device, args.model, class_names)
+    weights = args.weights or newest_weights()
+    model, info = load_model(weights, device, args.model, class_names)
     class_names = info["class_names"]
 
     failures = []
 
-    def fail(error: Exception) -> None:
-        print(f"predict.py: {printable(str(error))}", file=sys.stderr, flush=True)
+    def warn(message: object) -> None:
+        print(f"predict.py: {printable(str(message))}", file=sys.stderr, flush=True)
+
+    def fail(error: object) -> None:
+        warn(error)
         failures.append(error)
 
-    files = []
+    files: list[ImageFile] = []
     for argument in args.images:
+        skipped: list[Skipped] = []
         try:
-            files += find_images(argument, class_names, on_error=fail)
+            found = find_images(argument, class_names, skipped)
         except (OSError, DataError) as error:
             fail(error)
+            continue
+        files += found
+        for line in describe_unlabelled(found, class_names):
+            warn(line)
+        for folder in (file for file in skipped if file.kind == UNREADABLE):
+            fail(folder)
+        if others := [file for file in skipped if file.kind != UNREADABLE]:
+            has_images = any(file.kind == UNSUPPORTED for file in others)
+            (fail if has_images else warn)(f"{argument}: skipped {count_skipped(others)}")
 
     plotted: list[Prediction] = []
     rows = []
-    correct: dict[str, list[bool]] = {}  # by command-line argument
-    for file, outcome in predict_images(model, files, info["img_size"], device, amp_dtype):
+    subsets = read_run_checksums(Path(weights).absolute().parent.parent / "files.json")
+    hits: dict[str, dict[str, list[tuple[str, bool]]]] = {}  # by command-line argument and subset
+    read = functools.partial(
+        read_or_error,
+        transform=EvalTransform(info["img_size"]),
+        pixel_range=info.get("pixel_range"),
+        with_checksum=bool(subsets) and any(file.label is not None for file in files),
+    )
+    for file, outcome in predict_images(model, files, read, info["img_size"], device, amp_dtype):
         if isinstance(outcome, ImageError):
             fail(outcome)
             continue
-        image, probabilities = outcome
+        image, checksum, probabilities = outcome
         ranking = probabilities.argsort(descending=True).tolist()[: args.topk]
         top = [(class_names[index], probabilities[index].item()) for index in ranking]
         prediction = Prediction(file, image, ranking[0], top)
         print_prediction(prediction, args.json)
         if file.label is not None:
-            correct.setdefault(file.argument, []).append(prediction.name == file.label)
+            subset = subsets.get(checksum, "new")
+            hits.setdefault(file.argument, {}).setdefault(subset, []).append(
+                (file.label, prediction.name == file.label)
+            )
         if csv_path:
             rows.append(csv_row(prediction))
         if plot_path:
@@ -124,9 +161,11 @@ def predict(args: argparse.Namespace) -> int:
             if len(plotted) > FIGURE_IMAGES:
                 del plotted[max(range(len(plotted)), key=lambda index: plotted[index].probability)]
 
-    for folder, hits in correct.items():
-        line = f"{printable(folder)}: accuracy {sum(hits) / len(hits):.4f} ({sum(hits)} of {len(hits)} images)"
-        print(line, file=sys.stderr if args.json else sys.stdout)
+    for argument, by_subset in hits.items():
+        for subset in SUBSETS:
+            if subset in by_subset:
+                line = f"{printable(argument)}: {describe_accuracy(by_subset[subset], subset, len(class_names))}"
+                print(line, file=sys.stderr if args.json else sys.stdout)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
     if plotted:
@@ -149,11 +188,11 @@ def would_overwrite_image(path: Path) -> bool:
         return False
 
 
-def find_images(argument: str, class_names: list[str], on_error: Callable[[OSError], None]) -> list[ImageFile]:
-    """List an image, or all images below a folder. Sub-folders named after a class label their images.
+def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -> list[ImageFile]:
+    """List an image, or all images below a folder. The first sub-folder named after a class labels its images.
 
     Args:
-        on_error: called with the error of each unreadable folder, which is skipped.
+        skipped: the other files, and unreadable sub-folders, are appended to it.
 
     Raises:
         FileNotFoundError: the file or folder is missing.
@@ -164,42 +203,88 @@ def find_images(argument: str, class_names: list[str], on_error: Callable[[OSErr
         raise FileNotFoundError(f"{argument!r}: no such file or folder")
     if not root.is_dir():
         return [ImageFile(argument, None, argument)]
+    known = {normalise(name): name for name in class_names}
     files = []
-    for path in list_images_below(root, on_error):
-        first, *rest = Path(path).relative_to(root).parts
-        files.append(ImageFile(path, first if rest and first in class_names else None, argument))
+    for path in list_images(root, skipped):
+        folders = map(normalise, Path(path).relative_to(root).parts[:-1])
+        files.append(ImageFile(path, next((known[name] for name in folders if name in known), None), argument))
     if not files:
-        raise DataError(f"{argument!r}: no images in this folder")
+        found = f", only {count_skipped(skipped)}" if skipped else ""
+        raise DataError(f"{argument!r}: no images in this folder{found}")
     return files
 
 
-def read_or_error(path: str, transform: EvalTransform) -> Tensor | ImageError:
-    """Read an image as uint8 (3, H, W). Returns an error instead of raising it."""
+def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[str]:
+    """Describe the images outside class folders, per top-level folder.
+
+    Returns:
+        The lines to print; none if no folder is named after a class or similarly.
+    """
+    counts: Counter[str] = Counter()
+    for file in files:
+        if file.label is None:
+            first, *rest = Path(file.path).relative_to(file.argument).parts if file.path != file.argument else ("",)
+            counts[first if rest else ""] += 1
+    likely = {folder: likely_class(folder, class_names) for folder in counts if folder}
+    if not any(likely.values()) and all(file.label is None for file in files):
+        return []
+    lines = []
+    for folder, count in counts.items():
+        hint = f"; is it {likely[folder]}?" if likely.get(folder) else ""
+        reason = f"{folder} is not a class{hint}" if folder else "not in a class folder"
+        lines.append(f"{files[0].argument}: {count} images without a label: {reason}")
+    return lines
+
+
+def read_or_error(
+    path: str, transform: EvalTransform, pixel_range: PixelRange | None, with_checksum: bool
+) -> tuple[Tensor, str | None] | ImageError:
+    """Read an image as uint8 (3, H, W), and its file's checksum. Returns an error instead of raising it."""
     try:
-        return transform(read_image(path, transform.min_side))
+        image = transform(read_image(path, transform.min_side, pixel_range))
     except ImageError as error:
         return error
+    return image, file_checksum(path) if with_checksum else None
 
 
 def predict_images(
-    model: ResNet, files: list[ImageFile], img_size: int, device: torch.device, amp_dtype: torch.dtype | None
-) -> Iterator[tuple[ImageFile, tuple[Tensor, Tensor] | ImageError]]:
+    model: ResNet,
+    files: list[ImageFile],
+    read: Callable[[str], tuple[Tensor, str | None] | ImageError],
+    img_size: int,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+) -> Iterator[tuple[ImageFile, tuple[Tensor, str | None, Tensor] | ImageError]]:
     """Classify `files` in order.
 
+    Args:
+        read: see `read_or_error`.
+
     Yields:
-        Each file with its image (3, H, W) uint8 and probabilities (classes,), or with its `ImageError`.
+        Each file with its image (3, H, W) uint8, checksum and probabilities (classes,), or with its `ImageError`.
     """
-    read = functools.partial(read_or_error, transform=EvalTransform(img_size))
     loaded = zip(files, map_files(read, [file.path for file in files]), strict=True)
     model = fold_batch_norm(model)
     blank = torch.zeros(3, img_size, img_size, dtype=torch.uint8)
     while batch := list(itertools.islice(loaded, BATCH_SIZE)):
-        images = [blank if isinstance(image, ImageError) else image for _, image in batch]
+        images = [blank if isinstance(item, ImageError) else item[0] for _, item in batch]
         images += [blank] * (BATCH_SIZE - len(images))
         with evaluation_mode(model):
             probabilities = compute_logits(model, stack_images(images), device, amp_dtype).softmax(dim=1).cpu()
-        for (file, image), row in zip(batch, probabilities, strict=False):
-            yield file, image if isinstance(image, ImageError) else (image, row)
+        for (file, item), row in zip(batch, probabilities, strict=False):
+            yield file, item if isinstance(item, ImageError) else (*item, row)
+
+
+def describe_accuracy(hits: list[tuple[str, bool]], subset: str, num_classes: int) -> str:
+    """Describe the accuracy on labelled images.
+
+    Args:
+        hits: per image, its label and whether the prediction is right.
+        subset: a key of `SUBSETS`.
+    """
+    right, covered = sum(hit for _, hit in hits), len({label for label, _ in hits})
+    coverage = f", {covered} of {num_classes} classes" if covered < num_classes else ""
+    return f"accuracy {right / len(hits):.4f} ({right} of {len(hits)} {SUBSETS[subset]}{coverage})"
 
 
 def print_prediction(prediction: Prediction, as_json: bool) -> None:

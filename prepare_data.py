@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli_utils import DataError, UsageError, map_files, number_of_workers
-from data_utils import Split, file_checksum, find_split, require_training_images
+from data_utils import Split, find_split, require_training_images
 from download import download_flower_photos
 from file_utils import read_json
-from image_io import ImageError, read_image
-from my_dataset import MAX_ASPECT_RATIO, MyDataSet
+from image_folders import UNREADABLE, UNSUPPORTED, Skipped, file_checksum, unreadable
+from image_io import ImageError, PixelRange, merge_pixel_ranges, read_image, read_pixel_range
+from my_dataset import EXTREME, MyDataSet, is_extreme
 from sample_flowers import draw_sample
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample_flowers"
@@ -38,7 +39,8 @@ class ImageCheck(NamedTuple):
     size: int  # bytes
     time: int  # of the last modification, ns
     checksum: str | None  # None if the file is unreadable
-    problem: str | None  # the reason why the image is unusable
+    pixel_range: PixelRange | None  # see `read_pixel_range`
+    skipped: Skipped | None  # why the image is unusable
 
 
 def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, ImageCheck]:
@@ -53,29 +55,35 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
         The results by absolute path.
     """
     result: dict[str, ImageCheck] = {}
-    unknown = []
-    for path in dict.fromkeys(map(_absolute, paths)):
+    unknown = {}
+    for path in paths:
         size, time = _size_and_time(path)
-        match known.get(path):
-            case [before, then, str(checksum), None] if (before, then) == (size, time):
-                result[path] = ImageCheck(size, time, checksum, None)
+        match known.get(_absolute(path)):
+            case [before, then, str(checksum), None | [float(), float()] as pixels, None] if [before, then] == [
+                size,
+                time,
+            ]:
+                result[_absolute(path)] = ImageCheck(size, time, checksum, pixels and tuple(pixels), None)
             case _:
-                result[path] = ImageCheck(size, time, None, None)
-                unknown.append(path)
-    for path, (checksum, problem) in zip(
-        unknown, map_files(_check_image, unknown, workers, "checking images"), strict=True
-    ):
-        result[path] = result[path]._replace(checksum=checksum, problem=problem)
+                result[_absolute(path)] = ImageCheck(size, time, None, None, None)
+                unknown[_absolute(path)] = path
+    findings = map_files(_check_image, list(unknown.values()), workers, "checking images")
+    for path, (checksum, pixel_range, skipped) in zip(unknown, findings, strict=True):
+        result[path] = result[path]._replace(checksum=checksum, pixel_range=pixel_range, skipped=skipped)
     return result
 
 
-def _check_image(path: str) -> tuple[str | None, str | None]:
-    """Return a file's checksum, and the reason why the image is unusable or None."""
+def _check_image(path: str) -> tuple[str | None, PixelRange | None, Skipped | None]:
+    """Return a file's checksum, its pixel range, and why the image is unusable or None."""
+    pixel_range, skipped = None, None
     try:
         read_image(path, min_side=16)  # decodes the whole file, but to a tiny image
+        pixel_range = read_pixel_range(path)
+        if is_extreme(path):
+            skipped = Skipped(path, EXTREME, EXTREME)
     except ImageError as error:
-        return file_checksum(path), str(error)
-    return file_checksum(path), None
+        skipped = unreadable(path, error)
+    return file_checksum(path), pixel_range, skipped
 
 
 def _absolute(path: str) -> str:
@@ -90,33 +98,22 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> tuple[Split, list[str]]:
-    """Remove the unusable images from a split.
+def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> Split:
+    """Return a split without the unusable images, which are added to its skipped files.
 
     Args:
         checked: the results of `check_images` for all images.
 
-    Returns:
-        The usable images, and the reasons why the others are unusable.
-
     Raises:
         DataError: there are no usable training images of a class, or no usable validation images.
     """
-
-    def usable(paths: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
-        kept = [pair for pair in zip(paths, labels, strict=True) if checked[_absolute(pair[0])].problem is None]
-        return [path for path, _ in kept], [label for _, label in kept]
-
-    problems = [image.problem for image in checked.values() if image.problem is not None]
-    left = Split(
-        split.class_names,
-        *usable(split.train_paths, split.train_labels),
-        *usable(split.val_paths, split.val_labels),
-    )
-    require_training_images(split, left.train_labels, lambda path: checked[_absolute(path)].problem)
+    images = dict.fromkeys(split.train_paths + split.val_paths)
+    unusable = {path: checked[_absolute(path)].skipped for path in images}
+    left = split.drop([skipped._replace(path=path) for path, skipped in unusable.items() if skipped is not None])
+    require_training_images(split, left.train_labels, unusable.get)
     if split.val_paths and not left.val_paths:
-        raise DataError(f"no usable validation images; {checked[_absolute(split.val_paths[0])].problem}")
-    return left, problems
+        raise DataError(f"no usable validation images; {unusable[split.val_paths[0]]}")
+    return left
 
 
 def describe_files(split: Split, checked: dict[str, ImageCheck]) -> Files:
@@ -143,33 +140,43 @@ class Data(NamedTuple):
     class_names: list[str]
     counts: dict[str, tuple[int, int]]  # training and validation images per class
     val_source: str  # where the validation images come from
-    problems: list[str]  # the reasons why images are unusable
+    leaked: int  # validation images that are byte-identical to a training image
+    skipped: list[Skipped]
+    pixel_range: PixelRange | None  # of the images with more than 8 bits
     files: Files
     known: dict[str, Any]  # all results of `check_images`, including earlier ones
 
 
-def prepare_data(args: argparse.Namespace, known_images: Path) -> Data:
+def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mapping[str, Any] | None = None) -> Data:
     """Find, check and split the images.
 
     Args:
         known_images: a JSON file with the results of earlier checks, which may be missing.
+        checkpoint: the checkpoint of a run to resume, whose pixel range is kept.
     """
     found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
     if args.num_classes not in (None, len(found.class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
     known = read_json(known_images)
     checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
-    split, problems = drop_unusable(found, checked)
-    if problems and args.strict:
-        raise DataError(f"--strict: {len(problems)} unusable images; {problems[0]}")
-    train_set = MyDataSet(split.train_paths, split.train_labels)
-    val_set = MyDataSet(split.val_paths, split.val_labels)
-    left = Split(
-        found.class_names, train_set.images_path, train_set.images_class, val_set.images_path, val_set.images_class
+    split = drop_unusable(found, checked)
+    unusable = [file for file in split.skipped if file.kind in (UNREADABLE, UNSUPPORTED)]
+    if unusable and args.strict:
+        raise DataError(f"--strict: {len(unusable)} unusable images; {unusable[0]}")
+    if checkpoint is None:
+        pixel_range = merge_pixel_ranges(image.pixel_range for image in checked.values() if image.skipped is None)
+    else:
+        pixel_range = checkpoint.get("pixel_range")
+    training_files = {checked[_absolute(path)].checksum for path in split.train_paths}
+    return Data(
+        train_set=MyDataSet(split.train_paths, split.train_labels, pixel_range=pixel_range),
+        val_set=MyDataSet(split.val_paths, split.val_labels, pixel_range=pixel_range),
+        class_names=split.class_names,
+        counts=split.count(),
+        val_source=val_source,
+        leaked=sum(checked[_absolute(path)].checksum in training_files for path in split.val_paths),
+        skipped=split.skipped,
+        pixel_range=pixel_range,
+        files=describe_files(found, checked),
+        known=known | checked,
     )
-    extreme = f"the readable ones have an aspect ratio above {MAX_ASPECT_RATIO}"
-    require_training_images(split, left.train_labels, lambda path: extreme)
-    if not len(val_set):
-        raise DataError(f"no usable validation images; {extreme}")
-    files = describe_files(found, checked)
-    return Data(train_set, val_set, found.class_names, left.count(), val_source, problems, files, known | checked)

@@ -22,9 +22,10 @@ from typing import Any, TextIO
 from checkpoint import newest_weights, read_checkpoint
 from cli_utils import UsageError, printable, quote_command
 from config import command_line
-from data_utils import CHECK_CACHE, write_class_indices
+from data_utils import write_class_indices
 from distributed import Distributed
 from file_utils import read_json, write_json
+from image_folders import CHECK_CACHE
 from prepare_data import Data
 from train_eval_utils import Callback
 
@@ -33,6 +34,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+SKIPPED_FILE = "skipped_files.txt"  # in a run's folder: the files of the data folder that were not used, and why
 LAUNCH_FILE = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
 SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
 
@@ -163,10 +165,10 @@ def write_metadata(folder: Path, args: argparse.Namespace, data: Data, launch_id
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     write_json(data.files, folder / "files.json")
     write_json(data.known, folder.parent / CHECK_CACHE)
-    unusable = folder / "unusable_images.txt"
-    unusable.write_text("\n".join([*data.problems, ""]), encoding="utf-8")
-    if not data.problems:
-        unusable.unlink()
+    skipped = folder / SKIPPED_FILE
+    skipped.write_text("".join(f"{file}\n" for file in data.skipped), encoding="utf-8")
+    if not data.skipped:
+        skipped.unlink()
 
 
 def versions() -> dict[str, str]:

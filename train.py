@@ -28,14 +28,15 @@ from cli_utils import (
 )
 from config import describe_recipe, flags_to_save, parse_args, resume_args, uses_cached_features
 from data_loading import Loaders, build_loaders, cache_features
-from data_utils import CHECK_CACHE
 from distributed import Distributed
+from image_folders import CHECK_CACHE, count_skipped
 from inference import Evaluation, gather_outputs, run_inference
 from model import MODELS, ResNet, freeze_backbone, to_device
 from optimization import build_average, build_optimizer, build_schedule, current_learning_rate, set_learning_rate
 from prepare_data import Data, prepare_data
 from run_state import Run
 from run_utils import (
+    SKIPPED_FILE,
     RunFolder,
     StopRequest,
     StopSignals,
@@ -69,7 +70,8 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
 
     # --- data, model, optimizer, loaders, schedule
     runs = folder.path.absolute().parent if folder else Path("runs")
-    data = dist.broadcast_from_main(lambda: prepare_data(args, runs / CHECK_CACHE), no_timeout=True)
+    saved = folder and folder.checkpoint
+    data = dist.broadcast_from_main(lambda: prepare_data(args, runs / CHECK_CACHE, saved), no_timeout=True)
     model, weights_description = build_model(args, data.class_names, device, dist, load_weights=folder is None)
     optimizer = build_optimizer(args, model, device, amp_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -126,7 +128,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 seconds = time.perf_counter() - start
                 logger.log_epoch(progress, validation, learning_rate, seconds)
                 run.finish_epoch()
-                print_epoch(run, progress, learning_rate, time.perf_counter() - start)
+                print_epoch(run, data, progress, learning_rate, time.perf_counter() - start)
         except StopRequest:
             callback.save()
             print_stop(run)
@@ -281,7 +283,12 @@ def start_run(
     run = Run(
         folder or create_run(args.name, dist),
         flags_to_save(args),
-        {"model": args.model, "class_names": data.class_names, "img_size": img_size},
+        {
+            "model": args.model,
+            "class_names": data.class_names,
+            "img_size": img_size,
+            "pixel_range": data.pixel_range,
+        },
         **state,
         average=build_average(args, state["model"]),
         global_batch=global_batch,
@@ -318,18 +325,31 @@ def print_header(
     print(f"classes      {len(names)}: {shorten(printable(', '.join(names)))}")
     counts = f"{len(data.train_set)} for training, {len(data.val_set)} for validation"
     print(f"images       {counts} ({printable(data.val_source)})")
-    if data.problems:
-        reasons = printable(str(run.folder / "unusable_images.txt"))
-        print(f"skipped      {len(data.problems)} unusable images (reasons in {reasons})")
+    if unvalidated := [name for name, (_, val) in data.counts.items() if not val]:
+        print(f"warning      no validation images of {shorten(printable(', '.join(unvalidated)))}")
+    if data.leaked:
+        print(f"warning      {data.leaked} validation images are identical to training images, see check_data.py")
+    if data.skipped:
+        listed = printable(str(run.folder / SKIPPED_FILE))
+        print(f"skipped      {printable(count_skipped(data.skipped))}; listed in {listed}")
+    if data.pixel_range:
+        low, high = data.pixel_range
+        print(f"pixel range  {low:g} to {high:g}, scaled to 8 bits")
     print(f"run          {folder}{'' if is_new else f', resumed at epoch {run.epoch}, step {run.progress.steps}'}")
     print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
 
 
-def print_epoch(run: Run, progress: Progress, learning_rate: float, seconds: float) -> None:
+def describe_coverage(data: Data) -> str:
+    """Return how many classes the accuracy covers, if some have no validation images."""
+    covered = sum(val > 0 for _, val in data.counts.values())
+    return f" ({covered} of {len(data.counts)} classes)" if covered < len(data.counts) else ""
+
+
+def print_epoch(run: Run, data: Data, progress: Progress, learning_rate: float, seconds: float) -> None:
     """Print the metrics of the epoch that has just finished."""
     print(
         f"[epoch {run.last['epoch']}] train_loss {progress.loss:.3f}  val_loss {run.last['val_loss']:.3f}  "
-        f"accuracy {run.last['accuracy']:.3f}  learning_rate {learning_rate:.4g}  "
+        f"accuracy {run.last['accuracy']:.3f}{describe_coverage(data)}  learning_rate {learning_rate:.4g}  "
         f"{seconds:.1f} s{'  *best' if run.best is run.last else ''}",
         flush=True,
     )
@@ -338,7 +358,8 @@ def print_epoch(run: Run, progress: Progress, learning_rate: float, seconds: flo
 def print_result(run: Run, data: Data) -> None:
     """Print the best accuracy, and the command that predicts a validation image."""
     best = str(run.weights / "best.pth")
-    print(f"best accuracy {run.best['accuracy']:.3f} at epoch {run.best['epoch']}: {printable(best)}")
+    accuracy = f"{run.best['accuracy']:.3f}{describe_coverage(data)}"
+    print(f"best accuracy {accuracy} at epoch {run.best['epoch']}: {printable(best)}")
     example = data.val_set.images_path[0]
     print(f"next: {quote_command(['python', 'predict.py', '--weights', best, example])}", flush=True)
 

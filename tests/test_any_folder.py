@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 import prepare_data
 import train
 from data_loading import EpochSampler, SafeImages
-from data_utils import DataError, find_split, list_images_below, split_folder
+from data_utils import DataError, find_split, split_folder
+from image_folders import list_images
 from image_io import ImageError, read_image
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from prepare_data import check_images, describe_files, drop_unusable
@@ -47,15 +48,14 @@ def test_each_file_is_used_or_reported(open_folder):
     with as_another_user():
         split = split_folder(folder)
         found = check_images(split.train_paths + split.val_paths, {})
-    problems = {Path(path): image.problem for path, image in found.items() if image.problem is not None}
-    assert {path.name for path in problems} == {name for name, usable in zoo.items() if not usable}
-    assert len(found) == 10 + len(zoo)
-    for path, problem in problems.items():
-        assert repr(str(path)) in problem
-        assert len(problem.splitlines()) == 1
-    left, reasons = drop_unusable(split, found)
-    assert sorted(reasons) == sorted(problems.values())
-    assert len(left.train_paths + left.val_paths) == len(found) - len(problems)
+    left = drop_unusable(split, found)
+    unusable = {name for name, usable in zoo.items() if not usable}
+    assert {Path(file.path).name for file in left.skipped} == unusable | {"locked", "notes.txt", "Thumbs.db"}
+    for file in left.skipped:
+        assert str(file).startswith(f"{file.path!r}: ")
+        assert len(str(file).splitlines()) == 1
+    found = len(left.train_paths + left.val_paths)
+    assert found == 10 + len(zoo) - len(unusable) + 1  # nested.jpg/deeper.png
 
 
 def test_class_without_usable_images_raises(tmp_path):
@@ -72,8 +72,8 @@ def test_unreadable_file_is_reported(open_folder):
     (folder / "cat" / "cat 00.png").chmod(0)
     with as_another_user():
         found = check_images(files_in(folder), {})
-    assert [image.problem for image in found.values() if image.problem] == [
-        f"cannot read image {str(folder / 'cat' / 'cat 00.png')!r}: Permission denied"
+    assert [str(image.skipped) for image in found.values() if image.skipped] == [
+        f"{str(folder / 'cat' / 'cat 00.png')!r}: Permission denied"
     ]
 
 
@@ -84,7 +84,7 @@ def test_training_runs_inside_the_data_folder():
         assert train.main(["--data-path", ".", *SMALL, "--epochs", "1"]) == 0
     classes = [json.loads(path.read_text()) for path in Path("runs").glob("*/class_indices.json")]
     assert classes == [{"0": "cat", "1": "dog"}] * 2
-    assert {Path(path).parts[0] for path in list_images_below(".", on_error=pytest.fail)} == {"cat", "dog"}
+    assert {Path(path).parts[0] for path in list_images(".", [])} == {"cat", "dog"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -94,14 +94,14 @@ def test_only_new_and_changed_files_are_rechecked(tmp_path, monkeypatch, workers
     random_state = torch.get_rng_state()
     first = check_images(paths, {}, workers)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert [image.problem is not None for image in first.values()] == [True] + [False] * 119
+    assert [image.skipped is not None for image in first.values()] == [True] + [False] * 119
     read = []
     monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert check_images(paths, json.loads(json.dumps(first))) == first
     assert read == paths[:1]  # failures are retried: the cause may have been a lack of memory
     read.clear()
-    damaged = dict(zip(first, [None, [], [1, 2, 3, 4], {}, "text"], strict=False))
-    assert check_images(paths[1:5], damaged | {paths[1]: [*first[paths[1]][:3], 7]}) == {
+    damaged = dict(zip(first, [None, [], [1, 2, 3, 4, 5], {}, "text"], strict=False))
+    assert check_images(paths[1:5], damaged | {paths[1]: [*first[paths[1]][:4], 7]}) == {
         path: first[path] for path in paths[1:5]
     }
     assert read == paths[1:5]
@@ -118,16 +118,16 @@ def test_training_skips_and_lists_unusable_images(tmp_path, capsys, monkeypatch)
     bad = [folder / "dog" / name for name, usable in zoo.items() if not usable and name != "secret.png"]
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
     said = capsys.readouterr().out
-    assert f"skipped      {len(bad)} unusable images" in said
+    assert f"skipped      {len(bad) + 2} files: {len(bad)} unreadable, 2 unknown file type" in said
     assert "[epoch 0]" in said
-    listed = Path("runs/flower_experiment/unusable_images.txt").read_text(encoding="utf-8").splitlines()
-    assert len(listed) == len(bad)
+    listed = Path("runs/flower_experiment/skipped_files.txt").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == len(bad) + 2
     assert all(any(repr(str(path)) in line for line in listed) for path in bad)
 
     read = []
     monkeypatch.setattr(prepare_data, "read_image", lambda path, **size: read.append(path) or read_image(path, **size))
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1"]) == 0
-    assert f"skipped      {len(bad)} unusable images" in capsys.readouterr().out
+    assert f"skipped      {len(bad) + 2} files: {len(bad)} unreadable" in capsys.readouterr().out
     assert {Path(path).name for path in read} == {path.name for path in bad}  # the others are cached
 
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "1", "--strict"]) == 1

@@ -89,12 +89,12 @@ def test_drawn_flowers_have_no_duplicates(capsys, drawn):
     assert (status, errors) == (0, "")
     assert "500 images were found" in output
     assert output.splitlines()[-1].startswith("no label conflicts: 0 pictures in several classes, 0 in both")
-    assert "0 duplicated in total; 0 of 500 files unusable" in output
+    assert "0 duplicated in total; 0 of 500 files skipped" in output
     for kind in KINDS:
         assert f"{kind:10}        80          20" in output
     assert "size in pixels: smallest 64 x 64, median 64 x 64, largest 64 x 64" in output
     assert "shorter side below 224 px: 500" in output
-    assert "mode: RGB 500\nformat: JPEG 500\nunusable: 0" in output
+    assert "mode: RGB 500\nformat: JPEG 500\n" in output
 
 
 def test_all_copies_are_found(capsys, flowers):
@@ -156,13 +156,17 @@ def test_conflicts_leaks_and_other_duplicates(capsys, tmp_path, flowers):
     assert lines[-1].startswith("LABEL CONFLICTS: 3 pictures in several classes, 3 in both training and validation, 7 ")
 
 
-def test_validating_on_the_training_folder_leaks(capsys, flowers):
-    status, output, _ = run(capsys, flowers, "--val-path", flowers)
+def test_validating_on_a_copy_of_the_training_folder_leaks(capsys, flowers, tmp_path):
+    status, _, errors = run(capsys, flowers, "--val-path", flowers)
+    assert status == 2
+    assert "is both the training and the validation folder" in errors
+    copy = shutil.copytree(flowers, tmp_path / "copy")
+    status, output, _ = run(capsys, flowers, "--val-path", copy)
     assert status == 0
     assert "LEAK: the same picture in training and validation: 100" in output
     assert output.count("  identical:\n") == 20
     assert "... and 80 more groups (--csv lists them all)" in output
-    assert len(groups_of(capsys, flowers, "--val-path", flowers)) == 100
+    assert len(groups_of(capsys, flowers, "--val-path", copy)) == 100
 
 
 def test_train_and_val_sub_folders(capsys, tmp_path, flowers):
@@ -180,13 +184,13 @@ def test_unusable_files_are_listed(capsys, flowers, workers):
     (flowers / "daisy" / "bad\x1bname.jpg").write_bytes(b"")
     status, output, errors = run(capsys, flowers, "--workers", workers, "--val-rate", "0")
     assert (status, errors) == (0, "")
-    assert "unusable: 12\n" in output
+    assert "skipped 12 files: 12 unreadable\n" in output
     assert "broken 08.jpg': not an image, or of an unknown format\n" in output
     assert "broken 09.jpg" not in output
     assert "bad\\x1bname.jpg" in output
     assert "\x1b" not in output
     assert "  ... and 2 more files\n" in output
-    assert output.splitlines()[-1].endswith("0 duplicated in total; 12 of 112 files unusable")
+    assert output.splitlines()[-1].endswith("0 duplicated in total; 12 of 112 files skipped")
 
 
 def test_summary_of_sizes_modes_formats_and_classes(capsys, tmp_path):
@@ -206,8 +210,8 @@ def test_summary_of_sizes_modes_formats_and_classes(capsys, tmp_path):
     assert "size in pixels: smallest 90 x 20" in output
     assert "largest 300 x 250" not in output
     assert "largest 240 x 400" in output
-    assert "aspect ratio above 10 (skipped by train.py): 1\n" in output
-    assert "mode: RGB 23, CMYK 1, L 1\nformat: PNG 21, JPEG 2, BMP 1, TIFF 1\n" in output
+    assert "skipped 1 file: 1 aspect ratio above 10\n" in output
+    assert "mode: RGB 22, CMYK 1, L 1\nformat: PNG 21, JPEG 2, TIFF 1\n" in output
     assert "very unbalanced: a has 12 times as many training images as b" in output
 
 
@@ -370,9 +374,9 @@ def test_class_without_usable_images(capsys, two_classes):
         path.write_bytes(b"")
     status, output, errors = run(capsys, two_classes)
     assert status == 2
-    assert "unusable: 10" in output
+    assert "skipped 10 files: 10 unreadable" in output
     assert errors == (
-        f"check_data.py: error: class cat: no usable training images; cannot read image "
+        f"check_data.py: error: class cat: no usable training images; "
         f"{str(two_classes / 'cat' / 'cat 00.png')!r}: not an image, or of an unknown format\n"
     )
 

@@ -11,7 +11,15 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 import image_io
-from image_io import read_header, read_image
+from image_io import (
+    ImageError,
+    is_image_file,
+    merge_pixel_ranges,
+    read_header,
+    read_image,
+    read_pixel_range,
+    unsupported_format,
+)
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 
@@ -135,10 +143,58 @@ def test_huge_images_are_processed_in_strips(tmp_path, monkeypatch, mode, min_si
     assert np.asarray(whole).std() > 10
 
 
-def test_32_bit_grey_is_scaled_to_its_range(tmp_path):
-    for largest, white in ((200, 255), (40_000, 65535), (10**6, 10**6)):
-        Image.fromarray(np.full((8, 8), largest, dtype=np.int32)).save(tmp_path / "a.tif")
-        assert np.asarray(read_image(tmp_path / "a.tif")).max() == int(largest / white * 255)
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("largest", [1, 1.01, 255, 256, 4095, 65535, 65536])
+def test_wide_pixels_are_scaled_linearly_from_the_given_range(tmp_path, kind, largest):
+    if kind != np.float32 and (largest != int(largest) or (kind == np.uint16 and largest > 65535)):
+        return
+    values = np.array([[0, largest / 2, largest]]).astype(kind).repeat(8, 0)
+    if kind != np.uint16:
+        values = np.hstack([-values, values])
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    low, high = (0.0 if kind == np.uint16 else -largest), largest
+    assert read_pixel_range(tmp_path / "a.tif") == pytest.approx((low, high))
+    for limits in ((low, high), (low, 2 * high), (0.0, high)):
+        pixels = np.asarray(read_image(tmp_path / "a.tif", pixel_range=limits)).astype(int)
+        expected = (values.astype(float) - limits[0]).clip(0) / (limits[1] - limits[0]) * 255
+        assert np.abs(pixels - expected[..., None]).max() <= 0.51
+    assert np.array_equal(read_image(tmp_path / "a.tif"), read_image(tmp_path / "a.tif", pixel_range=(low, high)))
+
+
+def test_range_ignores_non_finite_pixels(tmp_path):
+    values = np.array([[np.nan, np.inf, -np.inf, 2, 4, 6]], dtype=np.float32).repeat(6, 0)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert read_pixel_range(tmp_path / "a.tif") == (2, 6)
+    assert np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 255, 0, 0, 128, 255]
+    for flat in (np.full((4, 4), 7, np.float32), np.full((4, 4), np.nan, np.float32)):
+        Image.fromarray(flat).save(tmp_path / "a.tif")
+        assert np.asarray(read_image(tmp_path / "a.tif")).max() == 0
+
+
+def test_8_bit_images_have_no_range(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    assert read_pixel_range(tmp_path / "a.png") is None
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", pixel_range=(0, 9)))[..., 0], RAMP)
+    assert merge_pixel_ranges([None, (0, 7), (-2, 3), None]) == (-2, 7)
+    assert merge_pixel_ranges([None]) is None
+
+
+def test_known_formats_are_those_of_pillow(tmp_path):
+    for name in ("a.jpg", "a.JFIF", "a.jpe", "a.jp2", "a.tga", "a.ppm", "a.ico"):
+        assert is_image_file(tmp_path / name)
+    for name in ("a.txt", "a.h5", "a.heic", "a.eps", "a.pdf", "a.db"):
+        assert not is_image_file(tmp_path / name)
+    for name in ("a.heic", "b.HEIF", "a.svg", "a.nef", "a.eps"):
+        assert unsupported_format(tmp_path / name)
+    for name in ("a.jpg", "a.txt", "a", "a.h5"):
+        assert unsupported_format(tmp_path / name) is None
+    Image.fromarray(RAMP).save(tmp_path / "photo", "PNG")
+    (tmp_path / "notes").write_text("words")
+    assert is_image_file(tmp_path / "photo")
+    assert not is_image_file(tmp_path / "notes")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ImageError, match=r"a\.heic'\: unsupported image format \(pip install pillow-heif"):
+        read_image(tmp_path / "a.heic")
 
 
 def test_header_size_respects_exif_orientation(tmp_path):
