@@ -232,7 +232,8 @@ def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[
     for folder, count in counts.items():
         hint = f"; is it {likely[folder]}?" if likely.get(folder) else ""
         reason = f"{folder} is not a class{hint}" if folder else "not in a class folder"
-        lines.append(f"{files[0].argument}: {count} images without a label: {reason}")
+        images = "1 image" if count == 1 else f"{count} images"
+        lines.append(f"{files[0].argument}: {images} without a label: {reason}")
     return lines
 
 

@@ -120,15 +120,16 @@ def describe_files(split: Split, checked: dict[str, ImageCheck]) -> Files:
     """Describe the files of a split, to detect changes on resume, even if the folder is moved.
 
     Returns:
-        {"daisy/a.jpg": [["train", checksum]], ...}, with two entries if the file exists in both train and val. The
-        checksum of an unreadable file is "".
+        {"daisy/a.jpg": [["train", checksum]], ...}, with two entries if the file exists in both train and val. An
+        unusable image has "skipped" instead of "train" or "val", and the checksum "" if it is unreadable.
     """
     files: Files = {}
     subsets = {"train": (split.train_paths, split.train_labels), "val": (split.val_paths, split.val_labels)}
     for subset, (paths, labels) in subsets.items():
         for path, label in zip(paths, labels, strict=True):
             name = f"{split.class_names[label]}/{Path(path).name}"
-            files.setdefault(name, []).append([subset, checked[_absolute(path)].checksum or ""])
+            image = checked[_absolute(path)]
+            files.setdefault(name, []).append([subset if image.skipped is None else "skipped", image.checksum or ""])
     return files
 
 

@@ -212,7 +212,7 @@ def test_summary_of_sizes_modes_formats_and_classes(capsys, tmp_path):
     assert "largest 240 x 400" in output
     assert "skipped 1 file: 1 aspect ratio above 10\n" in output
     assert "mode: RGB 22, CMYK 1, L 1\nformat: PNG 21, JPEG 2, TIFF 1\n" in output
-    assert "very unbalanced: a has 12 times as many training images as b" in output
+    assert "very unbalanced: a has 11 times as many training images as b" in output
 
 
 def digit(number: int, random: np.random.Generator) -> Image.Image:
