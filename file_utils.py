@@ -36,12 +36,13 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
     """Write a CSV file atomically: first `columns`, then the other keys of the rows.
 
+    The file starts with a byte-order mark, without which Excel does not read UTF-8: open it with encoding="utf-8-sig".
     Characters that UTF-8 cannot encode, which file names may contain, are escaped.
     """
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     with (
         atomic_file(path) as unfinished,
-        open(unfinished, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        open(unfinished, "w", newline="", encoding="utf-8-sig", errors="backslashreplace") as file,
     ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -69,9 +69,10 @@ def list_images(folder: str | os.PathLike, skipped: list[Skipped]) -> list[str]:
 
     def visit(current: Path, entries: list[Path]) -> None:
         seen.add(current.resolve())
-        _sort_out([path for path in entries if not _is_folder(path)], images, skipped)
-        for path in entries:
-            if _is_folder(path) and not _is_ignored(path) and path.resolve() not in seen:
+        folders = dict.fromkeys(path for path in entries if _is_folder(path))
+        _sort_out([path for path in entries if path not in folders], images, skipped)
+        for path in folders:
+            if not _is_ignored(path) and path.resolve() not in seen:
                 try:
                     inside = list_visible(path)
                 except OSError as error:

@@ -153,13 +153,14 @@ def train_one_epoch(
             are all-reduced once per step. None: each batch is a step.
         amp_dtype: mixed precision, see `compute_logits`.
         scaler: scales the loss, so that float16 gradients do not underflow (https://arxiv.org/abs/1710.03740).
-        label_smoothing: label smoothing in 0..1 (https://arxiv.org/abs/1512.00567).
+        label_smoothing: label smoothing in 0..1 (https://arxiv.org/abs/1512.00567), for the gradients only: the losses
+            that are returned and logged are without it, like the validation loss.
         progress: pass a restored `Progress` to resume mid-epoch.
         callback: hooks around each step.
         keep_bar: leave the finished bar on the terminal.
 
     Returns:
-        The mean loss over the images.
+        The mean cross-entropy over the images.
 
     Raises:
         NonFiniteLossError: a loss is not finite. Losses are read twice per second and at the end, so further steps may
@@ -232,7 +233,7 @@ def _accumulate_gradients(
     scaler: GradScaler,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward and backward passes of a step, and return its mean loss, logits and labels."""
+    """Run the forward and backward passes of a step, and return its mean cross-entropy, logits and labels."""
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # only DistributedDataParallel has no_sync
     losses, logits, labels = [], [], []
     for place, (images, batch_labels, weight) in enumerate(batches, start=1):
@@ -241,6 +242,8 @@ def _accumulate_gradients(
             batch_labels = batch_labels.to(device, non_blocking=True)
             loss = F.cross_entropy(batch_logits, batch_labels, label_smoothing=label_smoothing)
             scaler.scale(loss * weight).backward()
+        if label_smoothing > 0:  # report the same quantity as for validation
+            loss = F.cross_entropy(batch_logits.detach(), batch_labels)
         counted = len(batch_labels) if weight else 0
         losses.append(loss.detach())
         logits.append(batch_logits.detach()[:counted])

@@ -57,7 +57,7 @@ def run(capsys, *argv, plot: str = "") -> tuple[int, str, str]:
 def groups_of(capsys, folder, *argv) -> dict[frozenset[str], tuple[str, str, str]]:
     """Map the paths of each group to its kind, conflict and leak columns in the CSV file."""
     run(capsys, folder, "--csv", "groups.csv", *argv)
-    with open("groups.csv", newline="", encoding="utf-8") as file:
+    with open("groups.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     groups = {}
     for row in rows:

@@ -219,7 +219,7 @@ def test_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sample
     flags = ["--weights", weights, "--topk", "2", "--save-plot", tmp_path / "out.png", "--csv", csv_path]
     status, lines, _ = run(capsys, sample, *flags)
     assert (status, len(lines)) == (0, 101)
-    with open(csv_path, newline="", encoding="utf-8") as file:
+    with open(csv_path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["image", "class", "probability", "label", "class 2", "probability 2"]
     for row, line in zip(rows, lines, strict=False):

@@ -39,7 +39,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def metrics() -> list[dict[str, str]]:
-    with open(RUN / "metrics.csv", newline="", encoding="utf-8") as file:
+    with open(RUN / "metrics.csv", newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 

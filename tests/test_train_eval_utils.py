@@ -77,13 +77,19 @@ def test_training_matches_a_plain_torch_loop():
         assert torch.equal(our, expected)
 
 
-def test_label_smoothing_applies_in_training():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
-    data = loader()
+def test_label_smoothing_changes_the_gradients_but_not_the_reported_loss():
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
+    plain = copy.deepcopy(ours)
+    data = loader(count=8, batch_size=8)
     images, labels = data.dataset.tensors
-    expected = F.cross_entropy(model(prepare_batch(images, CPU)), labels, label_smoothing=0.2).item()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    assert train_one_epoch(model, optimizer, data, CPU, 0, label_smoothing=0.2) == pytest.approx(expected, rel=1e-5)
+    logits = plain(prepare_batch(images, CPU))
+    F.cross_entropy(logits, labels, label_smoothing=0.2).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    loss = train_one_epoch(ours, optimizer, data, CPU, 0, label_smoothing=0.2)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    for our, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(our, expected)
 
 
 def test_callback_sets_the_rate_or_ends_the_epoch():
