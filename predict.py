@@ -89,6 +89,22 @@ class Prediction(NamedTuple):
         return self.top[0][1]
 
 
+class ErrorLog:
+    """Prints warnings and errors on standard error, and counts the errors."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def warn(self, message: object) -> None:
+        """Print a message that does not change the exit status."""
+        print(f"predict.py: {printable(str(message))}", file=sys.stderr, flush=True)
+
+    def fail(self, error: object) -> None:
+        """Print an error."""
+        self.warn(error)
+        self.failures += 1
+
+
 def predict(args: argparse.Namespace) -> int:
     """Classify the images; return the exit status, which is 1 if an input is unreadable."""
     plot_path = output_path("--save-plot", args.save_plot, FIGURE_FORMATS)
@@ -104,31 +120,8 @@ def predict(args: argparse.Namespace) -> int:
     model, info = load_model(weights, device, args.model, class_names)
     class_names = info["class_names"]
 
-    failures = []
-
-    def warn(message: object) -> None:
-        print(f"predict.py: {printable(str(message))}", file=sys.stderr, flush=True)
-
-    def fail(error: object) -> None:
-        warn(error)
-        failures.append(error)
-
-    files: list[ImageFile] = []
-    for argument in args.images:
-        skipped: list[Skipped] = []
-        try:
-            found = find_images(argument, class_names, skipped)
-        except (OSError, DataError) as error:
-            fail(error)
-            continue
-        files += found
-        for line in describe_unlabelled(found, class_names):
-            warn(line)
-        for folder in (file for file in skipped if file.kind == UNREADABLE):
-            fail(folder)
-        if others := [file for file in skipped if file.kind != UNREADABLE]:
-            has_images = any(file.kind == UNSUPPORTED for file in others)
-            (fail if has_images else warn)(f"{argument}: skipped {count_skipped(others)}")
+    log = ErrorLog()
+    files = [file for argument in args.images for file in find_and_report(argument, class_names, log)]
 
     plotted: list[Prediction] = []
     rows = []
@@ -142,7 +135,7 @@ def predict(args: argparse.Namespace) -> int:
     )
     for file, outcome in predict_images(model, files, read, info["img_size"], device, amp_dtype):
         if isinstance(outcome, ImageError):
-            fail(outcome)
+            log.fail(outcome)
             continue
         image, checksum, probabilities = outcome
         ranking = probabilities.argsort(descending=True).tolist()[: args.topk]
@@ -172,7 +165,7 @@ def predict(args: argparse.Namespace) -> int:
         if any(Path(argument).is_dir() for argument in args.images):
             plotted.sort(key=lambda prediction: prediction.probability)
         save_figure(model, plotted, plot_path, device)
-    return 1 if failures else 0
+    return 1 if log.failures else 0
 
 
 def would_overwrite_image(path: Path) -> bool:
@@ -214,26 +207,40 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
     return files
 
 
+def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> list[ImageFile]:
+    """Call `find_images`, and report errors, skipped files and images without a label."""
+    skipped: list[Skipped] = []
+    try:
+        files = find_images(argument, class_names, skipped)
+    except (OSError, DataError) as error:
+        log.fail(error)
+        return []
+    for line in describe_unlabelled(files, class_names):
+        log.warn(line)
+    for folder in (file for file in skipped if file.kind == UNREADABLE):
+        log.fail(folder)
+    if others := [file for file in skipped if file.kind != UNREADABLE]:
+        report = log.fail if any(file.kind == UNSUPPORTED for file in others) else log.warn
+        report(f"{argument}: skipped {count_skipped(others)}")
+    return files
+
+
 def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[str]:
-    """Describe the images outside class folders, per top-level folder.
+    """Describe the images outside class folders, one line per folder.
 
     Returns:
-        The lines to print; none if no folder is named after a class or similarly.
+        The lines to print; none if no folder has the name of a class or a similar one.
     """
-    counts: Counter[str] = Counter()
-    for file in files:
-        if file.label is None:
-            first, *rest = Path(file.path).relative_to(file.argument).parts if file.path != file.argument else ("",)
-            counts[first if rest else ""] += 1
-    likely = {folder: likely_class(folder, class_names) for folder in counts if folder}
-    if not any(likely.values()) and all(file.label is None for file in files):
+    folders = Counter(Path(file.path).parent for file in files if file.label is None and file.path != file.argument)
+    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != Path(files[0].argument)}
+    if all(file.label is None for file in files) and not any(likely.values()):
         return []
     lines = []
-    for folder, count in counts.items():
-        hint = f"; is it {likely[folder]}?" if likely.get(folder) else ""
-        reason = f"{folder} is not a class{hint}" if folder else "not in a class folder"
+    for folder, count in folders.items():
         images = "1 image" if count == 1 else f"{count} images"
-        lines.append(f"{files[0].argument}: {images} without a label: {reason}")
+        reason = "not in a class folder" if folder not in likely else f"{folder.name} is not a class"
+        hint = f"; is it {likely[folder]}?" if likely.get(folder) else ""
+        lines.append(f"{folder}: {images} without a label: {reason}{hint}")
     return lines
 
 

@@ -178,8 +178,8 @@ def test_predict_names_folders_that_match_no_class(tmp_path):
     files = predict.find_images(str(tmp_path / "test"), ["daisy", "roses"], [])
     lines = predict.describe_unlabelled(files, ["daisy", "roses"])
     assert lines == [
-        f"{tmp_path / 'test'}: 3 images without a label: Roses is not a class; is it roses?",
-        f"{tmp_path / 'test'}: 1 image without a label: misc is not a class",
+        f"{tmp_path / 'test' / 'Roses'}: 3 images without a label: Roses is not a class; is it roses?",
+        f"{tmp_path / 'test' / 'misc'}: 1 image without a label: misc is not a class",
     ]
     holiday = predict.find_images(str(write_classes(tmp_path / "photos", {"2024": 2, "beach": 1})), ["daisy"], [])
     assert predict.describe_unlabelled(holiday, ["daisy"]) == []
