@@ -267,7 +267,7 @@ def is_finite(state: Mapping[str, Tensor]) -> bool:
 
 @contextmanager
 def _as_weights_error(complaint: str) -> Iterator[None]:
-    """Convert whatever torch raises for an invalid file, except OSError, to a WeightsError with this message."""
+    """Convert whatever torch raises for an invalid file, but not failures to read it, to a WeightsError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
