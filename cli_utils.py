@@ -43,7 +43,13 @@ class DataError(UsageError):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that accepts both --some-flag and --some_flag, and reports errors in one line."""
+    """An ArgumentParser that accepts both --some-flag and --some_flag, and reports errors in one line.
+
+    Abbreviations of flags are errors: `--save` could mean another flag in the next version.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
         """Parse arguments after replacing underscores in the names of flags by hyphens."""
@@ -68,6 +74,12 @@ def parse_bool(text: str) -> bool:
 def printable(text: str) -> str:
     """Escape control characters and other unprintable ones, such as those in file names, to print on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def print_note(note: str) -> None:
+    """Print a line to standard error, apart from the results on standard output."""
+    if sys.stderr is not None:  # if it is closed, `print` would use standard output
+        print(printable(note), file=sys.stderr, flush=True)
 
 
 def escape_unprintable_output() -> None:

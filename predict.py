@@ -5,7 +5,7 @@ python predict.py photo.jpg a_folder --weights runs/flower_experiment/weights/be
 python predict.py a_folder --json > predictions.jsonl
 python predict.py photo.jpg --save-plot prediction.png   # with a Grad-CAM heat map
 python predict.py a_folder --csv predictions.csv --save-plot least_certain.png
-python predict.py photo.jpg --weights model-29.pth --model resnet34 --class-indices class_indices.json
+python predict.py photo.jpg --weights model-29.pth --class-indices class_indices.json
 """
 
 import argparse
@@ -14,9 +14,9 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,6 +32,7 @@ from cli_utils import (
     UsageError,
     map_files,
     output_path,
+    print_note,
     printable,
     run_program,
     select_device,
@@ -117,8 +118,9 @@ def predict(args: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
     class_names = read_class_indices(args.class_indices) if args.class_indices else None
     weights = args.weights or newest_weights()
-    model, info = load_model(weights, device, args.model, class_names)
+    model, info = load_model(weights, device, args.model, class_names, img_size=args.img_size)
     class_names = info["class_names"]
+    print_note(f"weights {weights}: {describe_model(info)}")
 
     log = ErrorLog()
     files = [file for argument in args.images for file in find_and_report(argument, class_names, log)]
@@ -130,7 +132,7 @@ def predict(args: argparse.Namespace) -> int:
     read = functools.partial(
         read_or_error,
         transform=EvalTransform(info["img_size"]),
-        pixel_range=info.get("pixel_range"),
+        pixel_range=info["pixel_range"],
         with_checksum=bool(subsets) and any(file.label is not None for file in files),
     )
     for file, outcome in predict_images(model, files, read, info["img_size"], device, amp_dtype):
@@ -161,11 +163,24 @@ def predict(args: argparse.Namespace) -> int:
                 print(line, file=sys.stderr if args.json else sys.stdout)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
+        print_note(f"predictions: {csv_path}")
     if plotted:
         if any(Path(argument).is_dir() for argument in args.images):
             plotted.sort(key=lambda prediction: prediction.probability)
         save_figure(model, plotted, plot_path, device)
+        print_note(f"figure: {plot_path}")
     return 1 if log.failures else 0
+
+
+def describe_model(info: Mapping[str, Any]) -> str:
+    """Describe a loaded model in one line. `info` is from `load_model`."""
+    source = f" ({info['img_size_source']})" if "img_size_source" in info else ""
+    line = f"{info['model']}, {len(info['class_names'])} classes, {info['img_size']} px{source}"
+    if isinstance(info["epoch"], int):
+        line += f", epoch {info['epoch']}"
+    if isinstance(info["accuracy"], float):
+        line += f", accuracy {info['accuracy']:.3f}"
+    return line
 
 
 def would_overwrite_image(path: Path) -> bool:
@@ -347,11 +362,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--csv", metavar="OUT.csv", help="also write the predictions to a CSV file")
     plot = f"plot the images (at most {FIGURE_IMAGES}: the least certain ones) with Grad-CAM heat maps"
     add("--save-plot", metavar="OUT.png", help=plot)
-    add("--model", choices=MODELS, help="architecture of a plain state_dict, which does not store it")
-    add("--class-indices", metavar="JSON", help="class_indices.json for a plain state_dict, which has no class names")
+    add("--model", choices=MODELS, help="architecture (default: the stored one, or else by the shapes)")
+    add("--class-indices", metavar="JSON", help="class_indices.json for a weights file without class names")
+    add("--img-size", type=int, help="input size in pixels (default: the stored one, or else 224)")
     args = parser.parse_args(argv)
     if args.topk < 1:
         parser.error(f"--topk is {args.topk}; it must be at least 1")
+    if args.img_size is not None and not 32 <= args.img_size <= 10_000:
+        parser.error(f"--img-size is {args.img_size}; it must be from 32 to 10000")
     return args
 
 

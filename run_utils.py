@@ -154,11 +154,17 @@ def lock_run(run: Path) -> TextIO | None:
     return file
 
 
-def write_metadata(folder: Path, args: argparse.Namespace, data: Data, launch_ids: set[str]) -> None:
-    """Write the metadata files of a run that starts or resumes."""
+def write_metadata(
+    folder: Path, args: argparse.Namespace, data: Data, launch_ids: set[str], network: Mapping[str, Any]
+) -> None:
+    """Write the metadata files of a run that starts or resumes.
+
+    Args:
+        network: what prediction with a plain state_dict of this run needs to know, see `checkpoint.run_network`.
+    """
     if args.resume is None:
         flags = vars(args) | {"recipe": str(args.recipe)}
-        content = {"flags": flags, "recipe": asdict(args.recipe), "versions": versions()}
+        content = {"flags": flags, "recipe": asdict(args.recipe), "network": network, "versions": versions()}
         (folder / "args.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
         write_class_indices(data.class_names, folder / "class_indices.json")
     if launch_ids:

@@ -13,7 +13,7 @@ import matplotlib
 import torch
 from torch import nn
 
-from checkpoint import load_pretrained
+from checkpoint import load_initial_weights
 from cli_utils import (
     UsageError,
     describe_device,
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
         return
     logger = NullLogger()
     if dist.is_main:
-        write_metadata(run.folder, args, data, dist.launch_ids)
+        write_metadata(run.folder, args, data, dist.launch_ids, run.info)
         logger = TensorBoardLogger(run, loaders, device, amp_dtype, histograms=args.histograms)
         print_header(args, data, run, device, precision, weights_description, is_new)
 
@@ -250,9 +250,9 @@ def build_model(
     model = MODELS[args.model](num_classes=len(class_names))
     description = f"weights of {args.weights}" if args.weights else "from scratch (no --weights given)"
     if args.weights and load_weights:
-        skipped = dist.local_rank_zero_first(lambda: load_pretrained(model, args.weights, args.model))
-        if skipped:
-            description += f" except {', '.join(skipped)}, which have a different number of classes"
+        description = dist.local_rank_zero_first(
+            lambda: load_initial_weights(model, args.weights, args.model, class_names)
+        )
     elif args.recipe.name == "finetune" and load_weights:
         print("warning: --recipe finetune is for pretrained weights: pass --weights, or use --recipe scratch")
     if args.freeze_layers:

@@ -90,7 +90,7 @@ def test_boolean_flag_values(argv, value):
     assert parser().parse_args(argv).freeze_layers is value
 
 
-@pytest.mark.parametrize("argv", [["--freeze-layers", "maybe"], ["--num-classes", "x"], ["--unknown"]])
+@pytest.mark.parametrize("argv", [["--freeze-layers", "maybe"], ["--num-classes", "x"], ["--unknown"], ["--num", "3"]])
 def test_invalid_flag_is_a_one_line_error(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(argv)

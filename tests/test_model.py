@@ -239,10 +239,10 @@ def test_checkpoint_restores_model_and_metadata(tmp_path):
     assert torch.equal(model.fc.weight, content["state_dict"]["fc.weight"])
 
 
-def test_plain_state_dict_needs_model_and_classes(tmp_path):
+def test_plain_state_dict_needs_class_names(tmp_path):
     path = tmp_path / "model-29.pth"
     torch.save(resnet18(num_classes=2).state_dict(), path)
-    with pytest.raises(WeightsError, match="--model"):
+    with pytest.raises(WeightsError, match=r"a resnet18 without class names; also pass --class-indices"):
         load_model(path)
     model, info = load_model(path, model_name="resnet18", class_names=["cat", "dog"])
     assert model.fc.out_features == 2

@@ -43,11 +43,23 @@ def weights(tmp_path_factory, sample) -> Path:
     return path
 
 
-def run(capsys, *argv) -> tuple[int, list[str], list[str]]:
+def header(weights: Path) -> str:
+    """Return the line about the weights of the fixture `weights`."""
+    return f"weights {weights}: resnet18, 5 classes, 64 px, epoch 0, accuracy 0.200\n"
+
+
+def run_with_notes(capsys, *argv) -> tuple[int, list[str], list[str]]:
     """Run predict.py; return its exit status and the lines of standard output and standard error."""
     status = predict.main([*map(str, argv), "--device", "cpu"])
     captured = capsys.readouterr()
     return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def run(capsys, *argv) -> tuple[int, list[str], list[str]]:
+    """Run predict.py like `run_with_notes`, without the lines about the weights and the files that are written."""
+    status, lines, errors = run_with_notes(capsys, *argv)
+    notes = ("weights ", "predictions: ", "figure: ")
+    return status, lines, [line for line in errors if not line.startswith(notes)]
 
 
 def test_one_line_per_image(capsys, weights, sample):
@@ -179,9 +191,10 @@ def test_file_names_are_escaped(capsys, weights, tmp_path):
 def test_default_weights_are_of_the_most_recent_run(capsys, weights, sample, monkeypatch, tmp_path):
     image = next((sample / "roses").iterdir())
     monkeypatch.chdir(weights.parents[3])
-    status, lines, _ = run(capsys, image)
+    status, lines, notes = run_with_notes(capsys, image)
     assert status == 0
     assert lines == run(capsys, image, "--weights", weights)[1]
+    assert "\n".join([*notes, ""]) == header(Path("runs", "first", "weights", "best.pth"))
     monkeypatch.chdir(tmp_path)
     status, lines, errors = run(capsys, image)
     assert (status, lines, len(errors)) == (1, [], 1)
@@ -195,11 +208,92 @@ def test_plain_state_dict(capsys, weights, sample, tmp_path):
     image = next((sample / "roses").iterdir())
     status, _, errors = run(capsys, image, "--weights", plain)
     assert status == 1
-    assert "--model" in errors[0]
-    assert "--class-indices" in errors[0]
+    assert len(errors) == 1
+    assert "a resnet18 without class names; also pass --class-indices" in errors[0]
     flags = ["--weights", plain, "--model", "resnet18", "--class-indices", tmp_path / "class_indices.json"]
-    status, lines, _ = run(capsys, image, *flags)
+    status, lines, notes = run_with_notes(capsys, image, *flags)
     assert (status, len(lines)) == (0, 1)
+    size = "224 px (the default, as no size is stored; change it with --img-size)"
+    assert notes == [f"weights {plain}: resnet18, 5 classes, {size}"]
+    assert run_with_notes(capsys, image, *flags[:2], *flags[4:]) == (0, lines, notes)  # the shapes are a resnet18's
+    _, lines, notes = run_with_notes(capsys, image, *flags, "--img-size", "64")
+    assert lines == run(capsys, image, "--weights", weights)[1]
+    assert notes == [f"weights {plain}: resnet18, 5 classes, 64 px (--img-size)"]
+
+
+@pytest.fixture
+def plain_in_run(weights, tmp_path) -> Path:
+    """Return a model-4.pth in the folder of a run of 64 px."""
+    path = tmp_path / "runs" / "first" / "weights" / "model-4.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(torch.load(weights, weights_only=True)["state_dict"], path)
+    network = {"model": "resnet18", "class_names": NAMES, "img_size": 64}
+    (path.parents[1] / "args.json").write_text(json.dumps({"flags": {}, "network": network}))
+    return path
+
+
+def test_plain_state_dict_in_a_run(capsys, weights, sample, plain_in_run, tmp_path, monkeypatch):
+    """It is predicted with the model, the class names and the image size of its run, like best.pth."""
+    _, expected, _ = run(capsys, sample / "roses", "--weights", weights, "--json")
+    status, lines, notes = run_with_notes(capsys, sample / "roses", "--weights", plain_in_run, "--json")
+    assert (status, lines) == (0, expected)
+    assert notes == [f"weights {plain_in_run}: resnet18, 5 classes, 64 px"]
+    monkeypatch.chdir(plain_in_run.parent)
+    assert run(capsys, sample / "roses", "--weights", plain_in_run.name, "--json") == (0, expected, [])
+    write_class_indices(NAMES[::-1], tmp_path / "class_indices.json")
+    flags = ["--weights", plain_in_run, "--json", "--class-indices", tmp_path / "class_indices.json"]
+    _, lines, _ = run(capsys, sample / "roses", *flags)
+    others = dict(zip(NAMES, NAMES[::-1], strict=True))
+    assert [json.loads(line)["class"] for line in lines] == [others[json.loads(line)["class"]] for line in expected]
+
+
+def test_model_that_contradicts_the_stored_one_is_an_error(capsys, weights, sample, plain_in_run):
+    for path, source in ((weights, weights), (plain_in_run, plain_in_run.parents[1] / "args.json")):
+        status, lines, errors = run(capsys, sample / "roses", "--weights", path, "--model", "resnet34")
+        message = f"{path}: --model is resnet34, but {source} states resnet18; omit --model"
+        assert (status, lines, errors) == (1, [], [f"predict.py: error: {message}"])
+    assert run(capsys, sample / "roses", "--weights", plain_in_run, "--model", "resnet18")[0] == 0
+
+
+@pytest.mark.parametrize("args_json", [None, "{", "[]", '{"network": 3}', '{"network": {}}', "\xff"])
+def test_run_with_a_corrupt_args_json(capsys, sample, plain_in_run, args_json):
+    args_file = plain_in_run.parents[1] / "args.json"
+    args_file.unlink()
+    if args_json is not None:
+        args_file.write_text(args_json, encoding="latin-1")
+    status, _, errors = run(capsys, sample / "roses", "--weights", plain_in_run)
+    assert (status, len(errors)) == (1, 1)
+    assert "without class names; also pass --class-indices" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": "vgg16"}, {"model": [1]}, {"class_names": "roses"}, {"img_size": "64"}, {"img_size": None}]
+)
+def test_run_with_invalid_metadata_is_an_error(capsys, sample, plain_in_run, changes):
+    args_file = plain_in_run.parents[1] / "args.json"
+    content = json.loads(args_file.read_text())
+    content["network"] |= changes
+    args_file.write_text(json.dumps(content))
+    status, lines, errors = run(capsys, sample / "roses", "--weights", plain_in_run)
+    assert (status, lines, len(errors)) == (1, [], 1)
+    assert str(args_file) in errors[0]
+
+
+def test_img_size_overrides_the_stored_size(capsys, weights, sample):
+    image = next((sample / "roses").iterdir())
+    _, expected, _ = run(capsys, image, "--weights", weights)
+    status, lines, notes = run_with_notes(capsys, image, "--weights", weights, "--img-size", "96")
+    assert status == 0
+    assert lines != expected
+    assert notes == [header(weights).replace("64 px", "96 px (--img-size)").strip()]
+
+
+def test_written_files_are_named(capsys, weights, sample, tmp_path):
+    image, plot, table = next((sample / "roses").iterdir()), tmp_path / "plot.png", tmp_path / "out.csv"
+    _, expected, _ = run(capsys, image, "--weights", weights)
+    status, lines, notes = run_with_notes(capsys, image, "--weights", weights, "--save-plot", plot, "--csv", table)
+    assert (status, lines) == (0, expected)
+    assert notes == [header(weights).strip(), f"predictions: {table}", f"figure: {plot}"]
 
 
 @pytest.mark.parametrize("extension", ["png", "PDF"])
@@ -270,7 +364,10 @@ def test_csv_can_be_a_named_pipe(weights, sample, tmp_path):
     ):
         try:
             arguments = [image, "--weights", str(weights), "--device", "cpu", "--csv", str(pipe)]
-            assert run_in_fork(lambda: predict.main(arguments), null.fileno()) == (0, "")
+            assert run_in_fork(lambda: predict.main(arguments), null.fileno()) == (
+                0,
+                f"{header(weights)}predictions: {pipe}\n",
+            )
             assert len(reader.communicate(timeout=10)[0].splitlines()) == 2
         finally:
             reader.kill()  # in case nothing was written
@@ -295,7 +392,8 @@ def main_of(program: str, weights: Path, images: Path) -> Callable[[], int]:
 @pytest.mark.parametrize("program", ["predict.py", "check_data.py"])
 def test_programs_run_without_stdout(weights, sample, program):
     """Services and pythonw have no standard output."""
-    assert run_in_fork(main_of(program, weights, sample), stdout=None) == (0, "")
+    expected = header(weights) if program == "predict.py" else ""
+    assert run_in_fork(main_of(program, weights, sample), stdout=None) == (0, expected)
 
 
 @needs_fork
@@ -303,13 +401,40 @@ def test_programs_run_without_stdout(weights, sample, program):
 @pytest.mark.parametrize(("program", "status"), [("predict.py", 1), ("check_data.py", 2)])
 def test_failed_output_is_a_one_line_error(weights, sample, program, status):
     main = main_of(program, weights, sample)
+    notes = header(weights) if program == "predict.py" else ""
     with open("/dev/full", "w") as full:
         result = run_in_fork(main, full.fileno())
-    assert result == (status, f"{program}: error: [Errno 28] No space left on device\n")
+    assert result == (status, f"{notes}{program}: error: [Errno 28] No space left on device\n")
     reader, writer = os.pipe()
     os.close(reader)
-    assert run_in_fork(main, writer) == (status, "")
+    assert run_in_fork(main, writer) == (status, notes)
     os.close(writer)
+
+
+@needs_fork
+def test_closed_standard_error_leaves_standard_output_unchanged(capsys, weights, sample, tmp_path):
+    image = next((sample / "roses").iterdir())
+    _, expected, _ = run(capsys, image, "--weights", weights)
+
+    def main() -> int:
+        sys.stderr = None
+        status = predict.main([str(image), "--weights", str(weights), "--device", "cpu"])
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the child ends here
+        return status
+
+    with open(tmp_path / "out.txt", "w") as out:
+        assert run_in_fork(main, out.fileno()) == (0, "")
+    assert (tmp_path / "out.txt").read_text().splitlines() == expected
+
+
+@pytest.mark.parametrize("flags", [["--img-size", "0"], ["--img-size", "31"], ["--img-size", "10001"], ["--save", "a"]])
+def test_invalid_flags_are_one_line_errors(capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        predict.main(["a.jpg", *flags])
+    assert caught.value.code == 2
+    stderr = capsys.readouterr().err
+    assert flags[0] in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -349,7 +474,7 @@ def test_predict_does_not_import_matplotlib(weights, sample):
     image = next((sample / "roses").iterdir())
     command = [sys.executable, "-c", code, image, "--weights", weights, "--device", "cpu"]
     done = subprocess.run(command, cwd=Path(predict.__file__).parent, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, header(weights))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`train.main` in this process: reproducibility, data, initial weights and user errors."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import read_events, write_classes, write_image
 
+import predict
 import prepare_data
 import tensorboard_logger
 import train
@@ -196,6 +198,27 @@ def test_frozen_random_backbone_prints_a_warning(no_figures, two_classes, capsys
         train.main(["--data-path", str(two_classes), *TINY, "--epochs", "1", "--freeze-layers", "--weights", ""]) == 0
     )
     assert "warning: --freeze-layers without --weights freezes a random backbone" in capsys.readouterr().out
+
+
+def test_plain_weights_of_a_run(no_figures, two_classes, capsys):
+    """A model-N.pth is predicted like best.pth, and `fc` starts afresh for classes with other names."""
+    flags = ["--data-path", str(two_classes), *TINY, "--epochs", "1"]
+    assert train.main([*flags, "--save-every", "1"]) == 0
+    folder = Path("runs/flower_experiment")
+    network = json.loads((folder / "args.json").read_text(encoding="utf-8"))["network"]
+    assert network == {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 32}
+    capsys.readouterr()
+    outputs = []
+    for name in ("best.pth", "model-0.pth"):
+        assert predict.main([str(two_classes), "--weights", str(folder / "weights" / name), "--device", "cpu"]) == 0
+        outputs.append(capsys.readouterr())
+        assert outputs[-1].err.startswith(f"weights {folder / 'weights' / name}: resnet18, 2 classes, 32 px")
+    assert outputs[0].out == outputs[1].out
+
+    (two_classes / "cat").rename(two_classes / "zebra")
+    plain = str(folder / "weights" / "model-0.pth")
+    assert train.main([*flags, "--weights", plain]) == 0
+    assert f"weights of {plain} except fc.weight, fc.bias, which have other classes" in capsys.readouterr().out
 
 
 # --- user errors ------------------------------------------------------------------------------------------------
