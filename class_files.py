@@ -3,10 +3,16 @@
 import json
 import os
 import pickle
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from cli_utils import DataError
+
+
+def normalise(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): macOS writes é as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def write_class_indices(class_names: Sequence[str], path: str | os.PathLike = "class_indices.json") -> None:
@@ -76,23 +82,36 @@ def label_lines(images_dir: str | os.PathLike) -> list[str]:
 
 def _read_label_line(line: str, images_dir: Path, class_names: Sequence[str]) -> tuple[str, str]:
     for class_name in sorted(class_names, key=len, reverse=True):
-        name = line.removesuffix(class_name)
-        if name != line and name != name.rstrip() and _is_file_in(images_dir, name.rstrip()):
-            return str(images_dir / name.rstrip()), class_name
+        name = _remove_class(line, class_name)
+        file = _find_file(images_dir, name.rstrip())
+        if name != line and name != name.rstrip() and file is not None:
+            return str(file), class_name
     name, *class_name = line.rsplit(maxsplit=1)
     if not class_name:
         raise DataError(f"{line!r} is not a file name followed by a class name")
-    known = next((known for known in class_names if line.endswith(known)), None)
+    known = next((known for known in class_names if _remove_class(line, known) != line), None)
     if known is None:
         raise DataError(f"unknown class {class_name[0]!r}")
-    name = line.removesuffix(known).rstrip()
+    name = _remove_class(line, known).rstrip()
     raise DataError(
         f"{name!r} is outside the folder" if _escapes_folder(name) else f"no image file {name!r} in the folder"
     )
 
 
-def _is_file_in(folder: Path, name: str) -> bool:
-    return bool(name) and not _escapes_folder(name) and (folder / name).is_file()
+def _spellings(name: str) -> list[str]:
+    """Return a name as it is, and with its accents composed and decomposed, see `normalise`."""
+    return [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+
+
+def _remove_class(line: str, class_name: str) -> str:
+    """Return `line` without `class_name` at its end, or unchanged if it ends otherwise."""
+    return next((line.removesuffix(name) for name in _spellings(class_name) if line.endswith(name)), line)
+
+
+def _find_file(folder: Path, name: str) -> Path | None:
+    if not name or _escapes_folder(name):
+        return None
+    return next((folder / spelling for spelling in _spellings(name) if (folder / spelling).is_file()), None)
 
 
 def _escapes_folder(name: str) -> bool:

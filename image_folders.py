@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from class_files import normalise
 from cli_utils import DataError
 from file_utils import read_json
 from image_io import ImageError, is_image_file, unsupported_format
@@ -180,11 +181,6 @@ def _is_folder(path: Path) -> bool:
 
 
 # --- names and checksums ------------------------------------------------------------------------------------------
-
-
-def normalise(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC): macOS writes é as two characters, other systems as one."""
-    return unicodedata.normalize("NFC", name)
 
 
 def likely_class(name: str, class_names: Sequence[str]) -> str | None:

@@ -22,8 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import load_model, newest_weights
-from class_files import read_class_indices
+from class_files import normalise, read_class_indices
 from cli_utils import (
     FIGURE_FORMATS,
     MANY_FILES,
@@ -47,13 +46,13 @@ from image_folders import (
     file_checksum,
     likely_class,
     list_images,
-    normalise,
     read_run_checksums,
 )
 from image_io import ImageError, PixelRange, read_image
 from inference import compute_logits
 from model import MODELS, ResNet, evaluation_mode, fold_batch_norm, grad_cam
 from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
+from weights_io import load_model, newest_weights
 
 # Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
 # printed probabilities would depend on the number of images.

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from checkpoint import WeightsError, restore, save_best, save_last, save_plain
+from checkpoint import restore, save_best, save_last, save_plain
 from cli_utils import UsageError
 from distributed import Distributed
 from inference import Evaluation
 from optimization import Schedule
 from run_utils import RunFolder, event_sizes, truncate_event_files
 from train_eval_utils import Progress
+from weights_io import WeightsError
 
 SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
 

@@ -19,15 +19,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from checkpoint import newest_weights, read_checkpoint
+from checkpoint import read_checkpoint
+from class_files import normalise, write_class_indices
 from cli_utils import UsageError, printable, quote_command
 from config import command_line
-from data_utils import write_class_indices
 from distributed import Distributed
 from file_utils import read_json, write_json
 from image_folders import CHECK_CACHE
 from prepare_data import Data
 from train_eval_utils import Callback
+from weights_io import newest_weights
 
 try:
     import fcntl
@@ -160,7 +161,7 @@ def write_metadata(
     """Write the metadata files of a run that starts or resumes.
 
     Args:
-        network: what prediction with a plain state_dict of this run needs to know, see `checkpoint.run_network`.
+        network: what prediction with a plain state_dict of this run needs to know, see `weights_io.run_network`.
     """
     if args.resume is None:
         flags = vars(args) | {"recipe": str(args.recipe)}
@@ -212,7 +213,7 @@ def check_same_data(folder: RunFolder, data: Data, allow_changed: bool) -> None:
     Raises:
         UsageError: the classes differ; files differ and not `allow_changed`; or the run's files.json is corrupt.
     """
-    if data.class_names != folder.checkpoint["class_names"]:
+    if data.class_names != [normalise(name) for name in folder.checkpoint["class_names"]]:
         names = ", ".join(data.class_names)
         raise UsageError(f"the data has the classes {names}, but the run was trained on other classes")
     before, now = read_json(folder.path / "files.json"), data.files

@@ -13,7 +13,6 @@ import matplotlib
 import torch
 from torch import nn
 
-from checkpoint import load_initial_weights
 from cli_utils import (
     UsageError,
     describe_device,
@@ -50,6 +49,7 @@ from run_utils import (
 from tensorboard_logger import NullLogger, TensorBoardLogger
 from train_eval_utils import Callback, Progress, estimate_batch_norm, train_one_epoch
 from tuning import choose_img_size, find_lr
+from weights_io import load_initial_weights
 
 PROJECTOR_IMAGES = 1000  # approximate number of validation images in TensorBoard's projector
 

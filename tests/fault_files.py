@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision import models
 
 import predict
-from checkpoint import WeightsError, load_model, load_pretrained, read_checkpoint
+from checkpoint import read_checkpoint
 from data_utils import (
     DataError,
     read_class_indices,
@@ -38,6 +38,7 @@ from image_io import ImageError, read_image
 from model import resnet18
 from prepare_data import check_images
 from sample_flowers import draw_flower
+from weights_io import WeightsError, load_model, load_pretrained
 
 # --- image files --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import random
 import shutil
 import tarfile
 import threading
+import unicodedata
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -376,6 +377,17 @@ def test_label_file_with_spaces_in_names(plot_img):
         ("both.png", "very dark"),
     ]
     assert problems == []
+
+
+def test_label_file_with_accents_composed_differently(plot_img):
+    composed, decomposed = (unicodedata.normalize(form, "rosé") for form in ("NFC", "NFD"))
+    write_image(plot_img / f"{composed} 1.png")
+    write_image(plot_img / f"{decomposed} 2.png")
+    lines = [f"{decomposed} 1.png {decomposed}", f"{composed} 2.png {composed}", f"{decomposed} 2.png {composed}"]
+    (plot_img / "label.txt").write_text("\n".join(lines), encoding="utf-8")
+    labelled, problems = data_utils.read_label_file(plot_img, [composed])
+    assert problems == []
+    assert [(Path(path).is_file(), name) for path, name in labelled] == [(True, composed)] * 3
 
 
 def test_missing_prediction_figure_is_explained(plot_img, tmp_path, capsys):

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torchvision import models as torchvision_models
 
-from checkpoint import WeightsError, load_model, load_pretrained
 from model import (
     MODELS,
     BasicBlock,
@@ -23,6 +22,7 @@ from model import (
     resnet101,
 )
 from my_dataset import prepare_batch
+from weights_io import WeightsError, load_model, load_pretrained
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -225,8 +225,8 @@ def test_checkpoints_cannot_execute_code(tmp_path):
 def checkpoint(**changes) -> dict:
     """Return a checkpoint like those of train.py."""
     state = resnet18(num_classes=2).state_dict()
-    content = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "epoch": 3, "accuracy": 0.75}
-    return content | {"state_dict": state} | changes
+    content = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "pixel_range": (0, 9)}
+    return content | {"epoch": 3, "accuracy": 0.75, "state_dict": state} | changes
 
 
 def test_checkpoint_restores_model_and_metadata(tmp_path):
@@ -235,7 +235,7 @@ def test_checkpoint_restores_model_and_metadata(tmp_path):
     model, info = load_model(tmp_path / "best.pth", "cpu")
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.training
-    assert info == {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "epoch": 3, "accuracy": 0.75}
+    assert info | {"state_dict": content["state_dict"]} == content
     assert torch.equal(model.fc.weight, content["state_dict"]["fc.weight"])
 
 

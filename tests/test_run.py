@@ -21,12 +21,12 @@ from torchvision.models import resnet18 as torchvision_resnet18
 from torchvision.transforms import v2
 
 import train
-from checkpoint import load_model
 from cli_utils import select_precision
 from data_utils import find_split
 from model import resnet18
 from my_dataset import EvalTransform, MyDataSet
 from train_eval_utils import evaluate
+from weights_io import load_model
 
 PROGRAM = Path(train.__file__)
 TINY = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import newest_weights, save_checkpoint
+from checkpoint import save_checkpoint
 from cli_utils import UsageError
 from run_utils import create_run_folder
+from weights_io import newest_weights
 
 
 def test_concurrent_runs_get_separate_folders(tmp_path):

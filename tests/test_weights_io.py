@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import WeightsError, load_initial_weights, load_model, load_pretrained
 from model import MODELS
+from weights_io import WeightsError, load_initial_weights, load_model, load_pretrained
 
 pytestmark = pytest.mark.usefixtures("small_network")
 NAMES = ["cat", "café"]
