@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from class_files import (  # noqa: F401 - part of the tutorial's data_utils
     label_lines,
+    normalise,
     read_class_indices,
     read_label_file,
     read_pickle,
@@ -201,7 +202,7 @@ def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
     Other sub-folders are allowed beside them if train and val have a class in common.
     """
     folders = {folder.name.lower(): folder for folder in subfolders(root)}
-    classes = {name: {path.name for path in subfolders(folder)} for name, folder in folders.items()}
+    classes = {name: {normalise(path.name) for path in subfolders(folder)} for name, folder in folders.items()}
     if not classes.get("train"):  # then "train" and "test" may be class names
         return Path(root), None
     # A folder without sub-folders may hold the unlabelled test images of a competition.

@@ -57,16 +57,13 @@ def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 
     result: dict[str, ImageCheck] = {}
     unknown = {}
     for path in paths:
-        size, time = _size_and_time(path)
-        match known.get(_absolute(path)):
-            case [before, then, str(checksum), None | [float(), float()] as pixels, None] if [before, then] == [
-                size,
-                time,
-            ]:
-                result[_absolute(path)] = ImageCheck(size, time, checksum, pixels and tuple(pixels), None)
+        status, absolute = _size_and_time(path), _absolute(path)
+        match known.get(absolute):
+            case [size, time, str(checksum), None | [float(), float()] as pixels, None] if (size, time) == status:
+                result[absolute] = ImageCheck(*status, checksum, pixels and tuple(pixels), None)
             case _:
-                result[_absolute(path)] = ImageCheck(size, time, None, None, None)
-                unknown[_absolute(path)] = path
+                result[absolute] = ImageCheck(*status, None, None, None)
+                unknown[absolute] = path
     findings = map_files(_check_image, list(unknown.values()), workers, "checking images")
     for path, (checksum, pixel_range, skipped) in zip(unknown, findings, strict=True):
         result[path] = result[path]._replace(checksum=checksum, pixel_range=pixel_range, skipped=skipped)
