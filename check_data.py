@@ -283,8 +283,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exit with one line if a value is invalid."""
     parser = FlagParser(prog="check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="a folder with one sub-folder per class, or with train and val folders")
-    add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class")
+    add(
+        "folder", metavar="FOLDER", help="a folder with one sub-folder per class, or with train and val; or a CSV table"
+    )
+    add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class, or a table")
     add("--val-rate", type=float, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
     add("--workers", type=int, help="worker processes that read images (default: one per core, at most 8)")
     add(

@@ -16,7 +16,7 @@ from weights_io import INFO_KEYS, WeightsError, check_info, is_finite, read_torc
 if TYPE_CHECKING:
     from run_state import Run
 
-FORMAT = 2  # version of last.pth; increment it with every change: other versions cannot be resumed
+FORMAT = 3  # version of last.pth; increment it with every change: other versions cannot be resumed
 COUNTS = ("images", "steps", "correct")
 
 
@@ -160,7 +160,7 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
         run.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
         for row in run.history:
             row["epoch"] = int(row["epoch"])
-        run.last = {key: checkpoint[key] for key in ("epoch", "accuracy", "val_loss")}
+        run.last = {key: checkpoint[key] for key in ("epoch", "accuracy", "macro_f1", "val_loss")}
         run.best = {key: resume["best"][key] for key in run.last}
         run.best_confusion = resume["best_confusion"]
         run.improved_at = resume["improved_at"]

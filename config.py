@@ -9,10 +9,12 @@ from typing import Any
 
 from cli_utils import FlagParser, UsageError, parse_bool
 from model import MODELS
+from my_dataset import RESIZE_MODES
 
 FLOWER_PHOTOS = Path(__file__).resolve().parent / "data" / "flower_photos"
 SIZE_STEP = 16  # progressive resizing: training images grow in steps of this many pixels
 DEFAULT_SIZE = 224
+BEST_METRICS = ("accuracy", "macro_f1", "val_loss")
 
 DESCRIPTION = """
 Train a ResNet on a folder of images, one sub-folder per class, and log the training to TensorBoard.
@@ -147,15 +149,24 @@ def build_parser() -> FlagParser:
     positive = checked(float, lambda x: 0 < x < math.inf, "above 0")
     non_negative = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
     fraction = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    probability = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
     folder = checked(str, bool, "the name of a folder")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", type=folder, help="folder with one sub-folder per class (default: the built-in sample)")
-    add("--val-path", type=folder, help="validation folder with the same layout (default: a fraction of --data-path)")
+    data_help = "folder with one sub-folder per class, or CSV table of paths and labels (default: the built-in sample)"
+    add("--data-path", type=folder, help=data_help)
+    val_help = "folder or table of the validation images (default: a fraction of --data-path)"
+    add("--val-path", type=folder, help=val_help)
     val_rate_help = "fraction of each class held out for validation (default: %(default)s)"
     val_rate = checked(float, lambda x: 0 < x < 1, "above 0 and below 1")
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
     add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
+    resize_help = "how images become square: cut off, add borders, or distort (default: %(default)s)"
+    add("--resize", choices=RESIZE_MODES, default="crop", help=resize_help)
+    hflip_help = "probability that a training image is flipped horizontally (default: %(default)s)"
+    add("--hflip", type=probability, default=0.5, metavar="P", help=hflip_help)
+    vflip_help = "probability that a training image is flipped vertically (default: %(default)s)"
+    add("--vflip", type=probability, default=0.0, metavar="P", help=vflip_help)
     two = checked(int, lambda n: n >= 2, "at least 2")
     add("--num-classes", type=two, help="expected number of classes, checked against the data")
     add("--strict", action="store_true", help="stop if an image cannot be read, instead of skipping it")
@@ -172,7 +183,9 @@ def build_parser() -> FlagParser:
     add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
     add("--epochs", type=positive_count, help="passes over the training images " + default_help("epochs"))
     add("--time-budget", type=positive, metavar="MINUTES", help="train for this long instead of --epochs")
-    patience_help = "stop after N epochs without improvement in accuracy (default: never)"
+    best_help = "metric that decides which epoch is the best (default: %(default)s)"
+    add("--best-metric", choices=BEST_METRICS, default="accuracy", help=best_help)
+    patience_help = "stop after N epochs without improvement in --best-metric (default: never)"
     add("--patience", type=count, default=0, metavar="N", help=patience_help)
     add("--batch-size", type=positive_count, help="images per batch, in each process " + default_help("batch_size"))
     add("--accumulate", type=positive_count, default=1, help="batches per optimizer step (default: %(default)s)")
@@ -180,6 +193,8 @@ def build_parser() -> FlagParser:
     add("--weight-decay", type=non_negative, help=decay_help + default_help("weight_decay"))
     smoothing_help = "label smoothing of the training loss "
     add("--label-smoothing", type=fraction, help=smoothing_help + default_help("label_smoothing"))
+    weights_help = "weight the loss by (images of the class) ** -P, P from 0 to 1 (default: %(default)s)"
+    add("--class-weights", type=probability, default=0.0, metavar="P", help=weights_help)
     seed = checked(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
     seed_help = "random seed for weights, shuffling and augmentation (default: %(default)s)"
     add("--seed", type=seed, default=0, help=seed_help)

@@ -236,14 +236,19 @@ def build_loaders(
         UsageError: there are too few training images for one step.
     """
     cache_images((data.train_set, data.val_set), dist)
-    data.train_set.transform = TrainTransform(img_size)
-    data.val_set.transform = EvalTransform(img_size)
+    data.train_set.transform = build_train_transform(args, img_size)
+    data.val_set.transform = EvalTransform(img_size, args.resize)
     train_loader = build_train_loader(args, data.train_set, device, dist)
     val_loader = build_val_loader(args, data.val_set, device, dist)
     bn_images = None
     if args.recipe.bn_images > 0 and not args.freeze_layers:  # a frozen backbone keeps its own statistics
-        bn_images = load_evenly_spaced(data.train_set, args.recipe.bn_images, img_size)
+        bn_images = load_evenly_spaced(data.train_set, args.recipe.bn_images, data.val_set.transform)
     return Loaders(train_loader, val_loader, bn_images)
+
+
+def build_train_transform(args: argparse.Namespace, img_size: int) -> TrainTransform:
+    """Create the augmentation of the training images."""
+    return TrainTransform(img_size, resize=args.resize, hflip=args.hflip, vflip=args.vflip)
 
 
 def cache_images(data_sets: Iterable[MyDataSet], dist: Distributed) -> None:
@@ -289,14 +294,14 @@ def build_val_loader(
     return make_loader(SafeImages(val_set, replace=False, return_index=True), batches, workers, device)
 
 
-def load_evenly_spaced(data_set: MyDataSet, number: int, img_size: int) -> Tensor:
+def load_evenly_spaced(data_set: MyDataSet, number: int, transform: EvalTransform) -> Tensor:
     """Load `number` evenly spaced images, or all if there are fewer, preprocessed as for evaluation.
 
     Returns:
         (N, 3, img_size, img_size) uint8. Unreadable images are replaced.
     """
     images = copy.copy(data_set)  # without its cache
-    images.transform = EvalTransform(img_size)
+    images.transform = transform
     readable = SafeImages(images, replace=True)
     indices = np.linspace(0, len(images) - 1, min(number, len(images))).astype(int).tolist()
     return stack_images([readable[index][0] for index in indices])

@@ -7,7 +7,7 @@ import collections
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from class_files import (  # noqa: F401 - part of the tutorial's data_utils
 )
 from cli_utils import DataError
 from image_folders import (
+    UNUSED,
     Skipped,
     count_skipped,
     likely_class,
@@ -38,6 +39,7 @@ from image_folders import (
 from image_io import ImageError, read_image
 from model import evaluation_mode
 from my_dataset import MyDataSet, prepare_batch, to_pixels
+from tables import Row, is_table, read_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,10 +129,16 @@ def read_split_data(
 
 def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
     """Split a folder like `read_split_data`, without printing, writing or plotting."""
+    skipped: list[Skipped] = []
+    return _hold_out(list_images_by_class(root, skipped), val_rate, root, skipped)
+
+
+def _hold_out(
+    images: Mapping[str, list[str]], val_rate: float, source: str | os.PathLike, skipped: list[Skipped]
+) -> Split:
+    """Hold out a fraction of each class for validation. `source` is for messages."""
     if not 0 <= val_rate < 1:
         raise ValueError(f"val_rate is {val_rate}; it must be at least 0 and below 1")
-    skipped: list[Skipped] = []
-    images = list_images_by_class(root, skipped)
     split = Split(list(images), [], [], [], [], skipped)
     generator = random.Random(0)  # private: leaves the global generator alone
     for label, paths in enumerate(images.values()):
@@ -142,58 +150,93 @@ def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
         split.val_paths += [path for path in paths if path in held_out]
         split.val_labels += [label] * len(held_out)
     if val_rate > 0 and not split.val_paths:
-        raise DataError(f"{os.fspath(root)}: one image per class is too few: none can be held out for validation")
+        raise DataError(f"{os.fspath(source)}: one image per class is too few: none can be held out for validation")
     return split
 
 
 def find_split(
     data_path: str | os.PathLike, val_path: str | os.PathLike | None = None, val_rate: float = 0.2
 ) -> tuple[Split, str]:
-    """Find the training and validation images of a folder.
+    """Find the training and validation images of a folder or a table.
 
     Args:
         data_path: a folder with one sub-folder per class, or with folders `train` and `val` (or `valid`, `validation`,
-            `test`) laid out in the same way.
-        val_path: a validation folder with one sub-folder per class; takes precedence over those in `data_path`.
-        val_rate: fraction of each class to hold out if there is no validation folder.
+            `test`) laid out in the same way; or a CSV table, see `read_table`.
+        val_path: a validation folder with one sub-folder per class, or a table; takes precedence over the validation
+            images in `data_path`.
+        val_rate: fraction of each class to hold out if there are no validation images.
 
     Returns:
         The split, and a description of the source of its validation images.
 
     Raises:
-        DataError: a validation class is missing from the training folder, or both folders are the same. For other
-            errors, see `read_split_data`.
+        DataError: a validation class is missing from the training images, or both folders are the same. For other
+            errors, see `read_split_data` and `read_table`.
     """
-    train_path, own_val_path = _train_and_val_folders(data_path)
-    has_own_folders = Path(train_path) != Path(data_path)
+    find = _find_in_table if is_table(data_path) else _find_in_folder
+    source, images, own_val_path, skipped = find(data_path, val_path)
     if val_path is None and own_val_path is None:
-        split = split_folder(train_path, val_rate)
-        source = f" in {train_path}" if has_own_folders else ""
-        val_source = f"{100 * val_rate:g}% of each class{source}, held out"
+        where = "" if Path(source) == Path(data_path) else f" in {source}"
+        return _hold_out(images, val_rate, source, skipped), f"{100 * val_rate:g}% of each class{where}, held out"
+    split = _hold_out(images, 0, source, skipped)
+    val_path = val_path or own_val_path
+    if is_table(val_path):
+        val_images = _group_by_label([row for row in read_table(val_path) if row.subset in ("", "val")])
     else:
-        split = split_folder(train_path, 0)
-        val_path = val_path or own_val_path
-        _add_validation_images(split, train_path, val_path)
-        val_source = f"from {os.fspath(val_path)}"
-    if has_own_folders:
-        used = {train_path, val_path and Path(val_path)}
-        unused = [folder for folder in subfolders(data_path) if folder not in used]
-        split.skipped += list_loose_files(data_path) + list_unused(unused)
-    return split, val_source
-
-
-def _add_validation_images(split: Split, train_path: Path, val_path: str | os.PathLike) -> None:
-    if Path(val_path).resolve() == train_path.resolve():
-        raise DataError(f"{os.fspath(val_path)}: is both the training and the validation folder; omit --val-path")
-    images = list_images_by_class(val_path, split.skipped, min_classes=1)
-    unknown = [name for name in images if name not in split.class_names]
+        if Path(val_path).resolve() == Path(source).resolve():
+            raise DataError(f"{os.fspath(val_path)}: is both the training and the validation folder; omit --val-path")
+        val_images = list_images_by_class(val_path, skipped, min_classes=1)
+    unknown = [name for name in val_images if name not in split.class_names]
     if unknown:
         likely = likely_class(unknown[0], split.class_names)
         hint = f"; is {unknown[0]} the class {likely}?" if likely else ""
-        raise DataError(f"{os.fspath(val_path)}: classes missing from {train_path}: {', '.join(unknown)}{hint}")
-    for name, paths in images.items():
+        raise DataError(f"{os.fspath(val_path)}: classes missing from {source}: {', '.join(unknown)}{hint}")
+    for name, paths in val_images.items():
         split.val_paths += paths
         split.val_labels += [split.class_names.index(name)] * len(paths)
+    return split, f"from {os.fspath(val_path)}"
+
+
+def _find_in_folder(
+    root: str | os.PathLike, val_path: str | os.PathLike | None
+) -> tuple[Path, dict[str, list[str]], Path | None, list[Skipped]]:
+    """Find the training images of a folder.
+
+    Args:
+        val_path: the validation images to use instead of those in `root`.
+
+    Returns:
+        The training folder, its images per class, the validation folder in `root` if any, and the files not used.
+    """
+    skipped: list[Skipped] = []
+    train_path, own_val_path = _train_and_val_folders(root)
+    images = list_images_by_class(train_path, skipped)
+    if train_path != Path(root):
+        used = {train_path, Path(val_path) if val_path else own_val_path}
+        skipped += list_loose_files(root)
+        skipped += list_unused(folder for folder in subfolders(root) if folder not in used)
+    return train_path, images, own_val_path, skipped
+
+
+def _find_in_table(
+    path: str | os.PathLike, val_path: str | os.PathLike | None
+) -> tuple[str | os.PathLike, dict[str, list[str]], str | os.PathLike | None, list[Skipped]]:
+    """Find the training images of a table; see `_find_in_folder`."""
+    rows = read_table(path)
+    images = _group_by_label([row for row in rows if row.subset in ("", "train")])
+    if len(images) < 2:
+        raise DataError(f"{os.fspath(path)}: needs training images of at least two labels; found {len(images)}")
+    has_val_rows = any(row.subset == "val" for row in rows)
+    unused = ("test",) if val_path is None else ("val", "test")
+    skipped = [Skipped(row.path, UNUSED, UNUSED) for row in rows if row.subset in unused]
+    return path, images, path if has_val_rows else None, skipped
+
+
+def _group_by_label(rows: Iterable[Row]) -> dict[str, list[str]]:
+    images: dict[str, list[str]] = {}
+    for row in rows:
+        images.setdefault(row.label, []).append(row.path)
+    return images
 
 
 def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:

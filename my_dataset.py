@@ -22,14 +22,15 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 MAX_ASPECT_RATIO = 10
+RESIZE_MODES = ("crop", "pad", "stretch")  # how an image becomes square, see `make_square`
 EXTREME = f"aspect ratio above {MAX_ASPECT_RATIO}"  # the reason why such an image is skipped
 
 
 class MyDataSet(Dataset):
     """Images and their labels. The image files are read on access.
 
-    Images with an aspect ratio above 10 are skipped, with a message. The attributes `images_path` and `images_class`
-    hold the others; the caller's lists are not modified.
+    Images with an aspect ratio above 10 are skipped by default, with a message. The attributes `images_path` and
+    `images_class` hold the others; the caller's lists are not modified.
 
     `dataset[i]` returns (image, label), or raises an ImageError if the file is unreadable. `dataset[i, seed]` seeds the
     transform without changing the global generator, so that an item depends neither on the process nor on the order.
@@ -42,6 +43,7 @@ class MyDataSet(Dataset):
             `min_side`, like those of this module, receives a uint8 tensor (3, H, W) that is reduced as in `read_image`.
         cache: keeps decoded images that were reduced to `min_side`, for later epochs.
         pixel_range: the scale of images with more than 8 bits, see `read_image`.
+        skip_extreme: skip images with an aspect ratio above 10.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class MyDataSet(Dataset):
         *,
         cache: ImageCache | None = None,
         pixel_range: PixelRange | None = None,
+        skip_extreme: bool = True,
     ) -> None:
         if len(images_path) != len(images_class):
             raise ValueError(f"{len(images_path)} images, but {len(images_class)} labels")
-        usable = [not is_extreme(path) for path in images_path]
+        usable = [not (skip_extreme and is_extreme(path)) for path in images_path]
         self.images_path = [path for path, use in zip(images_path, usable, strict=True) if use]
         self.images_class = [label for label, use in zip(images_class, usable, strict=True) if use]
         self.transform = transform
@@ -115,42 +118,70 @@ def is_extreme(path: str | os.PathLike) -> bool:
 class TrainTransform:
     """The tutorial's random resized crop and horizontal flip of an RGB image, to uint8 (3, img_size, img_size).
 
+    Args:
+        resize: how an image becomes square before it is cropped, see `make_square`.
+        hflip, vflip: the probabilities of a horizontal and a vertical flip.
+
     Attributes:
         min_side: the minimum length of the shorter side, see `read_image`. At 224 px it reduces photographs to about
             the size of ImageNet's, so that the smallest crops are enlarged as much as in ImageNet training.
     """
 
-    def __init__(self, img_size: int = 224) -> None:
-        self.img_size = img_size
+    def __init__(self, img_size: int = 224, *, resize: str = "crop", hflip: float = 0.5, vflip: float = 0.0) -> None:
+        self.img_size, self.resize = img_size, resize
         self.min_side = math.ceil(1.5 * img_size)
         self.crop = v2.RandomResizedCrop(img_size, antialias=True)
-        self.flip = v2.RandomHorizontalFlip()
+        self.hflip = v2.RandomHorizontalFlip(hflip)
+        self.vflip = v2.RandomVerticalFlip(vflip) if vflip > 0 else v2.Identity()  # draws no random number
 
     def __call__(self, image: Image.Image | Tensor, img_size: int | None = None) -> Tensor:
         """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
+        pixels = _to_tensor(image)
+        if self.resize != "crop":
+            pixels = make_square(pixels, min(self.min_side, max(pixels.shape[-2:])), self.resize)
         self.crop.size = [img_size or self.img_size] * 2
-        return self.flip(self.crop(_to_tensor(image)))
+        return self.vflip(self.hflip(self.crop(pixels)))
 
 
 class EvalTransform:
-    """Resize the shorter side to 256/224 of `img_size` and crop the centre, to uint8 (3, img_size, img_size).
+    """Convert an RGB image to a square, uint8 (3, img_size, img_size).
+
+    Args:
+        resize: "crop": resize the shorter side to 256/224 of `img_size` and crop the centre; otherwise see
+            `make_square`.
 
     Attributes:
         min_side: see `TrainTransform`.
     """
 
-    def __init__(self, img_size: int = 224) -> None:
+    def __init__(self, img_size: int = 224, resize: str = "crop") -> None:
         self.min_side = math.ceil(1.5 * img_size)
-        self.img_size = img_size
+        self.img_size, self.resize = img_size, resize
         self.shorter_side = round(img_size * 256 / 224)
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
         pixels = _to_tensor(image)
+        if self.resize != "crop":
+            return make_square(pixels, self.img_size, self.resize)
         # Crop extreme shapes (1 x 20,000 pixels) before they are resized.
         height, width = pixels.shape[-2:]
         pixels = F.center_crop(pixels, [min(height, width * MAX_ASPECT_RATIO), min(width, height * MAX_ASPECT_RATIO)])
         return F.center_crop(F.resize(pixels, [self.shorter_side], antialias=True), [self.img_size])
+
+
+def make_square(pixels: Tensor, side: int, resize: str) -> Tensor:
+    """Resize a whole image, uint8 (3, H, W), to (3, side, side).
+
+    Args:
+        resize: "pad": keep the aspect ratio, and fill the borders with ImageNet's mean colour; "stretch": distort.
+    """
+    if resize == "stretch":
+        return F.resize(pixels, [side, side], antialias=True)
+    height, width = (max(1, round(length * side / max(pixels.shape[-2:]))) for length in pixels.shape[-2:])
+    left, top = (side - width) // 2, (side - height) // 2
+    borders = [left, top, side - width - left, side - height - top]
+    return F.pad(F.resize(pixels, [height, width], antialias=True), borders, fill=[round(255 * mean) for mean in MEAN])
 
 
 def _to_tensor(image: Image.Image | Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import argparse
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,25 @@ MOMENTUM = 0.9
 BLOCK_ROWS = 64  # rows of a kernel that are orthogonalised together
 EPSILON = 1e-7  # avoids division by zero
 BUDGET_END_FRACTION = 0.97  # fraction of a time budget after which no further epoch starts
+
+
+def build_class_weights(
+    args: argparse.Namespace, counts: Mapping[str, tuple[int, int]], device: torch.device
+) -> Tensor | None:
+    """Compute the weights of the classes in the loss for --class-weights.
+
+    Args:
+        counts: the numbers of training and validation images per class.
+
+    Returns:
+        (classes,) float32, proportional to (training images) ** -P, with a mean of 1 over the training images; None for
+        equal weights.
+    """
+    if args.class_weights == 0:
+        return None
+    images = torch.tensor([train for train, _ in counts.values()], dtype=torch.float64)
+    weights = images**-args.class_weights
+    return (weights * images.sum() / (weights * images).sum()).float().to(device)
 
 
 # --- optimizer ----------------------------------------------------------------------------------------------------

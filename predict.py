@@ -52,6 +52,7 @@ from image_io import ImageError, PixelRange, read_image
 from inference import compute_logits
 from model import MODELS, ResNet, evaluation_mode, fold_batch_norm, grad_cam
 from my_dataset import EvalTransform, prepare_batch, stack_images, to_pixels
+from tables import is_table, read_table
 from weights_io import load_model, newest_weights
 
 # Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
@@ -130,7 +131,7 @@ def predict(args: argparse.Namespace) -> int:
     hits: dict[str, dict[str, list[tuple[str, bool]]]] = {}  # by command-line argument and subset
     read = functools.partial(
         read_or_error,
-        transform=EvalTransform(info["img_size"]),
+        transform=EvalTransform(info["img_size"], info["resize"]),
         pixel_range=info["pixel_range"],
         with_checksum=bool(subsets) and any(file.label is not None for file in files),
     )
@@ -196,21 +197,26 @@ def would_overwrite_image(path: Path) -> bool:
 
 
 def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -> list[ImageFile]:
-    """List an image, or all images below a folder. The first sub-folder named after a class labels its images.
+    """List an image, or all images in a table or below a folder.
+
+    In a folder, the first sub-folder named after a class labels its images.
 
     Args:
         skipped: the other files, and unreadable sub-folders, are appended to it.
 
     Raises:
         FileNotFoundError: the file or folder is missing.
-        DataError: the folder has no images.
+        DataError: the folder has no images, or the table is invalid.
     """
     root = Path(argument)
+    known = {normalise(name): name for name in class_names}
+    if argument and is_table(root):
+        rows = read_table(root, needs_labels=False)
+        return [ImageFile(row.path, known.get(row.label), argument) for row in rows]
     if not argument or not root.exists():  # "" is an unset shell variable; Path("") is the current folder
         raise FileNotFoundError(f"{argument!r}: no such file or folder")
     if not root.is_dir():
         return [ImageFile(argument, None, argument)]
-    known = {normalise(name): name for name in class_names}
     files = []
     for path in list_images(root, skipped):
         folders = map(normalise, Path(path).relative_to(root).parts[:-1])
@@ -352,7 +358,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with a one-line message if a value is invalid."""
     parser = FlagParser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="an image, or a folder that is searched for images")
+    add("images", nargs="+", metavar="IMAGE", help="an image, a folder that is searched for images, or a CSV table")
     add("--weights", help="weights file (default: best.pth of the most recent run)")
     add("--topk", type=int, default=3, help="number of classes to print per image (default: %(default)s)")
     add("--device", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda if available)")

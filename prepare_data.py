@@ -113,6 +113,10 @@ def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> Split:
     return left
 
 
+def _unless_extreme(skipped: Skipped | None) -> Skipped | None:
+    return None if skipped is not None and skipped.kind == EXTREME else skipped
+
+
 def describe_files(split: Split, checked: dict[str, ImageCheck]) -> Files:
     """Describe the files of a split, to detect changes on resume, even if the folder is moved.
 
@@ -156,7 +160,9 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     if args.num_classes not in (None, len(found.class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
     known = read_json(known_images)
-    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    results = checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    if args.resize == "pad":  # extreme shapes are usable, as nothing is cut off
+        checked = {path: image._replace(skipped=_unless_extreme(image.skipped)) for path, image in checked.items()}
     split = drop_unusable(found, checked)
     unusable = [file for file in split.skipped if file.kind in (UNREADABLE, UNSUPPORTED)]
     if unusable and args.strict:
@@ -165,10 +171,11 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         pixel_range = merge_pixel_ranges(image.pixel_range for image in checked.values() if image.skipped is None)
     else:
         pixel_range = checkpoint.get("pixel_range")
+    options = {"pixel_range": pixel_range, "skip_extreme": args.resize != "pad"}
     training_files = {checked[_absolute(path)].checksum for path in split.train_paths}
     return Data(
-        train_set=MyDataSet(split.train_paths, split.train_labels, pixel_range=pixel_range),
-        val_set=MyDataSet(split.val_paths, split.val_labels, pixel_range=pixel_range),
+        train_set=MyDataSet(split.train_paths, split.train_labels, **options),
+        val_set=MyDataSet(split.val_paths, split.val_labels, **options),
         class_names=split.class_names,
         counts=split.count(),
         val_source=val_source,
@@ -176,5 +183,5 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         skipped=split.skipped,
         pixel_range=pixel_range,
         files=describe_files(found, checked),
-        known=known | checked,
+        known=known | results,
     )

@@ -31,7 +31,8 @@ class Run:
         info: the model's metadata in a weights file: {"model": ..., "class_names": ..., "img_size": ...}.
         average: the averaged weights, if any.
         global_batch: images per step, over all ranks.
-        patience: the number of epochs without improvement in accuracy after which training ends; 0: never.
+        best_metric: "accuracy", "macro_f1" or "val_loss": what decides which epoch is the best.
+        patience: the number of epochs without improvement in `best_metric` after which training ends; 0: never.
         save_every: the interval in epochs at which the plain state_dict is also saved; 0: never.
         dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
 
@@ -40,9 +41,9 @@ class Run:
         progress: the loss and accuracy of the current epoch's steps so far.
         images_before: images of the current epoch that were trained on before an interruption.
         history: the metrics of the earlier epochs.
-        last, best: epoch, accuracy and validation loss of the last and the best epoch.
+        last, best: epoch, accuracy, macro F1 and validation loss of the last and the best epoch.
         best_confusion: the confusion matrix of the best epoch.
-        improved_at: the epoch of the last rise in accuracy.
+        improved_at: the epoch of the last improvement in `best_metric`.
         finished: why training is complete, or "" if it is not; decided once per epoch.
     """
 
@@ -58,6 +59,7 @@ class Run:
         schedule: Schedule,
         average: AveragedModel | None = None,
         global_batch: int,
+        best_metric: str = "accuracy",
         patience: int = 0,
         save_every: int = 0,
         dist: Distributed,
@@ -66,13 +68,14 @@ class Run:
         self._lock = folder.lock  # held for as long as the run exists
         self.model, self.average = model, average
         self.optimizer, self.scaler, self.schedule = optimizer, scaler, schedule
-        self.global_batch, self.patience, self.save_every, self.dist = global_batch, patience, save_every, dist
+        self.global_batch, self.best_metric, self.patience = global_batch, best_metric, patience
+        self.save_every, self.dist = save_every, dist
         self.epoch = 0
         self.progress = Progress()
         self.images_before = 0
         self.history: list[dict[str, float]] = []
-        self.last: dict[str, Any] = {"epoch": None, "accuracy": None, "val_loss": None}
-        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0, "val_loss": math.inf}
+        self.last: dict[str, Any] = {"epoch": None, "accuracy": None, "macro_f1": None, "val_loss": None}
+        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0, "macro_f1": -1.0, "val_loss": math.inf}
         self.best_confusion: Tensor | None = None
         self.improved_at: int | None = None
         self.finished = ""
@@ -94,24 +97,32 @@ class Run:
         """Record an epoch's validation metrics, and decide whether training is complete.
 
         Returns:
-            Whether it is the best epoch so far: highest accuracy, then lowest loss.
+            Whether it is the best epoch so far in `best_metric`, and if equal, in validation loss.
         """
-        accuracy, loss = validation.accuracy, validation.loss
-        self.last = {"epoch": self.epoch, "accuracy": accuracy, "val_loss": loss}
-        if accuracy > self.best["accuracy"]:
+        self.last = {
+            "epoch": self.epoch,
+            "accuracy": validation.accuracy,
+            "macro_f1": validation.macro_f1,
+            "val_loss": validation.loss,
+        }
+        if self._score(self.last) > self._score(self.best):
             self.improved_at = self.epoch
-        is_best = (accuracy, -loss) > (self.best["accuracy"], -self.best["val_loss"])
+        is_best = (self._score(self.last), -self.last["val_loss"]) > (self._score(self.best), -self.best["val_loss"])
         if is_best:
             self.best, self.best_confusion = self.last, validation.confusion
         self.finished = self._finish_reason(self.epoch + 1)
         return is_best
+
+    def _score(self, metrics: Mapping[str, Any]) -> float:
+        return -metrics["val_loss"] if self.best_metric == "val_loss" else metrics[self.best_metric]
 
     def _finish_reason(self, epochs: int) -> str:
         """Return why training is complete after `epochs` epochs, or "" if it is not."""
         if self.schedule.is_over(epochs):
             return self.schedule.end_reason
         if self.improved_at is not None and 0 < self.patience <= epochs - 1 - self.improved_at:
-            return f"{self.patience} epochs without improvement in accuracy; resume it with a larger --patience"
+            reason = f"{self.patience} epochs without improvement in {self.best_metric}"
+            return f"{reason}; resume it with a larger --patience"
         return ""
 
     # --- checkpoints ----------------------------------------------------------------------------------------------

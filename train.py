@@ -1,7 +1,6 @@
 """Train a ResNet on a folder of images; see `python train.py --help`."""
 
 import argparse
-import contextlib
 import functools
 import math
 import sys
@@ -18,24 +17,28 @@ from cli_utils import (
     describe_device,
     describe_processes,
     printable,
-    quote_command,
     run_program,
     select_device,
     select_precision,
-    shorten,
     silence_other_ranks,
 )
-from config import describe_recipe, flags_to_save, parse_args, resume_args, uses_cached_features
+from config import flags_to_save, parse_args, resume_args, uses_cached_features
 from data_loading import Loaders, build_loaders, cache_features
 from distributed import Distributed
-from image_folders import CHECK_CACHE, count_skipped
+from image_folders import CHECK_CACHE
 from inference import Evaluation, gather_outputs, run_inference
 from model import MODELS, ResNet, freeze_backbone, to_device
-from optimization import build_average, build_optimizer, build_schedule, current_learning_rate, set_learning_rate
+from optimization import (
+    build_average,
+    build_class_weights,
+    build_optimizer,
+    build_schedule,
+    current_learning_rate,
+    set_learning_rate,
+)
 from prepare_data import Data, prepare_data
 from run_state import Run
 from run_utils import (
-    SKIPPED_FILE,
     RunFolder,
     StopRequest,
     StopSignals,
@@ -47,7 +50,8 @@ from run_utils import (
     write_metadata,
 )
 from tensorboard_logger import NullLogger, TensorBoardLogger
-from train_eval_utils import Callback, Progress, estimate_batch_norm, train_one_epoch
+from train_eval_utils import Callback, estimate_batch_norm, train_one_epoch
+from train_output import print_epoch, print_header, print_result, print_stop
 from tuning import choose_img_size, find_lr
 from weights_io import load_initial_weights
 
@@ -80,6 +84,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     else:
         img_size, evaluation_seconds = folder.checkpoint["img_size"], 0.0
     loaders = build_loaders(args, data, img_size, device, dist)
+    class_weights = build_class_weights(args, data.counts, device)
     schedule = build_schedule(args, len(loaders.batches.steps()), img_size, dist)
     schedule.reserve_time(evaluation_seconds)
 
@@ -94,11 +99,11 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     if dist.is_main:
         write_metadata(run.folder, args, data, dist.launch_ids, run.info)
         logger = TensorBoardLogger(run, loaders, device, amp_dtype, histograms=args.histograms)
-        print_header(args, data, run, device, precision, weights_description, is_new)
+        print_header(args, data, run, device, precision, weights_description, class_weights, is_new)
 
     # --- train
     with logger, StopSignals(dist) as stop:
-        options = {"amp_dtype": amp_dtype, "scaler": scaler}
+        options = {"amp_dtype": amp_dtype, "scaler": scaler, "class_weights": class_weights}
         if args.find_lr:
             logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))
             return
@@ -287,11 +292,13 @@ def start_run(
             "model": args.model,
             "class_names": data.class_names,
             "img_size": img_size,
+            "resize": args.resize,
             "pixel_range": data.pixel_range,
         },
         **state,
         average=build_average(args, state["model"]),
         global_batch=global_batch,
+        best_metric=args.best_metric,
         patience=args.patience,
         save_every=args.save_every,
         dist=dist,
@@ -302,76 +309,6 @@ def start_run(
         run.load(folder.checkpoint)
         folder.checkpoint = None  # frees its memory
     return run
-
-
-def print_header(
-    args: argparse.Namespace,
-    data: Data,
-    run: Run,
-    device: torch.device,
-    precision: str,
-    weights_description: str,
-    is_new: bool,
-) -> None:
-    """Print the device, the model, the data, and where the results go."""
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    names, folder = data.class_names, printable(str(run.folder))
-    print(f"device       {describe_device(device)}{describe_processes(run.dist)}")
-    print(f"precision    {precision}")
-    print(f"model        {args.model}, {parameters:,} parameters, {printable(weights_description)}")
-    print(f"recipe       {describe_recipe(args, run.info['img_size'])}")
-    if run.global_batch > args.batch_size:
-        print(f"global batch {run.global_batch} images per step")
-    print(f"classes      {len(names)}: {shorten(printable(', '.join(names)))}")
-    counts = f"{len(data.train_set)} for training, {len(data.val_set)} for validation"
-    print(f"images       {counts} ({printable(data.val_source)})")
-    if unvalidated := [name for name, (_, val) in data.counts.items() if not val]:
-        print(f"warning      no validation images of {shorten(printable(', '.join(unvalidated)))}")
-    if data.leaked:
-        print(f"warning      {data.leaked} validation images are identical to training images, see check_data.py")
-    if data.skipped:
-        listed = printable(str(run.folder / SKIPPED_FILE))
-        print(f"skipped      {printable(count_skipped(data.skipped))}; listed in {listed}")
-    if data.pixel_range:
-        low, high = data.pixel_range
-        print(f"pixel range  {low:g} to {high:g}, scaled to 8 bits")
-    print(f"run          {folder}{'' if is_new else f', resumed at epoch {run.epoch}, step {run.progress.steps}'}")
-    print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
-
-
-def describe_coverage(data: Data) -> str:
-    """Return how many classes the accuracy covers, if some have no validation images."""
-    covered = sum(val > 0 for _, val in data.counts.values())
-    return f" ({covered} of {len(data.counts)} classes)" if covered < len(data.counts) else ""
-
-
-def print_epoch(run: Run, data: Data, progress: Progress, learning_rate: float, seconds: float) -> None:
-    """Print the metrics of the epoch that has just finished."""
-    print(
-        f"[epoch {run.last['epoch']}] train_loss {progress.loss:.3f}  val_loss {run.last['val_loss']:.3f}  "
-        f"accuracy {run.last['accuracy']:.3f}{describe_coverage(data)}  learning_rate {learning_rate:.4g}  "
-        f"{seconds:.1f} s{'  *best' if run.best is run.last else ''}",
-        flush=True,
-    )
-
-
-def print_result(run: Run, data: Data) -> None:
-    """Print the best accuracy, and the command that predicts a validation image."""
-    best = str(run.weights / "best.pth")
-    accuracy = f"{run.best['accuracy']:.3f}{describe_coverage(data)}"
-    print(f"best accuracy {accuracy} at epoch {run.best['epoch']}: {printable(best)}")
-    example = data.val_set.images_path[0]
-    print(f"next: {quote_command(['python', 'predict.py', '--weights', best, example])}", flush=True)
-
-
-def print_stop(run: Run) -> None:
-    """Print where the run has stopped, and how to resume it."""
-    if run.dist.is_main:
-        launcher = "under torchrun as before, " if run.dist.world_size > 1 else ""
-        command = quote_command(["python", "train.py", "--resume", str(run.folder)])
-        where = f"epoch {run.epoch}, step {run.progress.steps}"
-        with contextlib.suppress(OSError):  # standard error may be closed
-            print(f"train.py: stopped at {where}; to resume: {launcher}{command}", file=sys.stderr)
 
 
 def run_training(argv: list[str]) -> int:

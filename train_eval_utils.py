@@ -136,6 +136,7 @@ def train_one_epoch(
     amp_dtype: torch.dtype | None = None,
     scaler: GradScaler | None = None,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     progress: Progress | None = None,
     callback: Callback | None = None,
     keep_bar: bool = True,
@@ -155,6 +156,8 @@ def train_one_epoch(
         scaler: scales the loss, so that float16 gradients do not underflow (https://arxiv.org/abs/1710.03740).
         label_smoothing: label smoothing in 0..1 (https://arxiv.org/abs/1512.00567), for the gradients only: the losses
             that are returned and logged are without it, like the validation loss.
+        class_weights: (classes,) float32 on `device`; each image's loss is multiplied by the weight of its class, also
+            for the gradients only.
         progress: pass a restored `Progress` to resume mid-epoch.
         callback: hooks around each step.
         keep_bar: leave the finished bar on the terminal.
@@ -186,7 +189,7 @@ def train_one_epoch(
             if not callback.before_step(progress.steps_taken):
                 break
             optimizer.zero_grad()
-            outputs = _accumulate_gradients(model, batches, device, amp_dtype, scaler, label_smoothing)
+            outputs = _accumulate_gradients(model, batches, device, amp_dtype, scaler, label_smoothing, class_weights)
             scaler.step(optimizer)
             scaler.update()
 
@@ -232,6 +235,7 @@ def _accumulate_gradients(
     amp_dtype: torch.dtype | None,
     scaler: GradScaler,
     label_smoothing: float,
+    class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward and backward passes of a step, and return its mean cross-entropy, logits and labels."""
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # only DistributedDataParallel has no_sync
@@ -240,9 +244,9 @@ def _accumulate_gradients(
         with no_sync() if place < len(batches) else contextlib.nullcontext():  # all-reduce with the last batch
             batch_logits = compute_logits(model, images, device, amp_dtype)
             batch_labels = batch_labels.to(device, non_blocking=True)
-            loss = F.cross_entropy(batch_logits, batch_labels, label_smoothing=label_smoothing)
+            loss = _training_loss(batch_logits, batch_labels, label_smoothing, class_weights)
             scaler.scale(loss * weight).backward()
-        if label_smoothing > 0:  # report the same quantity as for validation
+        if label_smoothing > 0 or class_weights is not None:  # report the same quantity as for validation
             loss = F.cross_entropy(batch_logits.detach(), batch_labels)
         counted = len(batch_labels) if weight else 0
         losses.append(loss.detach())
@@ -253,6 +257,13 @@ def _accumulate_gradients(
     images = sum(map(len, labels))
     loss = sum(loss * (len(batch) / images) for loss, batch in zip(losses, labels, strict=True))
     return loss, torch.cat(logits), torch.cat(labels)
+
+
+def _training_loss(logits: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+    return (losses * class_weights[labels]).mean()
 
 
 def _train_mode(model: nn.Module) -> None:

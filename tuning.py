@@ -15,10 +15,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from cli_utils import number_of_workers
 from config import DEFAULT_SIZE, training_sizes
-from data_loading import SafeImages, build_train_loader, make_loader
+from data_loading import SafeImages, build_train_loader, build_train_transform, make_loader
 from distributed import Distributed
 from model import ResNet
-from my_dataset import MyDataSet, TrainTransform
+from my_dataset import MyDataSet
 from optimization import build_optimizer, set_learning_rate
 from prepare_data import Data
 from train_eval_utils import Callback, NonFiniteLossError, Progress, train_one_epoch
@@ -180,7 +180,7 @@ def measure_cost(
 ) -> tuple[float, float]:
     """Measure the seconds of training per image, whatever its size, and per pixel, over all ranks."""
     images = copy.copy(train_set)  # without its cache
-    images.transform = TrainTransform(PROBE_SIZES[-1])
+    images.transform = build_train_transform(args, PROBE_SIZES[-1])
     loader = build_train_loader(args, images, device, dist)
     model = copy.deepcopy(model)
     optimizer = build_optimizer(args, model, device, amp_dtype)

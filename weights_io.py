@@ -20,9 +20,10 @@ from cli_utils import UsageError, print_note, shorten
 from distributed import Distributed
 from file_utils import read_json
 from model import MODELS, ResNet, to_device
+from my_dataset import RESIZE_MODES
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints store the state_dict
-INFO_KEYS = ("model", "class_names", "img_size", "pixel_range", "epoch", "accuracy")
+INFO_KEYS = ("model", "class_names", "img_size", "resize", "pixel_range", "epoch", "accuracy")
 DEFAULT_IMG_SIZE = 224
 ANCHOR = "layer1.0.conv1.weight"  # a parameter of every ResNet, which reveals the prefix of the names
 
@@ -137,7 +138,8 @@ def load_model(
     stated = stored.get("model")
     if model_name and model_name != stated and isinstance(stated, str) and stated in MODELS:
         raise WeightsError(f"{path}: --model is {model_name}, but {source} states {stated}; omit --model")
-    info = {"epoch": None, "accuracy": None, "img_size": DEFAULT_IMG_SIZE, "pixel_range": None} | stored
+    defaults = {"epoch": None, "accuracy": None, "img_size": DEFAULT_IMG_SIZE, "resize": "crop", "pixel_range": None}
+    info = defaults | stored
     info["model"] = model_name or stated or _fitting_model(state)
     info["class_names"] = class_names or stored.get("class_names")
     if img_size is not None:
@@ -177,6 +179,8 @@ def check_info(path: str | os.PathLike, info: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path}: its class_names are not a list of names")
     if not (isinstance(info["img_size"], int) and 32 <= info["img_size"] <= 10_000):
         raise WeightsError(f"{path}: its img_size is {info['img_size']!r}, not a number of pixels from 32 to 10,000")
+    if info["resize"] not in RESIZE_MODES:
+        raise WeightsError(f"{path}: its resize is {info['resize']!r}; supported are {', '.join(RESIZE_MODES)}")
     match info["pixel_range"]:
         case None | [int() | float(), int() | float()]:
             pass

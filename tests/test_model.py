@@ -225,7 +225,13 @@ def test_checkpoints_cannot_execute_code(tmp_path):
 def checkpoint(**changes) -> dict:
     """Return a checkpoint like those of train.py."""
     state = resnet18(num_classes=2).state_dict()
-    content = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 96, "pixel_range": (0, 9)}
+    content = {
+        "model": "resnet18",
+        "class_names": ["cat", "dog"],
+        "img_size": 96,
+        "resize": "pad",
+        "pixel_range": (0, 9),
+    }
     return content | {"epoch": 3, "accuracy": 0.75, "state_dict": state} | changes
 
 

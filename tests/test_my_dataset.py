@@ -140,6 +140,49 @@ def test_train_transform_is_random(tmp_path):
     assert TrainTransform(64)(image).shape == (3, 64, 64)
 
 
+def test_flips():
+    image = torch.arange(16, dtype=torch.uint8).view(1, 4, 4).expand(3, 4, 4)
+    upright = TrainTransform(4, hflip=0)
+    upright.crop.scale = upright.crop.ratio = (1, 1)
+    assert all(torch.equal(upright(image), image) for _ in range(9))
+    for flips, axis in (({"hflip": 1}, 2), ({"hflip": 0, "vflip": 1}, 1)):
+        turned = TrainTransform(4, **flips)
+        turned.crop.scale = turned.crop.ratio = (1, 1)
+        assert torch.equal(turned(image), image.flip(axis))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    TrainTransform(4)(image)
+    default = torch.get_rng_state()
+    torch.set_rng_state(before)
+    TrainTransform(4, vflip=0.0)(image)
+    assert torch.equal(torch.get_rng_state(), default)
+
+
+@pytest.mark.parametrize("size", [(200, 50), (50, 200), (300, 3), (20, 10)])
+def test_nothing_is_cut_off_by_pad_and_stretch(size):
+    """The red right and bottom ends of an image stay visible, in training and evaluation."""
+    image = Image.new("RGB", size, "black")
+    width, height = (max(1, length // 5) for length in size)
+    image.paste("red", (size[0] - width, size[1] - height, *size))
+    for resize in ("pad", "stretch"):
+        pixels = EvalTransform(64, resize)(image).float()
+        assert pixels.shape == (3, 64, 64)
+        is_red = (pixels[0] > 60) & (pixels[1] < 60)
+        area = max(size) ** 2 if resize == "pad" else size[0] * size[1]
+        assert is_red.float().mean().item() == pytest.approx(width * height / area, abs=0.02)
+        assert is_red.any()
+        train = TrainTransform(64, resize=resize)
+        assert train(image).shape == (3, 64, 64)
+        assert train(image, 32).shape == (3, 32, 32)
+    padded = EvalTransform(64, "pad")(image)
+    if size == (200, 50):
+        assert padded[:, 0, 0].tolist() == [124, 116, 104]
+        assert padded[:, 24:40].float().std() > 0
+        assert (padded[:, :24] == padded[:, :1, :1]).all()
+    cropped = EvalTransform(64)(Image.new("RGB", (200, 50)))
+    assert (cropped == 0).all()
+
+
 def test_float_batch_is_not_normalised_again():
     batch = torch.randn(2, 3, 8, 8)
     assert torch.equal(prepare_batch(batch, "cpu"), batch)

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from optimization import Muon, Schedule, TimedSchedule, orthogonalize
+import config
+from optimization import Muon, Schedule, TimedSchedule, build_class_weights, orthogonalize
 
 
 def test_per_epoch_schedule_is_the_tutorials_cosine():
@@ -178,3 +179,13 @@ def test_muon_resumes_from_its_state():
     second.load_state_dict(first.state_dict())
     steps(second, optimizer_of(second), 2)
     assert not torch.equal(second.weight, whole.weight)  # the state matters
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_class_weights_follow_the_counts(power):
+    args = config.parse_args(["--class-weights", str(power)])
+    weights = build_class_weights(args, {"a": (100, 3), "b": (25, 9), "c": (1, 0)}, torch.device("cpu"))
+    assert weights[1] / weights[0] == pytest.approx(4**power)
+    assert weights[2] / weights[0] == pytest.approx(100**power)
+    assert (weights * torch.tensor([100, 25, 1])).sum() == pytest.approx(126)
+    assert build_class_weights(config.parse_args([]), {"a": (100, 3), "b": (25, 9)}, torch.device("cpu")) is None

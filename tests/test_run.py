@@ -233,7 +233,7 @@ def test_last_checkpoint_contains_the_resume_state(run):
     resume = last["resume"]
     assert (resume["epoch"], resume["progress"]["steps"]) == (3, 0)
     assert resume["optimizer"]["state"]
-    assert resume["best"].keys() == {"accuracy", "epoch", "val_loss"}
+    assert resume["best"].keys() == {"accuracy", "epoch", "macro_f1", "val_loss"}
     assert resume["scaler"] == {}  # float16 only
     plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()

@@ -206,7 +206,8 @@ def test_plain_weights_of_a_run(no_figures, two_classes, capsys):
     assert train.main([*flags, "--save-every", "1"]) == 0
     folder = Path("runs/flower_experiment")
     network = json.loads((folder / "args.json").read_text(encoding="utf-8"))["network"]
-    assert network == {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 32}
+    expected = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 32, "resize": "crop"}
+    assert network == expected | {"pixel_range": None}
     capsys.readouterr()
     outputs = []
     for name in ("best.pth", "model-0.pth"):
@@ -272,8 +273,8 @@ def test_invalid_flags_are_one_line_errors(flags, capsys):
         (["--data-path", "a.png"], "a.png: a file, not a folder"),
         (["--data-path", "loop"], "loop: no such folder"),
         (["--data-path", "empty"], "needs at least two sub-folders"),
-        (["--data-path", "hollow"], "no image (.jpg .jpeg .png .webp .bmp .gif .tif .tiff) in class dog"),
-        (["--data-path", "few"], "too few images"),
+        (["--data-path", "hollow"], "no image in class dog; if it is not a class, move that folder elsewhere"),
+        (["--data-path", "few"], "one image per class is too few"),
         (["--val-path", "nowhere"], "nowhere: no such folder"),
         (["--num-classes", "3"], "--num-classes is 3, but the data has 2 classes"),
         (["--weights", "resNet34.pth"], "resNet34.pth: no such weights file"),
@@ -288,7 +289,7 @@ def test_user_errors_are_one_line_and_write_nothing(two_classes, flags, message,
     write_image(Path("a.png"))
     write_classes(Path("hollow"), {"cat": 1})
     Path("hollow/dog").mkdir()
-    write_classes(Path("few"), {"cat": 2, "dog": 4})
+    write_classes(Path("few"), {"cat": 1, "dog": 1})
     before = sorted(Path().rglob("*"))
     assert train.main(["--data-path", str(two_classes), *TINY, *flags]) == 1
     said = capsys.readouterr().err

@@ -360,3 +360,18 @@ def test_progress_counts_images_steps_and_correct_predictions():
     assert [step for step, _ in read] == [0, 1]
     assert [loss for _, loss in read] == pytest.approx(losses, rel=1e-4)
     assert mean == progress.loss == pytest.approx((6 * losses[0] + 4 * losses[1]) / 10, rel=1e-4)
+
+
+def test_class_weights_multiply_the_loss_of_each_image():
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 2))
+    plain = copy.deepcopy(ours)
+    data, weights = loader(count=8, batch_size=8), torch.tensor([0.5, 2.0])
+    images, labels = data.dataset.tensors
+    logits = plain(prepare_batch(images, CPU))
+    (F.cross_entropy(logits, labels, reduction="none") * weights[labels]).sum().div(8).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    loss = train_one_epoch(ours, optimizer, data, CPU, 0, class_weights=weights)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    for our, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(our, expected)

@@ -157,7 +157,7 @@ def test_number_of_class_names_must_match_fc(tmp_path):
 
 def test_metadata_of_the_run_is_passed_through(tmp_path):
     path = save(tmp_path / "run" / "weights" / "model-1.pth", outline("resnet18"))
-    network = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "pixel_range": [0.0, 1.0]}
+    network = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "resize": "pad", "pixel_range": [0.0, 1.0]}
     (tmp_path / "run" / "args.json").write_text(json.dumps({"network": network}), encoding="utf-8")
     assert load_model(path)[1] == network | {"epoch": None, "accuracy": None}
     elsewhere = save(tmp_path / "run" / "other" / "model-1.pth", outline("resnet18"))

@@ -1,0 +1,80 @@
+"""Read a CSV table that lists images and their labels."""
+
+import csv
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from class_files import normalise
+from cli_utils import DataError
+
+DELIMITERS = ",;\t"
+SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+class Row(NamedTuple):
+    """An image: its path, its label ("" if the table has no labels), and "train", "val", "test" or "" if unknown."""
+
+    path: str
+    label: str
+    subset: str
+
+
+def is_table(path: str | os.PathLike) -> bool:
+    """Return whether a path names a table and not a folder."""
+    return Path(path).suffix.lower() == ".csv" and not Path(path).is_dir()
+
+
+def read_table(path: str | os.PathLike, needs_labels: bool = True) -> list[Row]:
+    """Read a table with the columns `path`, `label` and, optionally, `split`.
+
+    Paths are relative to the table's folder. Fields are separated by commas, semicolons or tabs.
+
+    Returns:
+        The rows, sorted by label and path. Labels are in Unicode's NFC.
+
+    Raises:
+        FileNotFoundError: the table is missing.
+        DataError: a column is missing or a row is invalid; the message names its line.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{os.fspath(path)}: no such table")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            delimiter = max(DELIMITERS, key=header.count)
+            file.seek(0)
+            return _read_rows(csv.reader(file, delimiter=delimiter), Path(path), needs_labels)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{os.fspath(path)}: not a CSV table in UTF-8: {error}") from error
+
+
+def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Row]:
+    columns = [name.strip().lower() for name in next(reader, [])]
+    missing = [name for name in (("path", "label") if needs_labels else ("path",)) if name not in columns]
+    if missing:
+        found = ", ".join(map(repr, columns)) or "nothing"
+        raise DataError(f"{path}: needs a column {missing[0]!r} in its first line; found {found}")
+    rows, lines = [], {}
+    for cells in reader:
+        if not any(cells):
+            continue
+        where = f"{path}, line {reader.line_num}"
+        if len(cells) != len(columns):
+            raise DataError(f"{where}: has {len(cells)} fields instead of {len(columns)}")
+        row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
+        if not row["path"]:
+            raise DataError(f"{where}: the path is empty")
+        if needs_labels and not row["label"]:
+            raise DataError(f"{where}: the label is empty")
+        if row.get("split", "train").lower() not in SUBSETS:
+            raise DataError(f"{where}: the split is {row['split']!r}; it must be train, val or test")
+        image = str(path.parent / row["path"])
+        if image in lines:
+            raise DataError(f"{where}: {row['path']!r} is already listed in line {lines[image]}")
+        lines[image] = reader.line_num
+        subset = SUBSETS[row["split"].lower()] if "split" in row else ""
+        rows.append(Row(image, normalise(row.get("label", "")), subset))
+    if not rows:
+        raise DataError(f"{path}: lists no images")
+    return sorted(rows, key=lambda row: (row.label, row.path))

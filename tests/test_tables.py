@@ -1,0 +1,137 @@
+"""Training, checking and predicting from a CSV table instead of a folder."""
+
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_classes
+
+import check_data
+import predict
+import train
+from cli_utils import DataError
+from data_utils import find_split
+from image_folders import count_skipped
+from tables import is_table, read_table
+
+pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
+SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--workers", "0", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def write_table(path: Path, rows: list[list[str]], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    path.write_text("".join(delimiter.join(row) + "\n" for row in rows), encoding=encoding)
+    return path
+
+
+def describe(folder: Path, split: bool) -> Path:
+    """Write a table beside `folder` that describes it, with or without the split of `find_split`."""
+    found, _ = find_split(folder)
+    subsets = dict.fromkeys(found.train_paths, "train") | dict.fromkeys(found.val_paths, "val")
+    rows = [["label", "path"] + ["split"] * split]
+    for path in sorted(subsets, reverse=True):
+        relative = Path(path).relative_to(folder.parent)
+        rows.append([Path(path).parent.name, str(relative)] + [subsets[path]] * split)
+    return write_table(folder.parent / "table.csv", rows)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_table_of_a_folder_gives_the_same_weights(two_classes, split):
+    assert train.main(["--data-path", str(two_classes), *SMALL, "--name", "folder"]) == 0
+    assert train.main(["--data-path", str(describe(two_classes, split)), *SMALL, "--name", "table"]) == 0
+    one, other = (
+        torch.load(Path("runs", name, "weights", "last.pth"), weights_only=True)["state_dict"]
+        for name in ("folder", "table")
+    )
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert train.main(["--resume", "table", "--epochs", "2"]) == 0
+
+
+def test_check_data_and_predict_accept_a_table(two_classes, capsys):
+    table = describe(two_classes, split=True)
+    with table.open("a") as file:
+        file.write("dog,pets/missing.png,train\n")
+    assert check_data.main([str(table), "--workers", "0", "--save-plot", ""]) == 0
+    output = capsys.readouterr().out
+    assert "1 of 26 files skipped" in output
+    assert f"{str(two_classes / 'missing.png')!r}: No such file" in output
+    assert train.main(["--data-path", str(table), *SMALL]) == 0
+    assert "skipped      1 file: 1 unreadable" in capsys.readouterr().out
+    assert predict.main([str(table)]) == 1
+    captured = capsys.readouterr()
+    assert re.search(rf"{table}: accuracy .* of 5 of the run's validation images\)", captured.out)
+    assert "missing.png" in captured.err
+
+
+def test_validation_table(two_classes, tmp_path):
+    write_classes(tmp_path / "other", {"dog": 2})
+    table = write_table(tmp_path / "val.csv", [["path", "label"], ["other/dog/dog 00.png", "dog"]])
+    split, source = find_split(two_classes, table)
+    assert (len(split.train_paths), split.val_labels, source) == (25, [1], f"from {table}")
+    rows = [["path", "label", "split"], ["a.png", "cat", "train"], ["b.png", "dog", "train"], ["c.png", "cow", "val"]]
+    with pytest.raises(DataError, match=r"classes missing from .*bad\.csv: cow"):
+        find_split(write_table(tmp_path / "bad.csv", rows))
+
+
+def test_rows_outside_the_split_are_reported(tmp_path):
+    names = ["train", "train", "val", "test", "Validation"]
+    rows = [["path", "label", "split"], *([f"{n}.png", "ab"[n % 2], name] for n, name in enumerate(names))]
+    table = write_table(tmp_path / "table.csv", rows)
+    split, _ = find_split(table)
+    assert (len(split.train_paths), len(split.val_paths)) == (2, 2)
+    assert count_skipped(split.skipped) == "1 file: 1 outside the training and validation folders"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
+    decomposed = unicodedata.normalize("NFD", "rosé")
+    rows = [["Path ", "LABEL", "note"], ["b.png", decomposed, "x"], ["", "", ""], [" a.png ", "rosé", ""]]
+    table = write_table(tmp_path / "a.CSV", rows, delimiter, encoding)
+    assert is_table(table)
+    assert [(Path(row.path).name, row.label, row.subset) for row in read_table(table)] == [
+        ("a.png", "rosé", ""),
+        ("b.png", "rosé", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "needs a column 'path' in its first line; found nothing"),
+        ("file,label\na.png,cat\n", "needs a column 'path' in its first line; found 'file', 'label'"),
+        ("path\na.png\n", "needs a column 'label'"),
+        ("path,label\n", "lists no images"),
+        ("path,label\na.png,cat\n,dog\n", "line 3: the path is empty"),
+        ("path,label\n\na.png,\n", "line 3: the label is empty"),
+        ("path,label\na.png\n", "line 2: has 1 fields instead of 2"),
+        ("path,label,split\na.png,cat,tain\n", "line 2: the split is 'tain'; it must be train, val or test"),
+        ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "line 4: 'a.png' is already listed in line 2"),
+        ("path,label\na.png,cat\n", "needs training images of at least two labels; found 1"),
+        ('path,label\n"a.png,cat\n' + "x" * 200_000, "not a CSV table in UTF-8"),
+    ],
+)
+def test_invalid_tables_are_one_line_errors(tmp_path, capsys, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    assert train.main(["--data-path", str(tmp_path / "table.csv"), *SMALL]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'table.csv'}" in error
+    assert message in error
+    assert not Path("runs").exists()
+
+
+def test_missing_or_binary_table(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such table"):
+        find_split(tmp_path / "nowhere.csv")
+    (tmp_path / "table.csv").write_bytes(b"path,label\n\xff\xfe\n")
+    with pytest.raises(DataError, match="not a CSV table in UTF-8"):
+        find_split(tmp_path / "table.csv")
+    write_classes(tmp_path / "folder.csv", {"cat": 5, "dog": 5})
+    assert find_split(tmp_path / "folder.csv")[0].class_names == ["cat", "dog"]
