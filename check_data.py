@@ -19,7 +19,16 @@ import numpy as np
 
 from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, map_files, output_path, printable, run_program
 from data_utils import Split, file_checksum, find_split, require_training_images
-from duplicates import THUMBNAIL, group_near_identical, make_thumbnail, perceptual_hashes
+from duplicates import (
+    DETAIL,
+    MAX_COMPARED,
+    THUMBNAIL,
+    group_in_detail,
+    group_near_identical,
+    make_detail,
+    make_thumbnail,
+    perceptual_hashes,
+)
 from file_utils import atomic_file, write_csv
 from image_io import ImageError, read_header, read_image
 from my_dataset import MAX_ASPECT_RATIO
@@ -27,6 +36,7 @@ from my_dataset import MAX_ASPECT_RATIO
 SMALL_SIDE = 224  # pixels: train.py's default image size
 UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
 LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to print
+LOOK_ALIKES = 10  # warn from this number of different pictures that look alike as thumbnails
 FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 
 
@@ -86,8 +96,9 @@ def check_data(args: argparse.Namespace) -> int:
     problems = {image.path: picture.problem for image, picture in zip(images, pictures, strict=True)}
     require_training_images(split, [image.label for image, _ in usable if image.subset == "training"], problems.get)
 
-    groups = find_groups(usable)
+    groups, look_alikes = find_groups(usable, args.workers)
     print_groups(groups, split.class_names, args.folder)
+    print_look_alikes(look_alikes, Counter(image.label for image, _ in usable), split.class_names)
     if csv_path:
         write_groups(groups, split.class_names, args.folder, csv_path)
         print(f"all groups: {printable(str(csv_path))}")
@@ -136,20 +147,62 @@ def read_picture(path: str) -> Picture:
     return Picture(None, *header, checksum, thumbnail)
 
 
-def find_groups(usable: Sequence[tuple[Member, Picture]]) -> list[Group]:
-    """Return the groups of duplicates: label conflicts first, then leaks, then the rest."""
+def find_groups(
+    usable: Sequence[tuple[Member, Picture]], workers: int | None = None
+) -> tuple[list[Group], Counter[int]]:
+    """Find images that show the same picture.
+
+    Returns:
+        The groups of duplicates: label conflicts first, then leaks, then the rest; and for each label, the number of
+        images whose thumbnails look alike although they show `LOOK_ALIKES` or more different pictures.
+    """
     if not usable:
-        return []
+        return [], Counter()
     thumbnails = np.stack([picture.thumbnail for _, picture in usable])
+    alike = group_near_identical(perceptual_hashes(thumbnails), thumbnails)
+    same = compare_in_detail(usable, thumbnails, alike, workers)
     members: dict[int, list[int]] = {}
-    for index, group in enumerate(group_near_identical(perceptual_hashes(thumbnails), thumbnails).tolist()):
-        members.setdefault(group, []).append(index)
+    for index, picture in enumerate(same.tolist()):
+        members.setdefault(picture, []).append(index)
     groups = [
         Group([usable[i][0] for i in indices], len({usable[i][1].checksum for i in indices}) == 1)
         for indices in members.values()
         if len(indices) > 1
     ]
-    return sorted(groups, key=lambda group: (not group.conflict, not group.leak))
+    different = np.bincount(alike[np.unique(same)], minlength=len(usable)) >= LOOK_ALIKES
+    look_alikes = Counter(usable[i][0].label for i in np.flatnonzero(different[alike]))
+    return sorted(groups, key=lambda group: (not group.conflict, not group.leak)), look_alikes
+
+
+def compare_in_detail(
+    usable: Sequence[tuple[Member, Picture]], thumbnails: np.ndarray, alike: np.ndarray, workers: int | None
+) -> np.ndarray:
+    """Read the images that look alike as thumbnails again, and compare them. Identical files need no comparison.
+
+    Args:
+        alike: (N,) int64: for each image, the group of those that look alike.
+
+    Returns:
+        (N,) int64: for each image, the index of one of those that show the same picture.
+    """
+    first: dict[str, int] = {}
+    identical = np.array([first.setdefault(picture.checksum, i) for i, (_, picture) in enumerate(usable)])
+    distinct = np.unique(identical)
+    brightness = thumbnails[distinct, ..., 0].mean((1, 2))
+    distinct = distinct[np.lexsort((brightness, alike[distinct]))]
+    groups = np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1)
+    groups = [group for group in groups if len(group) > 1]
+    paths = [usable[i][0].path for group in groups for i in group]
+    details = map_files(read_detail, paths, workers, "comparing images")
+    same = np.arange(len(usable))
+    for group in groups:
+        same[group] = group[group_in_detail(itertools.islice(details, len(group)), thumbnails[group])]
+    return same[identical]
+
+
+def read_detail(path: str) -> np.ndarray:
+    """Read an image file for `group_in_detail`."""
+    return make_detail(read_image(path, min_side=2 * DETAIL))
 
 
 # --- output -------------------------------------------------------------------------------------------------------
@@ -211,6 +264,18 @@ def print_groups(groups: Sequence[Group], class_names: Sequence[str], root: str)
             _print_more(len(group.members) - LISTED_MEMBERS, "images", "    ")
         _print_more(len(listed) - LISTED_GROUPS, "groups (--csv lists them all)", "  ")
     print()
+
+
+def print_look_alikes(look_alikes: Counter[int], totals: Counter[int], class_names: Sequence[str]) -> None:
+    """Print a warning if many images of a class look alike as thumbnails, as pages of text do."""
+    labels = sorted(label for label, count in look_alikes.items() if count >= LOOK_ALIKES)
+    if labels:
+        names = [f"{printable(class_names[i])} ({look_alikes[i]} of {totals[i]} images)" for i in labels]
+        more = f" and {len(names) - LISTED_GROUPS} more classes" if len(names) > LISTED_GROUPS else ""
+        print(
+            f"LOOK-ALIKES: near-duplicates cannot be told apart reliably in {', '.join(names[:LISTED_GROUPS])}{more}; "
+            f"they are nearly equal as thumbnails; in detail, each was compared with the {MAX_COMPARED} most similar\n"
+        )
 
 
 def _print_more(count: int, things: str, indent: str) -> None:

@@ -1,9 +1,10 @@
 """Find near-identical images: the same picture re-encoded, resized or slightly changed."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 # Thresholds for near-identical images, measured on photographs and drawn flowers of 64 px or more. Copies (re-encoded
 # at quality 30 or more, or resized smoothly by a factor of 0.5 to 2) differ by at most 5 bits, 3.6 luma and 9.2 chroma.
@@ -16,6 +17,15 @@ MIN_COEFFICIENT = 1.0  # grey levels; weaker variation may be noise and is ignor
 MAX_BITS = 8  # Hamming distance
 MAX_LUMA, MAX_CHROMA = 5.0, 12.0  # RMS differences of thumbnails; JPEG compresses chroma more
 MAX_SPREAD = 3  # multiple of these limits allowed between a group's first image and the others
+
+# Pages of text, or the frames of a fixed camera, look alike as thumbnails; `detail_difference` compares them block by
+# block. MEASURED
+DETAIL = 192  # maximum side length in pixels
+BLOCK = 8  # side length in pixels
+NOISE = np.array([14.0, 28.0, 28.0], dtype=np.float32)  # of Y, Cb and Cr; a standard deviation in grey levels
+MAX_DETAIL_DIFFERENCE = 0.4
+MAX_COMPARED = 10  # each image is compared with at most so many others ...
+WINDOW = 1000  # ... out of so many, which take up to 230 KB of memory each
 
 HASH_PAIRS_PER_BATCH = 2**20
 THUMBNAIL_PAIRS_PER_BATCH = 2**12  # fits into the CPU cache
@@ -68,6 +78,74 @@ def group_near_identical(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarr
             similar = _are_similar(thumbnails[a], thumbnails[b])
             _merge(groups, a[similar], b[similar])
     _split_chains(groups, thumbnails)
+    return groups
+
+
+def make_detail(image: Image.Image) -> np.ndarray:
+    """Reduce an RGB image of any aspect ratio for `group_in_detail`: (height, width, 3) uint8, 192 x 192 or less."""
+    size = (min(DETAIL, image.width), min(DETAIL, image.height))
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+
+
+class Detail:
+    """An image from `make_detail`. The last result of `blurred` is kept, because most look-alikes are of one size."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+        self._blurred: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def blurred(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Resize and slightly blur the image. Returns it in YCbCr, (height, width, 3) uint8, and its blocks' variances.
+
+        Copies differ most in the highest frequencies, which the blur removes.
+        """
+        if (height, width) not in self._blurred:
+            image = Image.fromarray(self.pixels).resize((width, height), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1)).convert("YCbCr"))
+            values = pixels.astype(np.float32)
+            variances = _block_means(np.square(values)) - np.square(_block_means(values))
+            self._blurred = {(height, width): (pixels, variances)}
+        return self._blurred[height, width]
+
+
+def detail_difference(left: Detail, right: Detail) -> float:
+    """Compare two images at the smaller of their sizes.
+
+    Returns:
+        The largest difference of a block in luma or chroma: the mean squared difference, divided by the variances
+        of both images in the block plus that of `NOISE`. It is about 0 for copies, and 1 for unrelated textures.
+    """
+    sides = zip(left.pixels.shape[:2], right.pixels.shape[:2], strict=True)
+    height, width = (max(BLOCK, min(side) // BLOCK * BLOCK) for side in sides)
+    (a, variances_a), (b, variances_b) = left.blurred(height, width), right.blurred(height, width)
+    differences = _block_means(np.square(np.subtract(a, b, dtype=np.float32)))
+    return float((differences / (variances_a + variances_b + NOISE**2)).max())
+
+
+def group_in_detail(details: Iterable[np.ndarray], thumbnails: np.ndarray) -> np.ndarray:
+    """Group images that differ little in detail, directly or through a chain of others.
+
+    Each image is compared with the `MAX_COMPARED` most similar thumbnails among the `WINDOW` images before it, so the
+    time is proportional to the number of images.
+
+    Args:
+        details: from `make_detail`; read only once, and not all kept in memory.
+        thumbnails: (N, 16, 16, 3) uint8, in the same order: similar images must be close to each other.
+
+    Returns:
+        (N,) int64: for each image, the index of the first image of its group.
+    """
+    groups = np.arange(len(thumbnails))
+    luma = thumbnails[..., 0].reshape(len(thumbnails), -1)
+    window: deque[Detail] = deque(maxlen=WINDOW)
+    for i, detail in enumerate(map(Detail, details)):
+        start = i - len(window)
+        distances = np.square(np.subtract(luma[start:i], luma[i], dtype=np.float32)).sum(1)
+        for j in np.argsort(distances, kind="stable")[:MAX_COMPARED].tolist():
+            a, b = sorted((groups[start + j], groups[i]))
+            if a != b and detail_difference(window[j], detail) <= MAX_DETAIL_DIFFERENCE:
+                groups[groups == b] = a
+        window.append(detail)
     return groups
 
 
@@ -124,6 +202,12 @@ def _are_similar(left: np.ndarray, right: np.ndarray, spread: float = 1) -> np.n
     difference = np.subtract(left, right, dtype=np.float32).reshape(-1, 3 * THUMBNAIL**2)
     luma, chroma = (np.square(difference, out=difference) @ _MEANS).T
     return (luma <= (spread * MAX_LUMA) ** 2) & (chroma <= (spread * MAX_CHROMA) ** 2)
+
+
+def _block_means(pixels: np.ndarray) -> np.ndarray:
+    """Average an image, (height, width, 3), over blocks of `BLOCK` x `BLOCK` px."""
+    height, width = pixels.shape[0] // BLOCK, pixels.shape[1] // BLOCK
+    return pixels.reshape(height, BLOCK, -1).mean(1).reshape(height, width, BLOCK, 3).mean(2)
 
 
 def _merge(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
