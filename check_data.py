@@ -22,11 +22,13 @@ from data_utils import Split, file_checksum, find_split, require_training_images
 from duplicates import (
     DETAIL,
     MAX_COMPARED,
+    MAX_DETAIL_DIFFERENCE,
     THUMBNAIL,
-    group_in_detail,
+    detail_difference,
     group_near_identical,
     make_detail,
     make_thumbnail,
+    nearest_thumbnails,
     perceptual_hashes,
 )
 from file_utils import atomic_file, write_csv
@@ -36,7 +38,7 @@ from my_dataset import MAX_ASPECT_RATIO
 SMALL_SIDE = 224  # pixels: train.py's default image size
 UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
 LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to print
-LOOK_ALIKES = 10  # warn from this number of different pictures that look alike as thumbnails
+LOOK_ALIKES = 10  # warn from this number of different pictures, and images of a class, that look alike as thumbnails
 FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 
 
@@ -188,21 +190,24 @@ def compare_in_detail(
     first: dict[str, int] = {}
     identical = np.array([first.setdefault(picture.checksum, i) for i, (_, picture) in enumerate(usable)])
     distinct = np.unique(identical)
-    brightness = thumbnails[distinct, ..., 0].mean((1, 2))
-    distinct = distinct[np.lexsort((brightness, alike[distinct]))]
-    groups = np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1)
-    groups = [group for group in groups if len(group) > 1]
-    paths = [usable[i][0].path for group in groups for i in group]
-    details = map_files(read_detail, paths, workers, "comparing images")
+    distinct = distinct[np.argsort(alike[distinct], kind="stable")]
+    pairs = []  # of each image: its index, and those of the images to compare it with
+    for group in np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1):
+        nearest = nearest_thumbnails(thumbnails[group])
+        pairs += [(i, group[others]) for i, others in zip(group, nearest, strict=True) if others]
+    paths = [[usable[i][0].path, *(usable[j][0].path for j in others)] for i, others in pairs]
     same = np.arange(len(usable))
-    for group in groups:
-        same[group] = group[group_in_detail(itertools.islice(details, len(group)), thumbnails[group])]
+    for (i, others), equal in zip(pairs, map_files(same_in_detail, paths, workers, "comparing images"), strict=True):
+        for j in others[equal]:
+            if same[i] != same[j]:
+                same[same == max(same[i], same[j])] = min(same[i], same[j])
     return same[identical]
 
 
-def read_detail(path: str) -> np.ndarray:
-    """Read an image file for `group_in_detail`."""
-    return make_detail(read_image(path, min_side=2 * DETAIL))
+def same_in_detail(paths: Sequence[str]) -> list[bool]:
+    """Read image files, and return for each but the first whether it shows the same picture as the first."""
+    detail, *others = (make_detail(read_image(path, min_side=2 * DETAIL)) for path in paths)
+    return [detail_difference(detail, other) <= MAX_DETAIL_DIFFERENCE for other in others]
 
 
 # --- output -------------------------------------------------------------------------------------------------------

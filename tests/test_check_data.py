@@ -14,9 +14,16 @@ from PIL import ExifTags, Image, ImageDraw
 
 import check_data
 import cli_utils
-import duplicates
 import plot_utils
-from duplicates import MAX_LUMA, MAX_SPREAD, group_near_identical, near_hash_pairs, perceptual_hashes
+from duplicates import (
+    MAX_COMPARED,
+    MAX_LUMA,
+    MAX_SPREAD,
+    group_near_identical,
+    near_hash_pairs,
+    nearest_thumbnails,
+    perceptual_hashes,
+)
 from sample_flowers import draw_flower, draw_sample
 
 KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
@@ -329,7 +336,7 @@ def test_frames_of_a_fixed_camera_match_only_their_copies(capsys, tmp_path):
 
 
 def test_identical_files_are_not_compared(capsys, pages, monkeypatch):
-    monkeypatch.setattr(check_data, "read_detail", None)
+    monkeypatch.setattr(check_data, "same_in_detail", None)
     for path in pages.glob("*/*"):
         path.write_bytes((pages / "letters/03.png").read_bytes())
     _, output, _ = run(capsys, pages)
@@ -337,15 +344,14 @@ def test_identical_files_are_not_compared(capsys, pages, monkeypatch):
     assert "LOOK-ALIKES" not in output
 
 
-def test_number_of_comparisons_is_proportional_to_the_images(monkeypatch):
-    compared = []
-    monkeypatch.setattr(
-        duplicates, "detail_difference", lambda left, right: compared.append((left.pixels, right.pixels)) or 1.0
-    )
-    thumbnails = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
-    groups = duplicates.group_in_detail(iter(range(100)), thumbnails)
-    assert groups.tolist() == list(range(100))
-    assert len(compared) == len(set(compared)) == sum(min(i, duplicates.MAX_COMPARED) for i in range(100))
+def test_nearest_thumbnails_match_brute_force():
+    thumbnails = np.random.default_rng(0).integers(0, 256, (600, 16, 16, 3), dtype=np.uint8)
+    nearest = nearest_thumbnails(thumbnails)
+    luma = thumbnails[..., 0].astype(int)
+    assert nearest[0] == []
+    for i in range(1, 600):
+        expected = np.argsort(np.square(luma[:i] - luma[i]).sum((1, 2)))[:MAX_COMPARED]
+        assert sorted(nearest[i]) == sorted(expected.tolist())
 
 
 def test_image_removed_before_it_is_compared(capsys, pages, monkeypatch):
