@@ -20,7 +20,18 @@ import numpy as np
 
 from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, map_files, output_path, printable, run_program
 from data_utils import Split, find_split, require_training_images
-from duplicates import THUMBNAIL, group_near_identical, make_thumbnail, perceptual_hashes
+from duplicates import (
+    DETAIL,
+    MAX_COMPARED,
+    MAX_DETAIL_DIFFERENCE,
+    THUMBNAIL,
+    detail_difference,
+    group_near_identical,
+    make_detail,
+    make_thumbnail,
+    nearest_thumbnails,
+    perceptual_hashes,
+)
 from file_utils import atomic_file, write_csv
 from image_folders import UNKNOWN_TYPE, Skipped, file_checksum, unreadable
 from image_io import ImageError, PixelRange, merge_pixel_ranges, read_header, read_image, read_pixel_range
@@ -29,6 +40,7 @@ from my_dataset import EXTREME, is_extreme
 SMALL_SIDE = 224  # pixels: train.py's default image size
 UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
 LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to print
+LOOK_ALIKES = 10  # warn from this number of different pictures, and images of a class, that look alike as thumbnails
 FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 
 
@@ -92,8 +104,9 @@ def check_data(args: argparse.Namespace) -> int:
     print_skipped(left.skipped)
     require_training_images(split, left.train_labels, lambda path: pictures[path].skipped)
 
-    groups = find_groups(usable)
+    groups, look_alikes = find_groups(usable, pixel_range, args.workers)
     print_groups(groups, split.class_names, args.folder)
+    print_look_alikes(look_alikes, Counter(image.label for image, _ in usable), split.class_names)
     if csv_path:
         write_groups(groups, split.class_names, args.folder, csv_path)
         print(f"all groups: {printable(str(csv_path))}")
@@ -151,20 +164,70 @@ def read_picture(path: str, pixel_range: PixelRange | None) -> Picture:
     return Picture(Skipped(path, EXTREME, EXTREME) if is_extreme(path) else None, *header, checksum, thumbnail)
 
 
-def find_groups(usable: Sequence[tuple[Member, Picture]]) -> list[Group]:
-    """Return the groups of duplicates: label conflicts first, then leaks, then the rest."""
+def find_groups(
+    usable: Sequence[tuple[Member, Picture]], pixel_range: PixelRange | None, workers: int | None = None
+) -> tuple[list[Group], Counter[int]]:
+    """Find images that show the same picture.
+
+    Returns:
+        The groups of duplicates: label conflicts first, then leaks, then the rest; and for each label, the number of
+        images whose thumbnails look alike although they show `LOOK_ALIKES` or more different pictures.
+    """
     if not usable:
-        return []
+        return [], Counter()
     thumbnails = np.stack([picture.thumbnail for _, picture in usable])
+    alike = group_near_identical(perceptual_hashes(thumbnails), thumbnails)
+    same = compare_in_detail(usable, thumbnails, alike, pixel_range, workers)
     members: dict[int, list[int]] = {}
-    for index, group in enumerate(group_near_identical(perceptual_hashes(thumbnails), thumbnails).tolist()):
-        members.setdefault(group, []).append(index)
+    for index, picture in enumerate(same.tolist()):
+        members.setdefault(picture, []).append(index)
     groups = [
         Group([usable[i][0] for i in indices], len({usable[i][1].checksum for i in indices}) == 1)
         for indices in members.values()
         if len(indices) > 1
     ]
-    return sorted(groups, key=lambda group: (not group.conflict, not group.leak))
+    different = np.bincount(alike[np.unique(same)], minlength=len(usable)) >= LOOK_ALIKES
+    look_alikes = Counter(usable[i][0].label for i in np.flatnonzero(different[alike]))
+    return sorted(groups, key=lambda group: (not group.conflict, not group.leak)), look_alikes
+
+
+def compare_in_detail(
+    usable: Sequence[tuple[Member, Picture]],
+    thumbnails: np.ndarray,
+    alike: np.ndarray,
+    pixel_range: PixelRange | None,
+    workers: int | None,
+) -> np.ndarray:
+    """Read the images that look alike as thumbnails again, and compare them. Identical files need no comparison.
+
+    Args:
+        alike: (N,) int64: for each image, the group of those that look alike.
+
+    Returns:
+        (N,) int64: for each image, the index of one of those that show the same picture.
+    """
+    first: dict[str, int] = {}
+    identical = np.array([first.setdefault(picture.checksum, i) for i, (_, picture) in enumerate(usable)])
+    distinct = np.unique(identical)
+    distinct = distinct[np.argsort(alike[distinct], kind="stable")]
+    pairs = []  # of each image: its index, and those of the images to compare it with
+    for group in np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1):
+        nearest = nearest_thumbnails(thumbnails[group])
+        pairs += [(i, group[others]) for i, others in zip(group, nearest, strict=True) if others]
+    paths = [[usable[i][0].path, *(usable[j][0].path for j in others)] for i, others in pairs]
+    same = np.arange(len(usable))
+    compare = functools.partial(same_in_detail, pixel_range=pixel_range)
+    for (i, others), equal in zip(pairs, map_files(compare, paths, workers, "comparing images"), strict=True):
+        for j in others[equal]:
+            if same[i] != same[j]:
+                same[same == max(same[i], same[j])] = min(same[i], same[j])
+    return same[identical]
+
+
+def same_in_detail(paths: Sequence[str], pixel_range: PixelRange | None) -> list[bool]:
+    """Read image files, and return for each but the first whether it shows the same picture as the first."""
+    detail, *others = (make_detail(read_image(path, 2 * DETAIL, pixel_range)) for path in paths)
+    return [detail_difference(detail, other) <= MAX_DETAIL_DIFFERENCE for other in others]
 
 
 # --- output -------------------------------------------------------------------------------------------------------
@@ -180,8 +243,11 @@ def print_classes(split: Split, val_source: str) -> None:
         print(f"{name:{width}}  {train[label]:8}  {val[label]:10}")
     if unvalidated := [name for label, name in enumerate(names) if not val[label]] if val else []:
         print(f"no validation images of {', '.join(unvalidated)}")
-    most, least = max(train, key=train.get), min(train, key=train.get)
-    if train[most] >= UNBALANCED * train[least]:
+    most, least = (
+        max(range(len(names)), key=lambda label: train[label]),
+        min(range(len(names)), key=lambda label: train[label]),
+    )
+    if train[most] >= UNBALANCED * train[least] > 0:
         print(
             f"very unbalanced: {names[most]} has {train[most] / train[least]:.0f} times as many training images as "
             f"{names[least]}; a network can reach a high accuracy without learning the rare classes"
@@ -230,6 +296,18 @@ def print_groups(groups: Sequence[Group], class_names: Sequence[str], root: str)
             _print_more(len(group.members) - LISTED_MEMBERS, "images", "    ")
         _print_more(len(listed) - LISTED_GROUPS, "groups (--csv lists them all)", "  ")
     print()
+
+
+def print_look_alikes(look_alikes: Counter[int], totals: Counter[int], class_names: Sequence[str]) -> None:
+    """Print a warning if many images of a class look alike as thumbnails, as pages of text do."""
+    labels = sorted(label for label, count in look_alikes.items() if count >= LOOK_ALIKES)
+    if labels:
+        names = [f"{printable(class_names[i])} ({look_alikes[i]} of {totals[i]} images)" for i in labels]
+        more = f" and {len(names) - LISTED_GROUPS} more classes" if len(names) > LISTED_GROUPS else ""
+        print(
+            f"LOOK-ALIKES: near-duplicates cannot be told apart reliably in {', '.join(names[:LISTED_GROUPS])}{more}; "
+            f"they are nearly equal as thumbnails; in detail, each was compared with the {MAX_COMPARED} most similar\n"
+        )
 
 
 def _print_more(count: int, things: str, indent: str) -> None:

@@ -363,9 +363,9 @@ def worker_init(worker: int) -> None:
 
 
 def map_files(
-    function: Callable[[str], T], paths: Sequence[str], workers: int | None = None, description: str | None = None
+    function: Callable[[Any], T], paths: Sequence[Any], workers: int | None = None, description: str | None = None
 ) -> Iterator[T]:
-    """Apply `function` to each path, in order; in worker processes if there are more than `MANY_FILES` paths.
+    """Apply `function` to each path (or list of paths), in order; to more than `MANY_FILES` in worker processes.
 
     Args:
         function: must be picklable.
@@ -386,7 +386,7 @@ def map_files(
 
 
 class _MappedFiles(Dataset):
-    def __init__(self, function: Callable[[str], Any], paths: Sequence[str]) -> None:
+    def __init__(self, function: Callable[[Any], Any], paths: Sequence[Any]) -> None:
         self.function, self.paths = function, paths
 
     def __len__(self) -> int:

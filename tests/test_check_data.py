@@ -13,9 +13,18 @@ from conftest import write_classes
 from PIL import ExifTags, Image, ImageDraw
 
 import check_data
+import cli_utils
 import plot_utils
-from duplicates import MAX_LUMA, MAX_SPREAD, group_near_identical, near_hash_pairs, perceptual_hashes
-from sample_flowers import draw_sample
+from duplicates import (
+    MAX_COMPARED,
+    MAX_LUMA,
+    MAX_SPREAD,
+    group_near_identical,
+    near_hash_pairs,
+    nearest_thumbnails,
+    perceptual_hashes,
+)
+from sample_flowers import draw_flower, draw_sample
 
 KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
 ROOT = Path(check_data.__file__).parent
@@ -266,6 +275,98 @@ def test_colour_distinguishes_images(capsys, tmp_path):
         (tmp_path / "cars" / name).mkdir(parents=True)
         image.save(tmp_path / "cars" / name / "car.png")
     assert groups_of(capsys, tmp_path / "cars", "--val-rate", "0") == {}
+
+
+def page(random: np.random.Generator) -> Image.Image:
+    """Draw a page of random words, 240 x 320 px."""
+    image = Image.new("L", (240, 320), 255)
+    draw = ImageDraw.Draw(image)
+    for row in range(16):
+        words = ["".join(chr(97 + letter) for letter in random.integers(0, 26, length)) for length in [3, 7, 5, 4, 6]]
+        draw.text((20, 16 + 18 * row), " ".join(random.permutation(words)), fill=0)
+    return image
+
+
+@pytest.fixture
+def pages(tmp_path) -> Path:
+    """Draw 20 different pages in 2 classes."""
+    random = np.random.default_rng(0)
+    for kind in ("invoices", "letters"):
+        (tmp_path / "pages" / kind).mkdir(parents=True)
+        for number in range(10):
+            page(random).save(tmp_path / "pages" / kind / f"{number:02d}.png")
+    return tmp_path / "pages"
+
+
+def test_different_pages_are_no_duplicates(capsys, pages):
+    status, output, errors = run(capsys, pages)
+    assert (status, errors) == (0, "")
+    assert " 0 duplicated in total; 0 of 20 files skipped" in output.splitlines()[-1]
+    (line,) = [line for line in output.splitlines() if line.startswith("LOOK-ALIKES")]
+    assert "reliably in invoices (10 of 10 images), letters (10 of 10 images); " in line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_are_found_among_look_alikes(capsys, pages, monkeypatch, workers):
+    monkeypatch.setattr(cli_utils, "MANY_FILES", 10)  # above this, workers are used
+    image = Image.open(pages / "invoices/03.png")
+    image.save(pages / "letters/copy.jpg", quality=30)
+    image.resize((120, 160), Image.Resampling.BICUBIC).save(pages / "invoices/small.png")
+    shutil.copy(pages / "letters/07.png", pages / "letters/same.png")
+    Image.open(pages / "letters/07.png").save(pages / "invoices/twice.webp", quality=80)
+    assert groups_of(capsys, pages, "--val-rate", "0", "--workers", workers) == {
+        frozenset({"invoices/03.png", "letters/copy.jpg", "invoices/small.png"}): ("near-identical", "1", "0"),
+        frozenset({"letters/07.png", "letters/same.png", "invoices/twice.webp"}): ("near-identical", "1", "0"),
+    }
+
+
+def test_frames_of_a_fixed_camera_match_only_their_copies(capsys, tmp_path):
+    random = np.random.default_rng(0)
+    background = draw_flower("daisy", size=240)
+    colours = {"red": (200, 60, 60), "blue": (60, 95, 246)}  # equally bright
+    for name in colours:
+        (tmp_path / "frames" / name).mkdir(parents=True)
+    for number in range(6):
+        x, y = random.integers(0, 216, 2).tolist()
+        for name, colour in colours.items():
+            frame = background.copy()
+            ImageDraw.Draw(frame).ellipse((x, y, x + 24, y + 24), colour)
+            noisy = np.asarray(frame) + random.normal(0, 2, (240, 240, 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "frames" / name / f"{number}.png")
+    Image.open(tmp_path / "frames/red/5.png").save(tmp_path / "frames/red/copy.jpg", quality=30)
+    assert groups_of(capsys, tmp_path / "frames", "--val-rate", "0") == {
+        frozenset({"red/5.png", "red/copy.jpg"}): ("near-identical", "0", "0")
+    }
+
+
+def test_identical_files_are_not_compared(capsys, pages, monkeypatch):
+    monkeypatch.setattr(check_data, "same_in_detail", pytest.fail)
+    for path in pages.glob("*/*"):
+        path.write_bytes((pages / "letters/03.png").read_bytes())
+    _, output, _ = run(capsys, pages)
+    assert "LABEL CONFLICT: the same picture in several classes: 1\n  identical, also a LEAK:" in output
+    assert "LOOK-ALIKES" not in output
+
+
+def test_nearest_thumbnails_match_brute_force():
+    thumbnails = np.random.default_rng(0).integers(0, 256, (600, 16, 16, 3), dtype=np.uint8)
+    nearest = nearest_thumbnails(thumbnails)
+    luma = thumbnails[..., 0].astype(int)
+    assert nearest[0] == []
+    for i in range(1, 600):
+        expected = np.argsort(np.square(luma[:i] - luma[i]).sum((1, 2)))[:MAX_COMPARED]
+        assert sorted(nearest[i]) == sorted(expected.tolist())
+
+
+def test_image_removed_before_it_is_compared(capsys, pages, monkeypatch):
+    def remove(*args) -> np.ndarray:
+        (pages / "letters/03.png").unlink()
+        return group_near_identical(*args)
+
+    monkeypatch.setattr(check_data, "group_near_identical", remove)
+    status, _, errors = run(capsys, pages)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"check_data.py: error: cannot read image {str(pages / 'letters/03.png')!r}: No such file")
 
 
 def blank(shades: np.ndarray) -> np.ndarray:
