@@ -1,9 +1,11 @@
 """Shared fixtures and helpers: small image folders, a drawn sample, and the real photographs where available."""
 
 import functools
+import http.server
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +68,20 @@ def small_network() -> Iterator[None]:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the drawing of figures, which takes a second per epoch."""
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *arguments: None)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """Serve a folder over HTTP on loopback; yield the folder and its address."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
 
 
 @pytest.fixture
