@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from conftest import write_classes, write_image
+from conftest import ROOT, TESTS, ForkedPopen, write_classes, write_image
 from torch import nn
 
 import checkpoint
@@ -228,10 +228,10 @@ def test_image_cache_is_shared_between_ranks(tmp_path):
 
 
 PROGRAM = """
-import functools, os, sys
-sys.path.insert(0, {folder!r})
+import os, sys
+sys.path[:0] = {folders!r}
 import torch, train
-from model import BasicBlock, ResNet
+from small_network import SmallResNet
 
 finish = train.Run.finish_epoch
 
@@ -244,7 +244,7 @@ def note(run):
     finish(run)
 
 
-train.MODELS["resnet18"] = functools.partial(ResNet, BasicBlock, [1, 1, 1, 1])
+train.MODELS["resnet18"] = SmallResNet
 train.Run.finish_epoch = note
 sys.exit(train.main(sys.argv[1:]))
 """
@@ -254,7 +254,7 @@ sys.exit(train.main(sys.argv[1:]))
 def program() -> Path:
     """Write a train.py with a small network that saves the weights of each rank after epoch 1."""
     path = Path("program.py").absolute()
-    path.write_text(PROGRAM.format(folder=str(Path(train.__file__).parent)))
+    path.write_text(PROGRAM.format(folders=[str(ROOT), str(TESTS)]))
     return path
 
 
@@ -266,9 +266,9 @@ def torchrun(
 ) -> tuple[int, str]:
     """Run a program in two torchrun ranks, call `when` for each line, and return the exit status and the output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
-    command += [*options, str(program), *flags]
+    command += ["--run-path", "--start-method=fork", *options, str(program), *flags]  # ranks import nothing again
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with ForkedPopen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for line in process.stdout:
                 lines.append(line)
@@ -279,7 +279,7 @@ def torchrun(
     return process.returncode, "".join(lines)
 
 
-def children_of(pid: int, program: str) -> list[int]:
+def children_of(pid: int, program: str = "") -> list[int]:
     """Return the running child processes of `pid` that have `program` in their command line."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     found = []
@@ -296,14 +296,15 @@ def children_of(pid: int, program: str) -> list[int]:
 def test_restarts_after_kills_and_a_stop_are_bit_identical(sample, program):
     """Kill a rank once, or as often as the environment variable KILLS says."""
     kills = int(os.environ.get("KILLS", "1"))
-    flags = ["--data-path", str(sample), *SMALL, "--epochs", str(kills + 3), "--batch-size", "4"]
+    flags = ["--data-path", str(sample), *SMALL, "--epochs", str(kills + 8), "--batch-size", "4"]
     ends = []
 
     def interrupt(line: str, process: subprocess.Popen) -> None:
         if line.startswith("[epoch "):
             ends.append(line)
             if len(ends) <= kills:
-                ranks = children_of(process.pid, program.name)
+                ranks = children_of(process.pid)
+                assert len(ranks) == 2
                 os.kill(ranks[len(ends) % len(ranks)], signal.SIGKILL)
             elif len(ends) == kills + 1:
                 process.send_signal(signal.SIGTERM)
@@ -384,7 +385,7 @@ def test_frozen_backbone_training_does_not_depend_on_world_size(sample, monkeypa
 
 
 def test_time_budget_with_two_ranks(sample):
-    assert run_ranks(2, lambda: train.main(["--data-path", str(sample), *SMALL, "--time-budget", "0.05"])) == [0, 0]
+    assert run_ranks(2, lambda: train.main(["--data-path", str(sample), *SMALL, "--time-budget", "0.01"])) == [0, 0]
     assert (Path("runs/flower_experiment/weights/best.pth")).exists()
 
 
