@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +21,8 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from small_network import SmallResNet
+from shortcuts import FIGURES, SmallResNet, blank_figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -88,8 +87,8 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def blank_figures() -> Iterator[None]:
     """Draw blank figures, for tests that depend on when figures are drawn, but not on their content."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("predictions", "mistakes", "training_batch", "confusion_matrix", "curves"):
-            patch.setattr(plot_utils, name, lambda *arguments: Figure(figsize=(1, 1)))
+        for name in FIGURES:
+            patch.setattr(plot_utils, name, blank_figure)
         yield
 
 
@@ -99,19 +98,21 @@ class ForkedPopen(subprocess.Popen):
     That saves four seconds: other packages are already imported. The project's modules are imported again.
     """
 
-    def __init__(self, command: Sequence[str | Path], **options: Any) -> None:
+    def __init__(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
         if command[0] == sys.executable:
-            options["preexec_fn"] = functools.partial(_run_python, list(map(str, command[1:])))
-        super().__init__(command, **options)
+            options["preexec_fn"] = functools.partial(_run_python, list(map(str, command[1:])), env or os.environ)
+        super().__init__(command, env=env, **options)
 
 
-def _run_python(arguments: list[str]) -> NoReturn:
+def _run_python(arguments: list[str], env: Mapping[str, str]) -> NoReturn:
     status = 1
     try:
         gc.enable()  # subprocess disables it
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
         os.closerange(3, 1000)  # Popen waits until its pipe to this process is closed
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+        encoding = env.get("PYTHONIOENCODING")
+        sys.stdout = open(1, "w", encoding=encoding)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
         for path in (*ROOT.glob("*.py"), *TESTS.glob("*.py")):
             sys.modules.pop(path.stem, None)
         sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, TESTS)]

@@ -43,7 +43,7 @@ const text = node => {
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, sample) -> Iterator[str]:
+def address(small_network, tmp_path_factory, sample) -> Iterator[str]:
     """Serve a run of two epochs on the drawn sample with TensorBoard, and yield its address."""
     folder = tmp_path_factory.mktemp("browser")
     command = [sys.executable, train.__file__, "--data-path", sample, "--model", "resnet18", "--img-size", "32"]

@@ -231,7 +231,7 @@ PROGRAM = """
 import os, sys
 sys.path[:0] = {folders!r}
 import torch, train
-from small_network import SmallResNet
+from shortcuts import SmallResNet
 
 finish = train.Run.finish_epoch
 

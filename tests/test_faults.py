@@ -11,7 +11,7 @@ FAULTS = Path(__file__).with_name("faults.py")
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> str:
+def printed(forked_programs, tmp_path_factory) -> str:
     command = [sys.executable, FAULTS, "all", "--short", "--seed", "7"]
     done = subprocess.run(command, cwd=tmp_path_factory.mktemp("faults"), capture_output=True, text=True, check=False)
     assert not done.stderr
