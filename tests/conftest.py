@@ -45,6 +45,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+LONGEST = ("torchrun", "faults", "browser", "run", "bench", "train", "distributed", "model", "resume", "recipes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take longest first, so that no process works on one of them while the others are idle."""
+    order = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
     """Write an image of random noise. `size` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
