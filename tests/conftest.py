@@ -104,7 +104,8 @@ def blank_figures() -> Iterator[None]:
 class ForkedPopen(subprocess.Popen):
     """Runs `python FILE`, `python -c CODE` or `python -m MODULE` in a fork of this process.
 
-    That saves four seconds: other packages are already imported. The project's modules are imported again.
+    That saves four seconds: other packages are already imported. The project's modules are imported again. Of `env`,
+    only PYTHONIOENCODING has an effect.
     """
 
     def __init__(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
@@ -118,7 +119,7 @@ def _run_python(arguments: list[str], env: Mapping[str, str]) -> NoReturn:
     try:
         gc.enable()  # subprocess disables it
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
-        os.closerange(3, 1000)  # Popen waits until its pipe to this process is closed
+        os.closerange(3, 2**16)  # Popen waits until its pipe to this process is closed
         encoding = env.get("PYTHONIOENCODING")
         sys.stdout = open(1, "w", encoding=encoding)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
@@ -152,15 +153,11 @@ def _run_python(arguments: list[str], env: Mapping[str, str]) -> NoReturn:
         os._exit(status)
 
 
-@pytest.fixture(scope="module")
-def forked_programs() -> Iterator[None]:
+@pytest.fixture
+def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start Python programs as forks of this process, see `ForkedPopen`."""
-    if not hasattr(os, "fork"):
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", ForkedPopen)
-        yield
+    if hasattr(os, "fork"):
+        monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 @pytest.fixture
