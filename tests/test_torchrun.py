@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from conftest import ROOT, TESTS, ForkedPopen
+from conftest import ROOT, TESTS
 from ranks import SMALL, free_port, run_ranks, weights_of
 
 import train
@@ -74,7 +74,7 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
     command += [*options, str(program), *flags]
     lines = []
-    with ForkedPopen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for line in process.stdout:
                 lines.append(line)
