@@ -1,24 +1,38 @@
 """Shared fixtures and helpers: small image folders, a drawn sample, and the real photographs where available."""
 
 import functools
+import gc
+import http.server
+import multiprocessing.util
 import os
+import runpy
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shortcuts import FIGURES, SmallResNet, blank_figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
-from model import MODELS, BasicBlock, ResNet
+import plot_utils
+from model import MODELS
 from sample_flowers import draw_sample
 from tensorboard_logger import TensorBoardLogger
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 
 matplotlib.use("Agg")
 # Tests, and the programs that they start, run in parallel. One thread each avoids oversubscribing the cores.
@@ -29,6 +43,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def pytest_xdist_auto_num_workers() -> int:
     """Return one worker more than there are cores, because some tests wait for other processes."""
     return (os.cpu_count() or 1) + 1
+
+
+LONGEST = ("torchrun", "faults", "browser", "run", "bench", "train", "distributed", "model", "resume", "recipes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take longest first, so that no process works on one of them while the others are idle."""
+    order = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
@@ -56,16 +79,99 @@ def read_events(run: Path) -> EventAccumulator:
 
 @pytest.fixture(scope="module")
 def small_network() -> Iterator[None]:
-    """Shrink ResNet-18 to one block per layer, for tests that don't depend on the network."""
+    """Shrink ResNet-18, for tests that don't depend on the network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "resnet18", functools.partial(ResNet, BasicBlock, [1, 1, 1, 1]))
+        patch.setitem(MODELS, "resnet18", SmallResNet)
         yield
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the drawing of figures, which takes a second per epoch."""
+    """Skip the figures and the graph, which take most of the time of a small run."""
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *arguments: None)
+    monkeypatch.setattr(SummaryWriter, "add_graph", lambda *arguments: None)
+
+
+@pytest.fixture(scope="module")
+def blank_figures() -> Iterator[None]:
+    """Draw blank figures, for tests that depend on when figures are drawn, but not on their content."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FIGURES:
+            patch.setattr(plot_utils, name, blank_figure)
+        yield
+
+
+class ForkedPopen(subprocess.Popen):
+    """Runs `python FILE`, `python -c CODE` or `python -m MODULE` in a fork of this process.
+
+    That saves four seconds: other packages are already imported. The project's modules are imported again. Of `env`,
+    only PYTHONIOENCODING has an effect.
+    """
+
+    def __init__(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
+        if command[0] == sys.executable:
+            options["preexec_fn"] = functools.partial(_run_python, list(map(str, command[1:])), env or os.environ)
+        super().__init__(command, env=env, **options)
+
+
+def _run_python(arguments: list[str], env: Mapping[str, str]) -> NoReturn:
+    status = 1
+    try:
+        gc.enable()  # subprocess disables it
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
+        os.closerange(3, 2**16)  # Popen waits until its pipe to this process is closed
+        encoding = env.get("PYTHONIOENCODING")
+        sys.stdout = open(1, "w", encoding=encoding)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
+        for path in (*ROOT.glob("*.py"), *TESTS.glob("*.py")):
+            sys.modules.pop(path.stem, None)
+        sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, TESTS)]
+        match arguments:
+            case ["-c", code, *words]:
+                sys.argv = ["-c", *words]
+                sys.path.insert(0, "")
+                exec(code, {"__name__": "__main__"})
+            case ["-m", module, *words]:
+                sys.argv = [module, *words]
+                sys.path.insert(0, "")
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            case [program, *_]:
+                sys.argv = arguments
+                sys.path.insert(0, str(Path(program).parent))
+                runpy.run_path(program, run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:  # noqa: BLE001 - the child must not return to pytest
+        traceback.print_exc()
+    finally:
+        multiprocessing.util._exit_function()  # as on a normal exit: ends the workers
+        sys.stdout.flush()
+        os._exit(status)
+
+
+@pytest.fixture
+def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start Python programs as forks of this process, see `ForkedPopen`."""
+    if hasattr(os, "fork"):
+        monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """Serve a folder over HTTP on loopback; yield the folder and its address."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
 
 
 @pytest.fixture

@@ -43,10 +43,12 @@ from fault_harness import (
     raw_events,
     unreadable,
 )
+from shortcuts import FIGURES, SmallResNet, blank_figure
 
 import checkpoint
+import plot_utils
 from checkpoint import save_checkpoint
-from model import MODELS, BasicBlock, ResNet
+from model import MODELS
 from run_state import Run
 from sample_flowers import draw_sample
 
@@ -283,7 +285,7 @@ def disk(campaign: Campaign, rounds: int, generator: random.Random) -> None:
     # Fractions of the size of last.pth, which is twice as large as best.pth. Each fails at another point.
     undisturbed, _ = campaign.undisturbed()
     for part in (0.01, 0.7, 1.2, 1.7, 2.2)[-rounds:]:
-        small_file_system(campaign, math.ceil(part * (undisturbed / "weights" / "last.pth").stat().st_size / 2**20))
+        small_file_system(campaign, math.ceil(part * (undisturbed / "weights" / "last.pth").stat().st_size / 2**10))
 
 
 def save_after_epochs_only() -> None:
@@ -298,18 +300,18 @@ def one_complaint() -> list[str]:
     return [] if len(complaints) == 1 else [said[-500:]]
 
 
-def small_file_system(campaign: Campaign, mib: int) -> None:
-    """Run in a file system of `mib` MiB, which is too small, and resume in a larger one."""
+def small_file_system(campaign: Campaign, kib: int) -> None:
+    """Run in a file system of `kib` KiB, which is too small, and resume in a larger one."""
     undisturbed, _ = campaign.undisturbed()
     folder = Path("small").resolve()
     folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder]
     if subprocess.run(mount, stderr=subprocess.DEVNULL, check=False).returncode != 0:
         print("  a tmpfs: not tried, as only the superuser may mount one")
         return
     try:
         status = Child(program(campaign.flags("run"), lambda: os.chdir(folder)), Path("output")).end()
-        campaign.expect("a full tmpfs: status 1", status == 1 or [f"{mib} MiB: {status}"])
+        campaign.expect("a full tmpfs: status 1", status == 1 or [f"{kib} KiB: {status}"])
         campaign.expect("a full tmpfs: one line", one_complaint())
         run = folder / "runs" / "run"
         campaign.expect("a full tmpfs: every checkpoint loads", unreadable(run))
@@ -384,12 +386,14 @@ def main(argv: list[str] | None = None) -> int:
         help="kills, signals, writes to an event file, files, or runs (default: 100, 30, all, 10,000, 20)",
     )
     parser.add_argument(
-        "--short", action="store_true", help="a minute of it: fewer rounds, of shorter runs of less network"
+        "--short", action="store_true", help="fewer rounds, of shorter runs of a small network, with blank figures"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random instants (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.short:  # inherited by the forks
-        MODELS["resnet18"] = functools.partial(ResNet, BasicBlock, [1, 1, 1, 1])
+        MODELS["resnet18"] = SmallResNet
+        for name in FIGURES:
+            setattr(plot_utils, name, blank_figure)
     done = []
     with tempfile.TemporaryDirectory() as folder:
         data = draw_sample(Path(folder).resolve() / "data", images_per_class=IMAGES // 5, size=64)

@@ -9,6 +9,7 @@ import bench
 import pytest
 from accuracy import divided
 
+pytestmark = pytest.mark.usefixtures("forked_programs", "small_network")
 SMALL = ["--model", "resnet18", "--device", "cpu"]
 
 

@@ -46,9 +46,10 @@ const text = node => {
 def address(tmp_path_factory, sample) -> Iterator[str]:
     """Serve a run of two epochs on the drawn sample with TensorBoard, and yield its address."""
     folder = tmp_path_factory.mktemp("browser")
-    command = [sys.executable, train.__file__, "--data-path", sample, "--model", "resnet18", "--img-size", "32"]
-    command += ["--epochs", "2", "--device", "cpu", "--name", "seen"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    flags = ["--data-path", str(sample), "--model", "resnet18", "--img-size", "32", "--workers", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main([*flags, "--epochs", "2", "--device", "cpu", "--name", "seen"]) == 0
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

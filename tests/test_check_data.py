@@ -514,7 +514,7 @@ def test_csv_file_is_written_atomically(capsys, two_classes, somewhere_else, mon
     assert [(path.name, path.read_text()) for path in somewhere_else.iterdir()] == [("x.csv", "from before")]
 
 
-def test_command_line(two_classes, somewhere_else):
+def test_command_line(forked_programs, two_classes, somewhere_else):
     shutil.copy(two_classes / "cat" / "cat 00.png", two_classes / "dog")
     done = subprocess.run(
         [sys.executable, ROOT / "check_data.py", two_classes], capture_output=True, text=True, check=False

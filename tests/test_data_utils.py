@@ -1,15 +1,10 @@
-"""Splitting folders, class indices and pickles, figures, and the download."""
+"""Splitting folders, class indices and pickles, and figures."""
 
-import functools
-import hashlib
-import http.server
 import io
 import json
 import pickle
 import random
 import shutil
-import tarfile
-import threading
 import unicodedata
 from pathlib import Path
 
@@ -34,7 +29,6 @@ from data_utils import (
     write_class_indices,
     write_pickle,
 )
-from download import download_flower_photos
 from my_dataset import MEAN, STD, EvalTransform, MyDataSet
 from plot_utils import class_distribution, labelled_images, predictions
 
@@ -224,6 +218,11 @@ def test_class_indices_round_trip():
     assert read_class_indices() == names
 
 
+def test_class_indices_match_the_tutorial_format(two_classes):
+    read_split_data(two_classes)
+    assert json.loads(Path("class_indices.json").read_text(encoding="utf-8")) == {"0": "cat", "1": "dog"}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"1": "a"}', '{"0": 1}', '{"0": "a", "2": "b"}', "[" * 100_000])
 def test_invalid_class_indices(text):
     Path("class_indices.json").write_text(text)
@@ -408,101 +407,3 @@ def test_missing_prediction_figure_is_explained(plot_img, tmp_path, capsys):
     assert "nowhere: no such folder" in explanation(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"class_indices\.json"):
         plot_class_preds(Brightness(), plot_img, FLOAT_TRANSFORM)
-
-
-# --- download ---------------------------------------------------------------------------------------------------
-
-
-def make_archive(path: Path, extra: tarfile.TarInfo | None = None) -> str:
-    """Create an archive laid out like flower_photos.tgz and return its MD5 checksum."""
-    with tarfile.open(path, "w:gz") as tar:
-        for name in ("daisy/a.png", "roses/b.png"):
-            tar.add(write_image(path.parent / "source" / name), f"flower_photos/{name}")
-        tar.add(write_image(path.parent / "source" / "c.png"), "flower_photos/LICENSE.txt")
-        if extra:
-            tar.addfile(extra)
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def server(tmp_path):
-    """Serve a folder over HTTP on loopback; yield the folder and its address."""
-    folder = tmp_path / "www"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    handler.log_message = lambda *_: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_download(server, tmp_path, exists):
-    folder, address = server
-    md5 = make_archive(folder / "a.tgz")
-    root = tmp_path / "new" / "flowers"
-    if exists:
-        root.mkdir(parents=True)
-    download_flower_photos(root, f"{address}/a.tgz", md5)
-    assert sorted(path.name for path in root.glob("[!.]*")) == ["LICENSE.txt", "daisy", "roses"]
-    assert list(root.parent.iterdir()) == [root]
-    (folder / "a.tgz").unlink()
-    download_flower_photos(root, f"{address}/a.tgz", md5)  # a repeat downloads nothing
-    with pytest.raises(DataError, match="not an empty folder"):
-        download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
-
-
-def test_download_follows_a_symbolic_link(server, tmp_path):
-    folder, address = server
-    md5 = make_archive(folder / "a.tgz")
-    for target in ("empty", "not there yet"):
-        link = tmp_path / f"link to {target}"
-        link.symlink_to(tmp_path / target)
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        download_flower_photos(link, f"{address}/a.tgz", md5)
-        assert link.is_symlink()
-        assert (tmp_path / target / "daisy" / "a.png").is_file()
-
-
-def test_download_into_the_current_folder_is_rejected(server):
-    with pytest.raises(DataError, match="the current folder"):
-        download_flower_photos(".", f"{server[1]}/a.tgz", "0" * 32)
-
-
-def test_failed_download_leaves_no_files(server, tmp_path):
-    folder, address = server
-    root = tmp_path / "new" / "flowers"
-    make_archive(folder / "a.tgz")
-    with pytest.raises(DataError, match="corrupt or incomplete"):
-        download_flower_photos(root, f"{address}/a.tgz", "0" * 32)
-    (folder / "b.tgz").write_bytes(b"not an archive")
-    with pytest.raises(DataError, match="cannot unpack"):
-        download_flower_photos(root, f"{address}/b.tgz", hashlib.md5(b"not an archive").hexdigest())
-    with pytest.raises(OSError, match=r"cannot download .*missing\.tgz"):
-        download_flower_photos(root, f"{address}/missing.tgz", "0" * 32)
-    with pytest.raises(OSError, match="cannot download"):
-        download_flower_photos(root, "http://127.0.0.1:9/nothing.tgz", "0" * 32)
-    assert list(root.parent.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "link"),
-    [("../../escaped", None), ("flower_photos/a", "/etc/passwd"), ("flower_photos/a", "../../../escaped")],
-)
-def test_hostile_archive_is_rejected(server, tmp_path, name, link):
-    folder, address = server
-    member = tarfile.TarInfo(name)
-    if link:
-        member.type, member.linkname = tarfile.SYMTYPE, link
-    md5 = make_archive(folder / "a.tgz", extra=member)
-    with pytest.raises(DataError, match="cannot unpack"):
-        download_flower_photos(tmp_path / "new" / "flowers", f"{address}/a.tgz", md5)
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_class_indices_match_the_tutorial_format(two_classes):
-    read_split_data(two_classes)
-    assert json.loads(Path("class_indices.json").read_text(encoding="utf-8")) == {"0": "cat", "1": "dog"}

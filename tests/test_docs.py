@@ -1,18 +1,30 @@
 """README.md and docs/: links and anchors resolve, flags exist and are documented, commands parse and run."""
 
+import functools
+import hashlib
+import importlib
 import io
+import itertools
+import json
 import re
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 import unicodedata
+import urllib.request
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 import check_data
 import config
@@ -172,33 +184,131 @@ def test_every_module_is_listed(page):
     assert sorted(name for name in listed if not (ROOT / name).exists() and name != "bench.py") == []
 
 
-def test_readme_commands_run(tmp_path, monkeypatch, capsys):
-    """Train in an empty copy of the project, with tiny images, and run the README's other commands on the result."""
+# --- the commands of the READMEs ----------------------------------------------------------------------------------
+
+PARSED_ONLY = (
+    "python3 -m venv",
+    ".venv/bin/pip install",
+    ".venv/bin/python -m pytest",
+    "torchrun ",
+)  # install, or slow
+SMALL = ["--model", "resnet18", "--img-size", "32", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """Copy the project to an empty folder, as the current folder, and import its modules from there."""
+    folder = tmp_path / "project"
+    folder.mkdir()
     for module in ROOT.glob("*.py"):
-        shutil.copy(module, tmp_path)
-    shutil.copytree(ROOT / "plot_img", tmp_path / "plot_img")
+        shutil.copy(module, folder)
+        monkeypatch.setitem(sys.modules, module.stem, None)  # restores or removes it afterwards
+        del sys.modules[module.stem]
+    shutil.copytree(ROOT / "plot_img", folder / "plot_img")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def small_project(project, server, tmp_path, monkeypatch) -> Path:
+    """Shrink the network, the figures and the sample, and serve the downloads on loopback."""
+    www, address = server
+    model, prepare_data = importlib.import_module("model"), importlib.import_module("prepare_data")
+    monkeypatch.setitem(model.MODELS, "resnet18", functools.partial(model.ResNet, model.BasicBlock, [1, 1, 1, 1]))
+    logger = importlib.import_module("tensorboard_logger").TensorBoardLogger
+    monkeypatch.setattr(logger, "draw", lambda *arguments: None)
+    draw_sample = functools.partial(prepare_data.draw_sample, images_per_class=5, size=48)
+    monkeypatch.setattr(prepare_data, "draw_sample", draw_sample)
+
+    torch.save(model.MODELS["resnet18"](num_classes=1000).state_dict(), www / "weights.pth")
+    checksum = hashlib.sha256((www / "weights.pth").read_bytes()).hexdigest()
+    weights = (www / "weights.pth").rename(www / f"resnet18-{checksum[:8]}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(ResNet18_Weights.DEFAULT.value, "url", f"{address}/{weights.name}")
+
     for name, colour in (("cat", "orange"), ("dog", "gray")):
-        folder = tmp_path / "my_photos" / name
+        folder = project / "my_photos" / name
         folder.mkdir(parents=True)
         for index in range(5):
             pixels = np.random.default_rng([index, len(colour)]).integers(0, 256, (48, 48, 3), dtype=np.uint8)
             Image.blend(Image.fromarray(pixels), Image.new("RGB", (48, 48), colour), 0.5).save(folder / f"{index}.jpg")
-    shutil.copy(tmp_path / "my_photos" / "cat" / "0.jpg", tmp_path / "photo.jpg")
-    calls = program_calls(ROOT / "README.md")
+    shutil.copy(project / "my_photos" / "cat" / "0.jpg", project / "photo.jpg")
+    with tarfile.open(www / "flowers.tgz", "w:gz") as tar:
+        tar.add(project / "my_photos", "flower_photos")
+    source = {"url": f"{address}/flowers.tgz", "md5": hashlib.md5((www / "flowers.tgz").read_bytes()).hexdigest()}
+    download = functools.partial(prepare_data.download_flower_photos, **source)
+    monkeypatch.setattr(prepare_data, "download_flower_photos", download)
+    return project
 
-    own = ["--data-path", "my_photos"]
-    assert ("train.py", own) in calls
-    small = ["--model", "resnet18", "--img-size", "32", "--epochs", "1", "--workers", "0", "--device", "cpu"]
-    command = [sys.executable, "train.py", *own, *small]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "flower_experiment" / "weights" / "best.pth").exists()
 
-    monkeypatch.chdir(tmp_path)
-    programs = {"check_data.py": check_data.main, "predict.py": predict.main}
-    others = [(program, words) for program, words in calls if program in programs]
-    assert {program for program, _ in others} == set(programs)
-    for program, words in others:
-        assert programs[program](words) == 0, f"{program} {shlex.join(words)}: {capsys.readouterr().err}"
-    assert Path("prediction.png").exists()
-    assert Path("data_health.png").exists()
+def run_program(program: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a program of the current folder in this process, as `python PROGRAM WORDS`, and return its exit status."""
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(program, run_name="__main__")
+    return stop.value.code
+
+
+def stop_after_one_step(patch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in the first step of the next training."""
+    run = importlib.import_module("run_state").Run
+    patch.setattr(run, "save_is_due", lambda run: signal.raise_signal(signal.SIGINT))
+
+
+def runs_on_tensorboard(words: list[str]) -> list[str]:
+    """Start TensorBoard, fetch the list of runs once there is one, and stop it."""
+    command = [sys.executable, "-m", "tensorboard.main", *words, "--port", "0"]  # a free port
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(found[0] for line in server.stderr if (found := re.search(r"http://localhost:\d+/", line)))
+            end = time.monotonic() + 30
+            runs = []
+            while not runs and time.monotonic() < end:
+                time.sleep(0.1)
+                with urllib.request.urlopen(f"{address}data/runs") as answer:
+                    runs = json.load(answer)
+        finally:
+            server.terminate()
+            server.stderr.read()
+    return runs
+
+
+def test_readme_commands_run(small_project, monkeypatch, capsys):
+    """Run the commands of README.md, and those that only the Chinese page has, in an empty copy of the project.
+
+    The training that precedes a plain --resume is stopped after one step.
+    """
+    english, chinese = (commands(readme) for readme in READMES)
+    lines = english + [words for words in chinese if words not in english]
+    done = set()
+    for words, following in itertools.pairwise([*lines, []]):
+        line, program = shlex.join(words), next((word for word in words if word in PARSERS), None)
+        if line.startswith(PARSED_ONLY):
+            continue
+        if words[0] == "tensorboard":
+            assert set(runs_on_tensorboard(words[1:])) == {
+                path.name for path in Path("runs").iterdir() if path.is_dir()
+            }
+            done.add("tensorboard")
+            continue
+        assert program, f"an unknown kind of command: {line}"
+        arguments, expected = words[words.index(program) + 1 :], 0
+        if program == "train.py" and "--resume" not in arguments:
+            arguments += [*SMALL, *(["--time-budget", "0.001"] if "--time-budget" in arguments else ["--epochs", "1"])]
+        elif "--epochs" in arguments:
+            arguments += ["--patience", "1"]
+        with monkeypatch.context() as patch:
+            if following[-2:] == ["train.py", "--resume"]:
+                stop_after_one_step(patch)
+                expected = 130
+            status = run_program(program, arguments, patch)
+        said = capsys.readouterr()
+        assert status == expected, f"{line}: {said.err}"
+        assert arguments != ["--resume"] or "resumed at epoch 0, step 1" in said.out
+        done |= {program, *(word for word in words if word.startswith("--"))}
+    assert done >= {"tensorboard", *PARSERS, "--recipe", "--weights", "--freeze-layers", "--resume", "--download"}
+    for name in ("runs/flower_experiment/weights/best.pth", "prediction.png", "data_health.png", "predictions.csv"):
+        assert Path(name).exists(), name
+    for name in ("data/sample_flowers/daisy", "flower_photos/cat", "my_photos/cat"):
+        assert Path(name).is_dir(), name

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ForkedPopen
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -13,9 +14,11 @@ FAULTS = Path(__file__).with_name("faults.py")
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> str:
     command = [sys.executable, FAULTS, "all", "--short", "--seed", "7"]
-    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("faults"), capture_output=True, text=True, check=False)
-    assert not done.stderr
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with ForkedPopen(command, cwd=tmp_path_factory.mktemp("faults"), **pipes) as running:
+        printed, complaints = running.communicate()
+    assert not complaints
+    return printed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaigns look into /proc")

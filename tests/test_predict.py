@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_another_user, run_in_fork, write_image
+from conftest import ROOT, as_another_user, run_in_fork, write_image
 from PIL import Image
 
 import check_data
@@ -22,18 +22,19 @@ import predict
 from class_files import write_class_indices
 from image_folders import list_images
 from inference import run_inference
-from model import resnet18
+from model import MODELS, resnet18
 from my_dataset import EvalTransform, MyDataSet, prepare_batch
 
+pytestmark = pytest.mark.usefixtures("small_network")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory, sample) -> Path:
+def weights(small_network, tmp_path_factory, sample) -> Path:
     """Save a best.pth of a network whose predictions differ between images."""
     torch.manual_seed(0)
-    model = resnet18(num_classes=5)
+    model = MODELS["resnet18"](num_classes=5)
     images = [EvalTransform(64)(Image.open(path)) for path in list_images(sample, [])[::10]]
     model(prepare_batch(torch.stack(images), "cpu"))  # sets the BatchNorm statistics
     path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
@@ -458,23 +459,19 @@ def test_invalid_arguments_are_one_line_errors(capsys, weights, sample, flags, m
     assert len(captured.err.splitlines()) == 1
 
 
-def test_ascii_output_encoding(weights, tmp_path):
-    path = write_image(tmp_path / "向日葵.png")
-    command = [sys.executable, predict.__file__, path, "--weights", weights, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b"\n") == 1
-
-
-def test_predict_does_not_import_matplotlib(weights, sample):
+def test_ascii_output_without_matplotlib(tmp_path):
     code = (
-        "import sys, predict; predict.main(sys.argv[1:]); "
-        "sys.exit('matplotlib was imported' if 'matplotlib' in sys.modules else 0)"
+        "import sys, predict; status = predict.main(sys.argv[1:]); "
+        "sys.exit('matplotlib was imported' if 'matplotlib' in sys.modules else status)"
     )
-    image = next((sample / "roses").iterdir())
-    command = [sys.executable, "-c", code, image, "--weights", weights, "--device", "cpu"]
-    done = subprocess.run(command, cwd=Path(predict.__file__).parent, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, header(weights))
+    weights, path = tmp_path / "best.pth", write_image(tmp_path / "向日葵.png")
+    content = {"model": "resnet18", "class_names": NAMES, "img_size": 64}
+    torch.save(content | {"state_dict": resnet18(num_classes=5).state_dict()}, weights)
+    command = [sys.executable, "-c", code, path, "--weights", weights, "--device", "cpu"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.decode()) == (0, f"weights {weights}: resnet18, 5 classes, 64 px\n")
+    assert done.stdout.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(

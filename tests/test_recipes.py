@@ -397,7 +397,7 @@ def test_frozen_backbone_features_are_computed_once(two_classes, tmp_path, monke
     views = RECIPES["finetune"].feature_views
     figures = 8 * 2 + 4 * 8  # 2 images after each epoch, up to 8 mistakes after 4 of them
     projector = 5
-    assert sum(passes) <= views * 20 + 5 + figures + projector + 1  # 1 for the graph
+    assert sum(passes) <= views * 20 + 5 + figures + projector
 
 
 def test_cached_features_match_their_images(two_classes):

@@ -29,7 +29,7 @@ from run_state import Run
 from run_utils import lock_run
 from tensorboard_logger import BackgroundWriter, TensorBoardLogger
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "blank_figures")
 ROOT = Path(train.__file__).parent
 EPOCHS, STEPS = 3, 5  # steps per epoch: 20 images, batches of 4
 
@@ -45,7 +45,7 @@ def flags(data: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_network, pets, tmp_path_factory) -> Path:
+def undisturbed(small_network, blank_figures, pets, tmp_path_factory) -> Path:
     """Return the folder of a run that was never interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("undisturbed"))

@@ -239,8 +239,8 @@ def test_last_checkpoint_contains_the_resume_state(run):
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()
 
 
-def test_live_events_and_ctrl_c_with_a_closed_pipe(sample, tmp_path):
-    command = [sys.executable, PROGRAM, "--data-path", sample, *TINY, "--epochs", "1000"]
+def test_live_events_and_ctrl_c_with_a_closed_pipe(two_classes, tmp_path):
+    command = [sys.executable, PROGRAM, "--data-path", two_classes, *TINY, "--epochs", "1000"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in running.stdout:
@@ -263,7 +263,7 @@ def test_live_events_and_ctrl_c_with_a_closed_pipe(sample, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
-def test_unprintable_class_names_are_escaped(tmp_path):
+def test_unprintable_class_names_are_escaped(forked_programs, tmp_path):
     data = write_classes(tmp_path / "data", {"向日葵": 5, "two\nlines": 5})
     command = [sys.executable, PROGRAM, "--data-path", data, *TINY, "--epochs", "1"]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False)
