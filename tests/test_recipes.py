@@ -43,8 +43,8 @@ def metrics() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float, float]]) -> None:
-    """Replace the validation results by these accuracies and losses, one pair per epoch."""
+def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float, ...]]) -> None:
+    """Replace the validation results by these: accuracy, loss and, optionally, macro F1 per epoch."""
     pending = iter(results)
 
     class Scripted(Evaluation):
@@ -54,6 +54,7 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float
 
         accuracy = property(lambda self: self.scripted[0])
         loss = property(lambda self: self.scripted[1])
+        macro_f1 = property(lambda self: self.scripted[2] if len(self.scripted) > 2 else super().macro_f1)
 
     monkeypatch.setattr(train, "Evaluation", Scripted)
 
@@ -205,6 +206,21 @@ def test_lower_loss_breaks_ties_for_the_best_epoch(two_classes, monkeypatch, cap
 
 
 # --- early stopping and time budgets ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 1), ("macro_f1", 2), ("val_loss", 3)])
+def test_best_metric_decides_the_best_epoch(two_classes, monkeypatch, capsys, metric, best):
+    results = [(0.6, 2.0, 0.1), (0.8, 1.5, 0.2), (0.7, 1.0, 0.9), (0.5, 0.5, 0.3), (0.8, 1.6, 0.4)]
+    script_validation(monkeypatch, results)
+    flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--best-metric", metric, "--epochs", "5"]
+    assert train.main(flags) == 0
+    assert torch.load(RUN / "weights" / "best.pth", weights_only=True)["epoch"] == best
+    output = capsys.readouterr().out
+    assert f"best {metric} " in output
+    assert ("  macro_f1 0.900  " in output) == (metric == "macro_f1")
+    if metric != "accuracy":
+        assert train.main(["--resume", "--best-metric", "accuracy"]) == 1
+        assert "--best-metric: the run" in capsys.readouterr().err
 
 
 def test_patience_stops_a_run_without_improvement(two_classes, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_events, write_classes, write_image
+from PIL import Image
 
 import predict
 import prepare_data
@@ -15,9 +16,12 @@ import train
 from data_loading import build_train_loader
 from data_utils import choose_figure_images, find_split
 from distributed import Distributed
+from image_io import read_image
+from inference import run_inference
 from model import MODELS, named_convolutions
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from sample_flowers import draw_sample
+from weights_io import load_model
 
 pytestmark = pytest.mark.usefixtures("small_network", "blank_figures")
 PROGRAM = Path(train.__file__)
@@ -113,6 +117,44 @@ def test_a_last_batch_of_one_image_is_dropped(tmp_path):
 
 
 # --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_header_names_risks(no_figures, tmp_path, capsys):
+    data = write_classes(tmp_path / "arrows", {"to the left": 12, "right arrow": 2})
+    assert train.main(["--data-path", str(data), *TINY, "--epochs", "1", "--class-weights", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "a horizontal flip may turn left into right: pass --hflip 0" in output
+    assert "10 images of to the left, but 1 of right arrow: accuracy hides rare classes" in output
+    assert "loss weights right arrow 5.5, to the left 0.55" in output
+    quiet = ["--hflip", "0", "--best-metric", "macro_f1"]
+    assert train.main(["--data-path", str(data), *TINY, "--epochs", "1", *quiet]) == 0
+    output = capsys.readouterr().out
+    assert "flip" not in output
+    assert "rare" not in output
+    assert "loss weights" not in output
+
+
+def test_resize_is_kept_for_prediction(no_figures, tmp_path, capsys):
+    """What tells the classes apart lies at the ends of wide images, which a centre crop cuts off."""
+    for label, (name, colour) in enumerate((("blue", "blue"), ("red", "red"))):
+        (tmp_path / "ends" / name).mkdir(parents=True)
+        for index in range(6):
+            image = Image.effect_noise((200, 40), 40 + 10 * index + label).convert("RGB")
+            image.paste(colour, (0, 0, 20, 40))
+            image.save(tmp_path / "ends" / name / f"{index}.png")
+    flags = ["--data-path", str(tmp_path / "ends"), *TINY, "--epochs", "1", "--resize", "stretch"]
+    assert train.main(flags) == 0
+    best = torch.load("runs/flower_experiment/weights/best.pth", weights_only=True)
+    assert best["resize"] == "stretch"
+    path = tmp_path / "ends" / "red" / "0.png"
+    assert predict.main([str(path), "--json", "--amp", "off"]) == 0
+    top = json.loads(capsys.readouterr().out.splitlines()[-1])["top"]
+    model, _ = load_model("runs/flower_experiment/weights/best.pth")
+    pixels = EvalTransform(best["img_size"], "stretch")(read_image(path))
+    expected = run_inference(model, [(pixels[None], torch.tensor([1]))], "cpu").logits.softmax(1)[0]
+    assert {entry["class"]: entry["probability"] for entry in top} == pytest.approx(
+        dict(zip(["blue", "red"], expected.tolist(), strict=True)), abs=1e-4
+    )
 
 
 def test_sample_data_is_drawn_once(monkeypatch, tmp_path, capsys):
