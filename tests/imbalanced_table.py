@@ -7,9 +7,9 @@ other images of each for validation. To measure --class-weights and --best-metri
 python train.py --data-path table.csv --recipe scratch --model resnet18 --img-size 96 --class-weights 0.5
 """
 
+import argparse
 import csv
 import random
-import sys
 from pathlib import Path
 
 COUNTS = {"dandelion": 500, "roses": 25}
@@ -30,4 +30,8 @@ def main(folder: Path, table: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("table", type=Path)
+    args = parser.parse_args()
+    main(args.folder, args.table)
