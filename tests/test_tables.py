@@ -66,7 +66,7 @@ def test_check_data_and_predict_accept_a_table(two_classes, capsys):
     assert "skipped      1 file: 1 unreadable" in capsys.readouterr().out
     assert predict.main([str(table)]) == 1
     captured = capsys.readouterr()
-    assert re.search(rf"{table}: accuracy .* of 5 of the run's validation images\)", captured.out)
+    assert re.search(rf"{table}: accuracy .* of 5 validation images of the run\)", captured.out)
     assert "missing.png" in captured.err
 
 
