@@ -114,7 +114,7 @@ def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
         ("path,label\na.png\n", "line 2: has 1 fields instead of 2"),
         ("path,label,split\na.png,cat,tain\n", "line 2: the split is 'tain'; it must be train, val or test"),
         ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "line 4: 'a.png' is already listed in line 2"),
-        ("path,label\na.png,cat\n", "needs training images of at least two labels; found 1"),
+        ("path,label\na.png,cat\n", "needs training images of at least two labels; found only one, cat"),
         ('path,label\n"a.png,cat\n' + "x" * 200_000, "not a CSV table in UTF-8"),
     ],
 )
