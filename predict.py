@@ -205,7 +205,7 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
     In a folder, the first sub-folder named after a class labels its images.
 
     Args:
-        skipped: the other files, and unreadable sub-folders, are appended to it.
+        skipped: receives the other files, and unreadable sub-folders.
 
     Raises:
         FileNotFoundError: the file or folder is missing.
