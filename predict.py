@@ -250,14 +250,20 @@ def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> lis
 
 
 def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[str]:
-    """Describe the images outside class folders, one line per folder.
+    """Describe the images without a label, one line per folder or for the whole table.
 
     Returns:
-        The lines to print; none if no folder has the name of a class or a similar one.
+        The lines to print; none if no folder has the name of a class or a similar one, or no row has a class as label.
     """
-    folders = Counter(Path(file.path).parent for file in files if file.label is None and file.path != file.argument)
-    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != Path(files[0].argument)}
-    if all(file.label is None for file in files) and not any(likely.values()):
+    argument = Path(files[0].argument)
+    unlabelled = [file for file in files if file.label is None and file.path != file.argument]
+    is_labelled = len(unlabelled) < len(files)
+    if is_table(argument):
+        line = f"{argument}: {len(unlabelled)} of {len(files)} images without a label, or with one that is not a class"
+        return [line] if unlabelled and is_labelled else []
+    folders = Counter(Path(file.path).parent for file in unlabelled)
+    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != argument}
+    if not is_labelled and not any(likely.values()):
         return []
     lines = []
     for folder, count in folders.items():

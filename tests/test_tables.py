@@ -70,6 +70,15 @@ def test_check_data_and_predict_accept_a_table(two_classes, capsys):
     assert "missing.png" in captured.err
 
 
+def test_predict_reports_rows_without_a_known_label(tmp_path):
+    rows = [["path", "label"], ["dog/1.png", ""], ["dog/2.png", "lion"], ["cat/3.png", "cat"]]
+    table = write_table(tmp_path / "some.csv", rows)
+    lines = predict.describe_unlabelled(predict.find_images(str(table), ["cat", "dog"], []), ["cat", "dog"])
+    assert lines == [f"{table}: 2 of 3 images without a label, or with one that is not a class"]
+    table = write_table(tmp_path / "none.csv", [["path"], ["dog/1.png"]])
+    assert predict.describe_unlabelled(predict.find_images(str(table), ["dog"], []), ["dog"]) == []
+
+
 def test_validation_table(two_classes, tmp_path):
     write_classes(tmp_path / "other", {"dog": 2})
     table = write_table(tmp_path / "val.csv", [["path", "label"], ["other/dog/dog 00.png", "dog"]])
