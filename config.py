@@ -340,10 +340,10 @@ def _same_schema(values: Any, defaults: Mapping[str, Any]) -> bool:
     """Return whether `values` is a dict with the keys of `defaults` and values of the same types."""
     if not isinstance(values, dict) or values.keys() != defaults.keys():
         return False
-    pairs = [(values[key], default) for key, default in defaults.items()]
-    return all(
-        isinstance(value, (int, float)) and math.isfinite(value)
-        if isinstance(default, (int, float))
-        else default is None or type(value) is type(default)
-        for value, default in pairs
-    )
+    return all(_same_type(values[key], default) for key, default in defaults.items())
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return default is None or type(value) is type(default)

@@ -3,6 +3,7 @@
 import collections
 import difflib
 import hashlib
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from class_files import normalise
 from cli_utils import DataError
 from file_utils import read_json
-from image_io import ImageError, is_image_file, unsupported_format
+from image_io import ImageError, conversion_advice, is_image_file
 
 CHECK_CACHE = ".checked_images.json"  # in the runs folder: the cached results of checking image files
 
@@ -91,7 +92,7 @@ def _add_files(files: Iterable[Path], images: list[str], skipped: list[Skipped])
     for path in files:
         if is_image_file(path):
             images.append(str(path))
-        elif advice := unsupported_format(path):
+        elif advice := conversion_advice(path):
             skipped.append(Skipped(str(path), UNSUPPORTED, f"{UNSUPPORTED} {path.suffix.lower()} ({advice})"))
         else:
             skipped.append(Skipped(str(path), UNKNOWN_TYPE, UNKNOWN_TYPE))
@@ -113,8 +114,7 @@ def list_images_by_class(root: str | os.PathLike, skipped: list[Skipped], min_cl
         found = f"only one, {folders[0].name}" if folders else "none"
         needed = "at least two sub-folders" if min_classes > 1 else "sub-folders"
         raise DataError(f"{os.fspath(root)}: needs {needed} of images, one per class; found {found}")
-    images: dict[str, list[str]] = {normalise(folder.name): [] for folder in folders}
-    images = {name: images[name] for name in sorted(images)}
+    images: dict[str, list[str]] = {name: [] for name in sorted({normalise(folder.name) for folder in folders})}
     others: list[Skipped] = []
     for folder in folders:
         images[normalise(folder.name)] += list_images(folder, others)
@@ -217,9 +217,9 @@ def read_run_checksums(path: Path) -> dict[str, str]:
         "train" or "val" per checksum, "train" for a file that is in both; empty if there is no valid files.json.
     """
     subsets: dict[str, str] = {}
-    for versions in read_json(path).values():
-        for version in versions if isinstance(versions, list) else ():
-            match version:
-                case ["train" | "val" as subset, str(checksum)] if checksum and subsets.get(checksum) != "train":
-                    subsets[checksum] = subset
+    files = [versions for versions in read_json(path).values() if isinstance(versions, list)]
+    for version in itertools.chain.from_iterable(files):
+        match version:
+            case ["train" | "val" as subset, str(checksum)] if checksum and subsets.get(checksum) != "train":
+                subsets[checksum] = subset
     return subsets

@@ -161,7 +161,8 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     if args.num_classes not in (None, len(found.class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
     known = read_json(known_images)
-    results = checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    known |= checked
     if args.resize == "pad":  # extreme shapes are usable, as nothing is cut off
         checked = {path: _accept_extreme(image) for path, image in checked.items()}
     split = drop_unusable(found, checked)
@@ -184,5 +185,5 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         skipped=split.skipped,
         pixel_range=pixel_range,
         files=describe_files(found, checked),
-        known=known | results,
+        known=known,
     )

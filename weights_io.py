@@ -195,10 +195,11 @@ def _is_list_of_names(names: Any) -> bool:
 def _read_weights_file(path: str | os.PathLike) -> WeightsFile:
     content = read_torch_file(path)
     key = next((key for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-    state = _without_prefix(path, content if key is None else content[key])
+    state_dict, metadata = (content, {}) if key is None else (content[key], content)
+    state = _without_prefix(path, state_dict)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: holds no state_dict (a dict of parameter names and tensors)")
-    info = {name: content[name] for name in INFO_KEYS if name in content and name != key} if key else {}
+    info = {name: metadata[name] for name in INFO_KEYS if name in metadata and name != key}
     if "model" in info:
         return WeightsFile(state, info, path)
     network, args_file = run_network(path)
