@@ -40,7 +40,7 @@ from my_dataset import EXTREME, is_extreme
 SMALL_SIDE = 224  # pixels: train.py's default image size
 UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
 LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to print
-LOOK_ALIKES = 10  # warn from this number of different pictures, and images of a class, that look alike as thumbnails
+LOOK_ALIKES = 10  # warn if at least this many pictures, and images of a class, look alike as thumbnails
 FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 
 
@@ -198,19 +198,19 @@ def compare_in_detail(
     pixel_range: PixelRange | None,
     workers: int | None,
 ) -> np.ndarray:
-    """Read the images that look alike as thumbnails again, and compare them. Identical files need no comparison.
+    """Read images that look alike as thumbnails again, and compare them in detail, unless their files are identical.
 
     Args:
-        alike: (N,) int64: for each image, the group of those that look alike.
+        alike: (N,) int64: for each image, the group of the images that look like it.
 
     Returns:
-        (N,) int64: for each image, the index of one of those that show the same picture.
+        (N,) int64: for each image, the index of the first image that shows the same picture.
     """
     first: dict[str, int] = {}
     identical = np.array([first.setdefault(picture.checksum, i) for i, (_, picture) in enumerate(usable)])
     distinct = np.unique(identical)
     distinct = distinct[np.argsort(alike[distinct], kind="stable")]
-    pairs = []  # of each image: its index, and those of the images to compare it with
+    pairs = []  # for each image, its index and those of the images to compare it with
     for group in np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1):
         nearest = nearest_thumbnails(thumbnails[group])
         pairs += [(i, group[others]) for i, others in zip(group, nearest, strict=True) if others]
@@ -225,7 +225,7 @@ def compare_in_detail(
 
 
 def same_in_detail(paths: Sequence[str], pixel_range: PixelRange | None) -> list[bool]:
-    """Read image files, and return for each but the first whether it shows the same picture as the first."""
+    """Return for each image file after the first whether it shows the same picture as the first."""
     detail, *others = (make_detail(read_image(path, 2 * DETAIL, pixel_range)) for path in paths)
     return [detail_difference(detail, other) <= MAX_DETAIL_DIFFERENCE for other in others]
 
@@ -235,22 +235,20 @@ def same_in_detail(paths: Sequence[str], pixel_range: PixelRange | None) -> list
 
 def print_classes(split: Split, val_source: str) -> None:
     """Print the number of images per class, and warn if the classes are unbalanced."""
-    train, val = Counter(split.train_labels), Counter(split.val_labels)
-    names = [printable(name) for name in split.class_names]
-    width = max(map(len, [*names, "class"]))
+    counts = split.count()
+    width = max(len(printable(name)) for name in [*counts, "class"])
     print(f"{split}\nvalidation: {printable(val_source)}\n\n{'class':{width}}  training  validation")
-    for label, name in enumerate(names):
-        print(f"{name:{width}}  {train[label]:8}  {val[label]:10}")
-    if unvalidated := [name for label, name in enumerate(names) if not val[label]] if val else []:
+    for name, (train, val) in counts.items():
+        print(f"{printable(name):{width}}  {train:8}  {val:10}")
+    unvalidated = [printable(name) for name, (_, val) in counts.items() if not val]
+    if split.val_paths and unvalidated:
         print(f"no validation images of {', '.join(unvalidated)}")
-    most, least = (
-        max(range(len(names)), key=lambda label: train[label]),
-        min(range(len(names)), key=lambda label: train[label]),
-    )
-    if train[most] >= UNBALANCED * train[least] > 0:
+    most, least = (choose(counts, key=lambda name: counts[name][0]) for choose in (max, min))
+    largest, fewest = counts[most][0], counts[least][0]
+    if largest >= UNBALANCED * fewest > 0:
         print(
-            f"very unbalanced: {names[most]} has {train[most] / train[least]:.0f} times as many training images as "
-            f"{names[least]}; a network can reach a high accuracy without learning the rare classes"
+            f"very unbalanced: {printable(most)} has {largest / fewest:.0f} times as many training images as "
+            f"{printable(least)}; a network can reach a high accuracy without learning the rare classes"
         )
 
 
@@ -361,9 +359,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exit with one line if a value is invalid."""
     parser = FlagParser(prog="check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "folder", metavar="FOLDER", help="a folder with one sub-folder per class, or with train and val; or a CSV table"
-    )
+    folder_help = "a folder with one sub-folder per class, or with train and val; or a CSV table"
+    add("folder", metavar="FOLDER", help=folder_help)
     add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class, or a table")
     add("--val-rate", type=float, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
     add("--workers", type=int, help="worker processes that read images (default: one per core, at most 8)")

@@ -39,9 +39,7 @@ class Recipe:
     muon_lr_scale: float = 0.0  # train convolutions with Muon, at this multiple of the learning rate; 0: with SGD
     backbone_lr_scale: float = 1.0  # learning rate of all layers but fc, as a fraction of --lr
     progressive_resize_start: float = 1.0  # size of the first training images, as a fraction of --img-size
-    progressive_resize_end: float = (
-        1.0  # below 1: objects appear smaller at test time, https://arxiv.org/abs/1906.06423
-    )
+    progressive_resize_end: float = 1.0  # below 1: objects appear smaller at test time (arXiv:1906.06423)
     feature_views: int = 0  # --freeze-layers: precompute the features of this many augmented views per image; 0: never
     ema_decay: float = 0.0  # moving average of the weights, which is validated and saved as best.pth; 0: none
     bn_images: int = 0  # estimate BatchNorm statistics from this many training images; 0: use the running averages
@@ -161,7 +159,7 @@ def build_parser() -> FlagParser:
     val_rate = checked(float, lambda x: 0 < x < 1, "above 0 and below 1")
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
     add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
-    resize_help = "how images become square: cut off, add borders, or distort (default: %(default)s)"
+    resize_help = "how to make images square: cut off the ends, add borders, or distort (default: %(default)s)"
     add("--resize", choices=RESIZE_MODES, default="crop", help=resize_help)
     hflip_help = "probability that a training image is flipped horizontally (default: %(default)s)"
     add("--hflip", type=probability, default=0.5, metavar="P", help=hflip_help)
@@ -169,7 +167,8 @@ def build_parser() -> FlagParser:
     add("--vflip", type=probability, default=0.0, metavar="P", help=vflip_help)
     two = checked(int, lambda n: n >= 2, "at least 2")
     add("--num-classes", type=two, help="expected number of classes, checked against the data")
-    add("--strict", action="store_true", help="stop if an image cannot be read, instead of skipping it")
+    strict_help = "stop if an image is unreadable or unsupported, instead of skipping it"
+    add("--strict", action="store_true", help=strict_help)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="resnet34", help="network (default: %(default)s)")
@@ -341,10 +340,10 @@ def _same_schema(values: Any, defaults: Mapping[str, Any]) -> bool:
     """Return whether `values` is a dict with the keys of `defaults` and values of the same types."""
     if not isinstance(values, dict) or values.keys() != defaults.keys():
         return False
-    pairs = [(values[key], default) for key, default in defaults.items()]
-    return all(
-        isinstance(value, (int, float)) and math.isfinite(value)
-        if isinstance(default, (int, float))
-        else default is None or type(value) is type(default)
-        for value, default in pairs
-    )
+    return all(_same_type(values[key], default) for key, default in defaults.items())
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return default is None or type(value) is type(default)

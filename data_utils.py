@@ -7,10 +7,10 @@ import collections
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Split:
     train_labels: list[int]
     val_paths: list[str]
     val_labels: list[int]
-    skipped: list[Skipped] = field(default_factory=list)  # the other files in the folders
+    skipped: list[Skipped] = field(default_factory=list)  # the files that are not used
 
     def drop(self, skipped: Sequence[Skipped]) -> "Split":
         """Return a split without the images that are skipped."""
@@ -85,6 +85,15 @@ class Split:
             f"{len(self.train_paths)} images for training.\n"
             f"{len(self.val_paths)} images for validation.{skipped}"
         )
+
+
+class TrainingImages(NamedTuple):
+    """The training images in a folder or a table, before any are held out."""
+
+    source: str | os.PathLike  # the table, or the folder that contains the class folders
+    by_class: dict[str, list[str]]
+    val_path: str | os.PathLike | None  # the folder or table of the validation images that come with them
+    skipped: list[Skipped]
 
 
 def read_split_data(
@@ -130,18 +139,16 @@ def read_split_data(
 def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
     """Split a folder like `read_split_data`, without printing, writing or plotting."""
     skipped: list[Skipped] = []
-    return _hold_out(list_images_by_class(root, skipped), val_rate, root, skipped)
+    return _hold_out(TrainingImages(root, list_images_by_class(root, skipped), None, skipped), val_rate)
 
 
-def _hold_out(
-    images: Mapping[str, list[str]], val_rate: float, source: str | os.PathLike, skipped: list[Skipped]
-) -> Split:
-    """Hold out a fraction of each class for validation. `source` is for messages."""
+def _hold_out(images: TrainingImages, val_rate: float) -> Split:
+    """Hold out a fraction of each class for validation."""
     if not 0 <= val_rate < 1:
         raise ValueError(f"val_rate is {val_rate}; it must be at least 0 and below 1")
-    split = Split(list(images), [], [], [], [], skipped)
+    split = Split(list(images.by_class), [], [], [], [], images.skipped)
     generator = random.Random(0)  # private: leaves the global generator alone
-    for label, paths in enumerate(images.values()):
+    for label, paths in enumerate(images.by_class.values()):
         at_least = 1 if val_rate > 0 and len(paths) > 1 else 0
         held_out = set(generator.sample(paths, k=max(at_least, int(len(paths) * val_rate))))
         train = [path for path in paths if path not in held_out]
@@ -150,7 +157,8 @@ def _hold_out(
         split.val_paths += [path for path in paths if path in held_out]
         split.val_labels += [label] * len(held_out)
     if val_rate > 0 and not split.val_paths:
-        raise DataError(f"{os.fspath(source)}: one image per class is too few: none can be held out for validation")
+        source = os.fspath(images.source)
+        raise DataError(f"{source}: one image per class is too few to hold out any for validation; add images")
     return split
 
 
@@ -174,18 +182,18 @@ def find_split(
             errors, see `read_split_data` and `read_table`.
     """
     find = _find_in_table if is_table(data_path) else _find_in_folder
-    source, images, own_val_path, skipped = find(data_path, val_path)
-    if val_path is None and own_val_path is None:
+    images = find(data_path, val_path)
+    source, val_path = images.source, val_path or images.val_path
+    if val_path is None:
         where = "" if Path(source) == Path(data_path) else f" in {source}"
-        return _hold_out(images, val_rate, source, skipped), f"{100 * val_rate:g}% of each class{where}, held out"
-    split = _hold_out(images, 0, source, skipped)
-    val_path = val_path or own_val_path
+        return _hold_out(images, val_rate), f"{100 * val_rate:g}% of each class{where}, held out"
+    split = _hold_out(images, 0)
     if is_table(val_path):
         val_images = _group_by_label([row for row in read_table(val_path) if row.subset in ("", "val")])
     else:
         if Path(val_path).resolve() == Path(source).resolve():
             raise DataError(f"{os.fspath(val_path)}: is both the training and the validation folder; omit --val-path")
-        val_images = list_images_by_class(val_path, skipped, min_classes=1)
+        val_images = list_images_by_class(val_path, split.skipped, min_classes=1)
     unknown = [name for name in val_images if name not in split.class_names]
     if unknown:
         likely = likely_class(unknown[0], split.class_names)
@@ -197,16 +205,11 @@ def find_split(
     return split, f"from {os.fspath(val_path)}"
 
 
-def _find_in_folder(
-    root: str | os.PathLike, val_path: str | os.PathLike | None
-) -> tuple[Path, dict[str, list[str]], Path | None, list[Skipped]]:
-    """Find the training images of a folder.
+def _find_in_folder(root: str | os.PathLike, val_path: str | os.PathLike | None) -> TrainingImages:
+    """Find the training images in a folder.
 
     Args:
         val_path: the validation images to use instead of those in `root`.
-
-    Returns:
-        The training folder, its images per class, the validation folder in `root` if any, and the files not used.
     """
     skipped: list[Skipped] = []
     train_path, own_val_path = _train_and_val_folders(root)
@@ -215,21 +218,20 @@ def _find_in_folder(
         used = {train_path, Path(val_path) if val_path else own_val_path}
         skipped += list_loose_files(root)
         skipped += list_unused(folder for folder in subfolders(root) if folder not in used)
-    return train_path, images, own_val_path, skipped
+    return TrainingImages(train_path, images, own_val_path, skipped)
 
 
-def _find_in_table(
-    path: str | os.PathLike, val_path: str | os.PathLike | None
-) -> tuple[str | os.PathLike, dict[str, list[str]], str | os.PathLike | None, list[Skipped]]:
-    """Find the training images of a table; see `_find_in_folder`."""
+def _find_in_table(path: str | os.PathLike, val_path: str | os.PathLike | None) -> TrainingImages:
+    """Find the training images in a table; see `_find_in_folder`."""
     rows = read_table(path)
     images = _group_by_label([row for row in rows if row.subset in ("", "train")])
     if len(images) < 2:
-        raise DataError(f"{os.fspath(path)}: needs training images of at least two labels; found {len(images)}")
+        found = f"only one, {next(iter(images))}" if images else "none"
+        raise DataError(f"{os.fspath(path)}: needs training images of at least two labels; found {found}")
     has_val_rows = any(row.subset == "val" for row in rows)
     unused = ("test",) if val_path is None else ("val", "test")
     skipped = [Skipped(row.path, UNUSED, UNUSED) for row in rows if row.subset in unused]
-    return path, images, path if has_val_rows else None, skipped
+    return TrainingImages(path, images, path if has_val_rows else None, skipped)
 
 
 def _group_by_label(rows: Iterable[Row]) -> dict[str, list[str]]:

@@ -24,13 +24,13 @@ MAX_SPREAD = 3  # multiple of these limits allowed between a group's first image
 # but only 0.29 if that object is a sixteenth of the side, in images of 128 px.
 DETAIL = 192  # maximum side length in pixels
 BLOCK = 8  # side length in pixels
-NOISE = np.array([14.0, 28.0, 28.0], dtype=np.float32)  # of Y, Cb and Cr; a standard deviation in grey levels
+NOISE = np.array([14.0, 28.0, 28.0], dtype=np.float32)  # standard deviations of Y, Cb and Cr, in grey levels
 MAX_DETAIL_DIFFERENCE = 0.4
-MAX_COMPARED = 4  # each image is compared with so many others, those with the most similar thumbnails
+MAX_COMPARED = 4  # each image is compared with this many others, those with the most similar thumbnails
 
 HASH_PAIRS_PER_BATCH = 2**20
 THUMBNAIL_PAIRS_PER_BATCH = 2**12  # fits into the CPU cache
-THUMBNAIL_ROWS = 256  # of a matrix of distances
+THUMBNAIL_ROWS = 256  # rows of the distance matrix that are computed at once
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
@@ -84,12 +84,12 @@ def group_near_identical(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarr
 
 
 def nearest_thumbnails(thumbnails: np.ndarray) -> list[list[int]]:
-    """For each thumbnail, (N, 16, 16, 3) uint8, return the indices of the `MAX_COMPARED` most similar before it."""
+    """Return for each thumbnail (N, 16, 16, 3) uint8 the indices of the `MAX_COMPARED` most similar ones before it."""
     luma = thumbnails[..., 0].reshape(len(thumbnails), -1).astype(np.float32)
     squares = np.square(luma).sum(1)
     nearest = []
     for start in range(0, len(luma), THUMBNAIL_ROWS):
-        distances = squares - 2 * luma[start : start + THUMBNAIL_ROWS] @ luma.T  # plus a constant for each row
+        distances = squares - 2 * luma[start : start + THUMBNAIL_ROWS] @ luma.T  # up to a constant per row
         for i, row in enumerate(distances, start):
             count = min(i, MAX_COMPARED)
             nearest.append(np.argpartition(row[:i], count - 1)[:count].tolist() if count else [])
@@ -107,8 +107,8 @@ def detail_difference(left: Image.Image, right: Image.Image) -> float:
     Both are slightly blurred, because copies differ most in the highest frequencies.
 
     Returns:
-        The largest difference of a block in luma or chroma: the mean squared difference, divided by the variances
-        of both images in the block plus that of `NOISE`. It is about 0 for copies, and 1 for unrelated textures.
+        The maximum over all blocks and channels of the mean squared difference, divided by the sum of both images'
+        variances in the block and that of `NOISE`. It is about 0 for copies, and 1 for unrelated textures.
     """
     size = tuple(max(BLOCK, min(sides) // BLOCK * BLOCK) for sides in zip(left.size, right.size, strict=True))
     pixels = []

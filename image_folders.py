@@ -3,6 +3,7 @@
 import collections
 import difflib
 import hashlib
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from class_files import normalise
 from cli_utils import DataError
 from file_utils import read_json
-from image_io import ImageError, is_image_file, unsupported_format
+from image_io import ImageError, conversion_advice, is_image_file
 
 CHECK_CACHE = ".checked_images.json"  # in the runs folder: the cached results of checking image files
 
@@ -24,7 +25,7 @@ UNSUPPORTED = "unsupported image format"
 
 
 class Skipped(NamedTuple):
-    """A file that is not used. `kind` is the reason in a few words, for counting; `reason` in full."""
+    """A file that is not used. `kind` is the reason in a few words, for counting; `reason` is the full reason."""
 
     path: str
     kind: str
@@ -45,22 +46,23 @@ def count_skipped(skipped: Sequence[Skipped]) -> str:
     suffixes = collections.Counter(
         Path(file.path).suffix.lower() or "no extension" for file in skipped if file.kind == UNKNOWN_TYPE
     )
-    types = f" ({', '.join(f'{suffix} {count}' for suffix, count in suffixes.most_common(5))})"
-    parts = [f"{count} {reason}{types if reason == UNKNOWN_TYPE else ''}" for reason, count in reasons.most_common()]
-    return f"{len(skipped)} {'file' if len(skipped) == 1 else 'files'}: {', '.join(parts)}"
+    types = ", ".join(f"{suffix} {count}" for suffix, count in suffixes.most_common(5))
+    details = {UNKNOWN_TYPE: f" ({types})"}
+    counts = ", ".join(f"{count} {reason}{details.get(reason, '')}" for reason, count in reasons.most_common())
+    return f"{len(skipped)} {'file' if len(skipped) == 1 else 'files'}: {counts}"
 
 
 # --- folder -> images ---------------------------------------------------------------------------------------------
 
 
 def list_images(folder: str | os.PathLike, skipped: list[Skipped]) -> list[str]:
-    """List the images in a folder and all its sub-folders: first those directly in a folder, sorted by name.
+    """List the images in a folder and all its sub-folders, sorted by name; those directly in a folder come first.
 
-    Hidden files and folders, __MACOSX and runs folders of train.py are ignored. Follows links, but visits each folder
-    once.
+    Ignores hidden files and folders, __MACOSX and the runs folders of train.py. Follows links, but visits each folder
+    only once.
 
     Args:
-        skipped: the other files, and unreadable sub-folders, are appended to it.
+        skipped: receives the other files, and unreadable sub-folders.
 
     Raises:
         FileNotFoundError, NotADirectoryError, PermissionError: `folder` is missing, not a folder or unreadable.
@@ -71,7 +73,7 @@ def list_images(folder: str | os.PathLike, skipped: list[Skipped]) -> list[str]:
     def visit(current: Path, entries: list[Path]) -> None:
         seen.add(current.resolve())
         folders = dict.fromkeys(path for path in entries if _is_folder(path))
-        _sort_out([path for path in entries if path not in folders], images, skipped)
+        _add_files([path for path in entries if path not in folders], images, skipped)
         for path in folders:
             if not _is_ignored(path) and path.resolve() not in seen:
                 try:
@@ -85,22 +87,22 @@ def list_images(folder: str | os.PathLike, skipped: list[Skipped]) -> list[str]:
     return images
 
 
-def _sort_out(files: Iterable[Path], images: list[str], skipped: list[Skipped]) -> None:
+def _add_files(files: Iterable[Path], images: list[str], skipped: list[Skipped]) -> None:
     """Append each file to `images` or to `skipped`."""
     for path in files:
         if is_image_file(path):
             images.append(str(path))
-        elif advice := unsupported_format(path):
+        elif advice := conversion_advice(path):
             skipped.append(Skipped(str(path), UNSUPPORTED, f"{UNSUPPORTED} {path.suffix.lower()} ({advice})"))
         else:
             skipped.append(Skipped(str(path), UNKNOWN_TYPE, UNKNOWN_TYPE))
 
 
 def list_images_by_class(root: str | os.PathLike, skipped: list[Skipped], min_classes: int = 2) -> dict[str, list[str]]:
-    """List the images per class. The names of the sub-folders of `root`, in Unicode's NFC, are the classes, sorted.
+    """List the images per class. The classes are the names of the sub-folders of `root`, in Unicode's NFC, sorted.
 
     Args:
-        skipped: the files that are not used are appended to it.
+        skipped: receives the files that are not used.
         min_classes: the minimum number of classes.
 
     Raises:
@@ -112,8 +114,7 @@ def list_images_by_class(root: str | os.PathLike, skipped: list[Skipped], min_cl
         found = f"only one, {folders[0].name}" if folders else "none"
         needed = "at least two sub-folders" if min_classes > 1 else "sub-folders"
         raise DataError(f"{os.fspath(root)}: needs {needed} of images, one per class; found {found}")
-    images: dict[str, list[str]] = {normalise(folder.name): [] for folder in folders}
-    images = {name: images[name] for name in sorted(images)}
+    images: dict[str, list[str]] = {name: [] for name in sorted({normalise(folder.name) for folder in folders})}
     others: list[Skipped] = []
     for folder in folders:
         images[normalise(folder.name)] += list_images(folder, others)
@@ -132,15 +133,15 @@ def _explain_empty(root: str | os.PathLike, empty: list[str], skipped: list[Skip
 
 
 def list_loose_files(root: str | os.PathLike) -> list[Skipped]:
-    """Return the files directly in `root`, beside the class folders, which are not used."""
+    """Return the files beside the class folders in `root`, none of which is used."""
     images: list[str] = []
     skipped: list[Skipped] = []
-    _sort_out([path for path in list_visible(root) if not _is_folder(path)], images, skipped)
+    _add_files([path for path in list_visible(root) if not _is_folder(path)], images, skipped)
     return [Skipped(path, NOT_IN_A_CLASS, NOT_IN_A_CLASS) for path in images] + skipped
 
 
 def list_unused(folders: Iterable[Path]) -> list[Skipped]:
-    """Return all files in `folders`, which lie beside the training and validation folders."""
+    """Return all files in `folders`, the folders beside those of the training and validation images."""
     files: list[Skipped] = []
     images = [path for folder in folders for path in list_images(folder, files)]
     return [Skipped(path, UNUSED, UNUSED) for path in images + [file.path for file in files]]
@@ -169,7 +170,7 @@ def list_visible(folder: str | os.PathLike) -> list[Path]:
 
 
 def _is_ignored(folder: Path) -> bool:
-    """Return whether a folder holds the metadata of a macOS archive, or runs of train.py."""
+    """Return whether a folder holds the metadata of a macOS archive or the runs of train.py."""
     return folder.name == "__MACOSX" or os.access(folder / CHECK_CACHE, os.F_OK)
 
 
@@ -216,9 +217,9 @@ def read_run_checksums(path: Path) -> dict[str, str]:
         "train" or "val" per checksum, "train" for a file that is in both; empty if there is no valid files.json.
     """
     subsets: dict[str, str] = {}
-    for versions in read_json(path).values():
-        for version in versions if isinstance(versions, list) else ():
-            match version:
-                case ["train" | "val" as subset, str(checksum)] if checksum and subsets.get(checksum) != "train":
-                    subsets[checksum] = subset
+    files = [versions for versions in read_json(path).values() if isinstance(versions, list)]
+    for version in itertools.chain.from_iterable(files):
+        match version:
+            case ["train" | "val" as subset, str(checksum)] if checksum and subsets.get(checksum) != "train":
+                subsets[checksum] = subset
     return subsets

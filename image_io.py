@@ -51,7 +51,7 @@ def is_image_file(path: str | os.PathLike) -> bool:
     return False
 
 
-def unsupported_format(path: str | os.PathLike) -> str | None:
+def conversion_advice(path: str | os.PathLike) -> str | None:
     """Return advice if the extension is that of an image format that Pillow cannot decode, else None."""
     suffix = Path(path).suffix.lower()
     if suffix in image_extensions():
@@ -176,7 +176,7 @@ def _image_errors(path: str | os.PathLike) -> Iterator[None]:
 
 def _reason(error: Exception, path: str | os.PathLike) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        advice = unsupported_format(path)
+        advice = conversion_advice(path)
         return f"unsupported image format ({advice})" if advice else "not an image, or of an unknown format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

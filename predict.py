@@ -14,9 +14,9 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from PIL import Image
@@ -59,7 +59,7 @@ from weights_io import load_model, newest_weights
 # printed probabilities would depend on the number of images.
 BATCH_SIZE = 8
 FIGURE_IMAGES = 24  # maximum in --save-plot: the least certain ones
-SUBSETS = {"new": "images", "val": "of the run's validation images", "train": "of the run's training images"}
+SUBSETS = {"new": "images", "val": "validation images of the run", "train": "training images of the run"}
 SIGNATURE = b"predict.py --save-plot"  # the comment in a JPEG figure
 
 
@@ -91,7 +91,7 @@ class Prediction(NamedTuple):
 
 
 class ErrorLog:
-    """Prints warnings and errors on standard error, and counts the errors."""
+    """Prints warnings and errors to standard error, and counts the errors."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -101,18 +101,15 @@ class ErrorLog:
         print(f"predict.py: {printable(str(message))}", file=sys.stderr, flush=True)
 
     def fail(self, error: object) -> None:
-        """Print an error."""
+        """Print an error, which makes the exit status 1."""
         self.warn(error)
         self.failures += 1
 
 
 def predict(args: argparse.Namespace) -> int:
     """Classify the images; return the exit status, which is 1 if an input is unreadable."""
-    plot_path = output_path("--save-plot", args.save_plot, FIGURE_FORMATS)
-    csv_path = output_path("--csv", args.csv)
-    for flag, path in (("--save-plot", plot_path), ("--csv", csv_path)):
-        if path and would_overwrite_image(path):
-            raise UsageError(f"{flag} {path}: would overwrite an image; choose another name")
+    plot_path = output_file("--save-plot", args.save_plot, FIGURE_FORMATS)
+    csv_path = output_file("--csv", args.csv)
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
@@ -128,7 +125,7 @@ def predict(args: argparse.Namespace) -> int:
     plotted: list[Prediction] = []
     rows = []
     subsets = read_run_checksums(Path(weights).absolute().parent.parent / "files.json")
-    hits: dict[str, dict[str, list[tuple[str, bool]]]] = {}  # by command-line argument and subset
+    hits: dict[tuple[str, str], list[tuple[str, bool]]] = {}  # by command-line argument and subset
     read = functools.partial(
         read_or_error,
         transform=EvalTransform(info["img_size"], info["resize"]),
@@ -145,10 +142,8 @@ def predict(args: argparse.Namespace) -> int:
         prediction = Prediction(file, image, ranking[0], top)
         print_prediction(prediction, args.json)
         if file.label is not None:
-            subset = subsets.get(checksum, "new")
-            hits.setdefault(file.argument, {}).setdefault(subset, []).append(
-                (file.label, prediction.name == file.label)
-            )
+            key = file.argument, subsets.get(checksum, "new")
+            hits.setdefault(key, []).append((file.label, prediction.name == file.label))
         if csv_path:
             rows.append(csv_row(prediction))
         if plot_path:
@@ -156,11 +151,7 @@ def predict(args: argparse.Namespace) -> int:
             if len(plotted) > FIGURE_IMAGES:
                 del plotted[max(range(len(plotted)), key=lambda index: plotted[index].probability)]
 
-    for argument, by_subset in hits.items():
-        for subset in SUBSETS:
-            if subset in by_subset:
-                line = f"{printable(argument)}: {describe_accuracy(by_subset[subset], subset, len(class_names))}"
-                print(line, file=sys.stderr if args.json else sys.stdout)
+    print_accuracies(hits, len(class_names), sys.stderr if args.json else sys.stdout)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
         print_note(f"predictions: {csv_path}")
@@ -183,8 +174,20 @@ def describe_model(info: Mapping[str, Any]) -> str:
     return line
 
 
-def would_overwrite_image(path: Path) -> bool:
-    """Return whether `path` is an image but not an earlier figure: the shell may have expanded `--save-plot *.jpg`."""
+def output_file(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
+    """Call `output_path`, and refuse to overwrite an image: the shell may have expanded `--save-plot *.jpg`.
+
+    Raises:
+        UsageError: the file is an image. For other errors, see `output_path`.
+    """
+    path = output_path(flag, name, formats)
+    if path is not None and is_foreign_image(path):
+        raise UsageError(f"{flag} {path}: would overwrite an image; choose another name")
+    return path
+
+
+def is_foreign_image(path: Path) -> bool:
+    """Return whether `path` is an image that --save-plot did not write."""
     if not path.is_file():
         return False
     try:
@@ -202,7 +205,7 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
     In a folder, the first sub-folder named after a class labels its images.
 
     Args:
-        skipped: the other files, and unreadable sub-folders, are appended to it.
+        skipped: receives the other files, and unreadable sub-folders.
 
     Raises:
         FileNotFoundError: the file or folder is missing.
@@ -237,8 +240,9 @@ def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> lis
         return []
     for line in describe_unlabelled(files, class_names):
         log.warn(line)
-    for folder in (file for file in skipped if file.kind == UNREADABLE):
-        log.fail(folder)
+    for folder in skipped:
+        if folder.kind == UNREADABLE:
+            log.fail(folder)
     if others := [file for file in skipped if file.kind != UNREADABLE]:
         report = log.fail if any(file.kind == UNSUPPORTED for file in others) else log.warn
         report(f"{argument}: skipped {count_skipped(others)}")
@@ -246,14 +250,20 @@ def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> lis
 
 
 def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[str]:
-    """Describe the images outside class folders, one line per folder.
+    """Describe the images without a label, one line per folder or for the whole table.
 
     Returns:
-        The lines to print; none if no folder has the name of a class or a similar one.
+        The lines to print; none if no folder has the name of a class or a similar one, or no row has a class as label.
     """
-    folders = Counter(Path(file.path).parent for file in files if file.label is None and file.path != file.argument)
-    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != Path(files[0].argument)}
-    if all(file.label is None for file in files) and not any(likely.values()):
+    argument = Path(files[0].argument)
+    unlabelled = [file for file in files if file.label is None and file.path != file.argument]
+    is_labelled = len(unlabelled) < len(files)
+    if is_table(argument):
+        line = f"{argument}: {len(unlabelled)} of {len(files)} images without a label, or with one that is not a class"
+        return [line] if unlabelled and is_labelled else []
+    folders = Counter(Path(file.path).parent for file in unlabelled)
+    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != argument}
+    if not is_labelled and not any(likely.values()):
         return []
     lines = []
     for folder, count in folders.items():
@@ -303,16 +313,18 @@ def predict_images(
             yield file, item if isinstance(item, ImageError) else (*item, row)
 
 
-def describe_accuracy(hits: list[tuple[str, bool]], subset: str, num_classes: int) -> str:
-    """Describe the accuracy on labelled images.
+def print_accuracies(hits: Mapping[tuple[str, str], list[tuple[str, bool]]], num_classes: int, output: TextIO) -> None:
+    """Print the accuracy on the labelled images, one line per command-line argument and subset.
 
     Args:
-        hits: per image, its label and whether the prediction is right.
-        subset: a key of `SUBSETS`.
+        hits: by argument and key of `SUBSETS`, each image's label and whether its prediction is right.
     """
-    right, covered = sum(hit for _, hit in hits), len({label for label, _ in hits})
-    coverage = f", {covered} of {num_classes} classes" if covered < num_classes else ""
-    return f"accuracy {right / len(hits):.4f} ({right} of {len(hits)} {SUBSETS[subset]}{coverage})"
+    for argument, subset in itertools.product(dict.fromkeys(argument for argument, _ in hits), SUBSETS):
+        if images := hits.get((argument, subset)):
+            right, covered = sum(hit for _, hit in images), len({label for label, _ in images})
+            coverage = f", {covered} of {num_classes} classes" if covered < num_classes else ""
+            counts = f"{right} of {len(images)} {SUBSETS[subset]}{coverage}"
+            print(f"{printable(argument)}: accuracy {right / len(images):.4f} ({counts})", file=output)
 
 
 def print_prediction(prediction: Prediction, as_json: bool) -> None:
@@ -365,8 +377,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: if supported natively)")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--csv", metavar="OUT.csv", help="also write the predictions to a CSV file")
-    plot = f"plot the images (at most {FIGURE_IMAGES}: the least certain ones) with Grad-CAM heat maps"
-    add("--save-plot", metavar="OUT.png", help=plot)
+    plot_help = f"plot the images (at most {FIGURE_IMAGES}, the least certain ones) with Grad-CAM heat maps"
+    add("--save-plot", metavar="OUT.png", help=plot_help)
     add("--model", choices=MODELS, help="architecture (default: the stored one, or else by the shapes)")
     add("--class-indices", metavar="JSON", help="class_indices.json for a weights file without class names")
     add("--img-size", type=int, help="input size in pixels (default: the stored one, or else 224)")

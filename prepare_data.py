@@ -44,7 +44,7 @@ class ImageCheck(NamedTuple):
 
 
 def check_images(paths: Sequence[str], known: Mapping[str, Any], workers: int = 0) -> dict[str, ImageCheck]:
-    """Decode every image to find the unusable ones.
+    """Decode every image, to find the unusable ones.
 
     Args:
         known: earlier results, possibly loaded from JSON. A usable file is read again only if its size or modification
@@ -106,15 +106,16 @@ def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> Split:
     """
     images = dict.fromkeys(split.train_paths + split.val_paths)
     unusable = {path: checked[_absolute(path)].skipped for path in images}
-    left = split.drop([skipped._replace(path=path) for path, skipped in unusable.items() if skipped is not None])
-    require_training_images(split, left.train_labels, unusable.get)
-    if split.val_paths and not left.val_paths:
+    usable = split.drop([skipped._replace(path=path) for path, skipped in unusable.items() if skipped is not None])
+    require_training_images(split, usable.train_labels, unusable.get)
+    if split.val_paths and not usable.val_paths:
         raise DataError(f"no usable validation images; {unusable[split.val_paths[0]]}")
-    return left
+    return usable
 
 
-def _unless_extreme(skipped: Skipped | None) -> Skipped | None:
-    return None if skipped is not None and skipped.kind == EXTREME else skipped
+def _accept_extreme(image: ImageCheck) -> ImageCheck:
+    is_skipped = image.skipped is not None and image.skipped.kind == EXTREME
+    return image._replace(skipped=None) if is_skipped else image
 
 
 def describe_files(split: Split, checked: dict[str, ImageCheck]) -> Files:
@@ -160,9 +161,10 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     if args.num_classes not in (None, len(found.class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
     known = read_json(known_images)
-    results = checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    known |= checked
     if args.resize == "pad":  # extreme shapes are usable, as nothing is cut off
-        checked = {path: image._replace(skipped=_unless_extreme(image.skipped)) for path, image in checked.items()}
+        checked = {path: _accept_extreme(image) for path, image in checked.items()}
     split = drop_unusable(found, checked)
     unusable = [file for file in split.skipped if file.kind in (UNREADABLE, UNSUPPORTED)]
     if unusable and args.strict:
@@ -183,5 +185,5 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         skipped=split.skipped,
         pixel_range=pixel_range,
         files=describe_files(found, checked),
-        known=known | results,
+        known=known,
     )

@@ -13,7 +13,7 @@ SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val", 
 
 
 class Row(NamedTuple):
-    """An image: its path, its label ("" if the table has no labels), and "train", "val", "test" or "" if unknown."""
+    """An image: its path, its label or "", and its subset: "train", "val", "test", or "" if there is no split."""
 
     path: str
     label: str
@@ -29,6 +29,9 @@ def read_table(path: str | os.PathLike, needs_labels: bool = True) -> list[Row]:
     """Read a table with the columns `path`, `label` and, optionally, `split`.
 
     Paths are relative to the table's folder. Fields are separated by commas, semicolons or tabs.
+
+    Args:
+        needs_labels: whether a missing label is an error.
 
     Returns:
         The rows, sorted by label and path. Labels are in Unicode's NFC.
@@ -51,8 +54,8 @@ def read_table(path: str | os.PathLike, needs_labels: bool = True) -> list[Row]:
 
 def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Row]:
     columns = [name.strip().lower() for name in next(reader, [])]
-    missing = [name for name in (("path", "label") if needs_labels else ("path",)) if name not in columns]
-    if missing:
+    required = ["path", "label"] if needs_labels else ["path"]
+    if missing := [name for name in required if name not in columns]:
         found = ", ".join(map(repr, columns)) or "nothing"
         raise DataError(f"{path}: needs a column {missing[0]!r} in its first line; found {found}")
     rows, lines = [], {}
@@ -63,10 +66,8 @@ def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Ro
         if len(cells) != len(columns):
             raise DataError(f"{where}: has {len(cells)} fields instead of {len(columns)}")
         row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
-        if not row["path"]:
-            raise DataError(f"{where}: the path is empty")
-        if needs_labels and not row["label"]:
-            raise DataError(f"{where}: the label is empty")
+        if empty := [name for name in required if not row[name]]:
+            raise DataError(f"{where}: the {empty[0]} is empty")
         if row.get("split", "train").lower() not in SUBSETS:
             raise DataError(f"{where}: the split is {row['split']!r}; it must be train, val or test")
         image = str(path.parent / row["path"])

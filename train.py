@@ -73,13 +73,12 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     torch.manual_seed(args.seed)
 
     # --- data, model, optimizer, loaders, schedule
-    runs = folder.path.absolute().parent if folder else Path("runs")
-    saved = folder and folder.checkpoint
-    data = dist.broadcast_from_main(lambda: prepare_data(args, runs / CHECK_CACHE, saved), no_timeout=True)
-    model, weights_description = build_model(args, data.class_names, device, dist, load_weights=folder is None)
+    is_new = folder is None
+    data = dist.broadcast_from_main(lambda: load_data(args, folder), no_timeout=True)
+    model, weights_description = build_model(args, data.class_names, device, dist, load_weights=is_new)
     optimizer = build_optimizer(args, model, device, amp_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    if folder is None:
+    if is_new:
         img_size, evaluation_seconds = choose_img_size(args, model, data, device, amp_dtype, dist)
     else:
         img_size, evaluation_seconds = folder.checkpoint["img_size"], 0.0
@@ -89,7 +88,6 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     schedule.reserve_time(evaluation_seconds)
 
     # --- start or resume the run; nothing is written before this, in case a flag or the data is invalid
-    is_new = folder is None
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
     run = start_run(args, folder, data, img_size, loaders.batches.global_batch, state, dist)
     if run.finished:
@@ -130,8 +128,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 validation = validate(run, eval_model, loaders, data, device, amp_dtype, stop)
                 progress = run.progress.all_reduce(dist)
                 run.update_best(validation)
-                seconds = time.perf_counter() - start
-                logger.log_epoch(progress, validation, learning_rate, seconds)
+                logger.log_epoch(progress, validation, learning_rate, time.perf_counter() - start)
                 run.finish_epoch()
                 print_epoch(run, data, progress, learning_rate, time.perf_counter() - start)
         except StopRequest:
@@ -239,6 +236,13 @@ def setup_device(args: argparse.Namespace, dist: Distributed) -> tuple[torch.dev
         torch.backends.cudnn.benchmark = True  # there are few batch shapes
         torch.set_float32_matmul_precision("high")  # TF32
     return device, amp_dtype, precision
+
+
+def load_data(args: argparse.Namespace, folder: RunFolder | None) -> Data:
+    """Find, check and split the images, with the results of earlier checks in the runs folder."""
+    if folder is None:
+        return prepare_data(args, Path("runs") / CHECK_CACHE)
+    return prepare_data(args, folder.path.absolute().parent / CHECK_CACHE, folder.checkpoint)
 
 
 def build_model(

@@ -18,7 +18,7 @@ from run_utils import SKIPPED_FILE
 from train_eval_utils import Progress
 
 UNEQUAL = 5  # advise on rare classes from this ratio of the largest class to the smallest
-MIRRORED = (("left", "right"), ("links", "rechts"), ("gauche", "droite"), ("左", "右"))  # the last: Chinese, Japanese
+MIRRORED = (("left", "right"), ("links", "rechts"), ("gauche", "droite"), ("左", "右"))  # 左, 右: Chinese, Japanese
 
 
 def print_header(
@@ -44,7 +44,7 @@ def print_header(
     counts = f"{len(data.train_set)} for training, {len(data.val_set)} for validation"
     print(f"images       {counts} ({printable(data.val_source)})")
     for warning in describe_risks(args, data):
-        print(f"warning      {shorten(printable(warning))}")
+        print(f"warning      {printable(warning)}")
     if class_weights is not None:
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, class_weights.tolist(), strict=True))
         print(f"loss weights {shorten(printable(weights))}")
@@ -59,18 +59,18 @@ def print_header(
 
 
 def describe_risks(args: argparse.Namespace, data: Data) -> list[str]:
-    """Return one sentence for each property of the data that may spoil the training or its metrics."""
+    """Describe each property of the data that may spoil the training or its metrics in one line."""
     risks = []
     if unvalidated := [name for name, (_, val) in data.counts.items() if not val]:
-        risks.append(f"no validation images of {', '.join(unvalidated)}")
+        risks.append(f"no validation images of {shorten(', '.join(unvalidated))}")
     if data.leaked:
-        risks.append(f"{data.leaked} validation images are identical to training images, see check_data.py")
+        risks.append(f"validation images that are identical to training images: {data.leaked}; run check_data.py")
     train = {name: count for name, (count, _) in data.counts.items()}
     most, least = max(train, key=train.get), min(train, key=train.get)
     if args.best_metric == "accuracy" and train[most] > UNEQUAL * train[least]:
         risks.append(
-            f"{train[most]} images of {most}, but {train[least]} of {least}: accuracy hides rare classes, "
-            f"consider --best-metric macro_f1 and --class-weights 0.5"
+            f"{train[most]} images of {shorten(most, 40)}, but {train[least]} of {shorten(least, 40)}: accuracy hides "
+            f"rare classes; consider --best-metric macro_f1 and --class-weights 0.5"
         )
     if args.hflip > 0 and (pair := mirrored_words(data.class_names)):
         risks.append(f"a horizontal flip may turn {pair[0]} into {pair[1]}: pass --hflip 0 if it does")

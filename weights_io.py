@@ -67,7 +67,7 @@ def load_pretrained(model: ResNet, weights: str | os.PathLike, model_name: str) 
 
 
 def load_initial_weights(model: ResNet, weights: str | os.PathLike, model_name: str, class_names: Sequence[str]) -> str:
-    """Load pretrained weights like `load_pretrained`, but leave out `fc` if the file's class names differ.
+    """Load pretrained weights like `load_pretrained`, but skip `fc` if the file's class names differ.
 
     Args:
         class_names: the classes of `model`, in the order of its logits.
@@ -97,7 +97,7 @@ def _read_pretrained(weights: str | os.PathLike, model_name: str) -> WeightsFile
 def _load_pretrained(
     model: ResNet, file: WeightsFile, weights: str | os.PathLike, model_name: str, load_fc: bool = True
 ) -> list[str]:
-    """Load all parameters except those of `fc` that have another shape, or that are not wanted. Returns their names."""
+    """Load all parameters except those of `fc` that have another shape, or all of `fc`. Returns the skipped names."""
     own = model.state_dict()
     skipped = [
         name
@@ -127,8 +127,8 @@ def load_model(
 
     Returns:
         The model on `device` in evaluation mode, and its metadata:
-        {"model": str, "class_names": list[str], "img_size": int, "epoch": int | None, "accuracy": float | None}, and
-        "img_size_source": str if the size is not the stored one. Other entries of the run are passed through.
+        {"model": str, "class_names": list[str], "img_size": int, "resize": str, "pixel_range": two floats or None,
+        "epoch": int | None, "accuracy": float | None}, and "img_size_source": str if the size is not the stored one.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -161,9 +161,9 @@ def load_model(
 
 
 def run_network(path: str | os.PathLike) -> tuple[dict[str, Any], Path]:
-    """Return "network" in the args.json of the run that a weights file lies in, and the path of this args.json.
+    """Return the "network" entry in the args.json of a weights file's run, and the path of this args.json.
 
-    It is the `Run.info` of that run; empty if the file is in no run, or args.json is missing or corrupt.
+    The entry is the run's `Run.info`; empty if the file is outside a run, or args.json is missing or corrupt.
     """
     folder = Path(path).resolve().parent
     args_file = folder.parent / "args.json"
@@ -195,10 +195,11 @@ def _is_list_of_names(names: Any) -> bool:
 def _read_weights_file(path: str | os.PathLike) -> WeightsFile:
     content = read_torch_file(path)
     key = next((key for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-    state = _without_prefix(path, content if key is None else content[key])
+    state_dict, metadata = (content, {}) if key is None else (content[key], content)
+    state = _without_prefix(path, state_dict)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: holds no state_dict (a dict of parameter names and tensors)")
-    info = {name: content[name] for name in INFO_KEYS if name in content and name != key} if key else {}
+    info = {name: metadata[name] for name in INFO_KEYS if name in metadata and name != key}
     if "model" in info:
         return WeightsFile(state, info, path)
     network, args_file = run_network(path)
@@ -206,9 +207,9 @@ def _read_weights_file(path: str | os.PathLike) -> WeightsFile:
 
 
 def _without_prefix(path: str | os.PathLike, state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Remove the prefix of the network's names, such as DDP's "module." or Lightning's "model.".
+    """Remove the prefix of the parameters' names, such as DDP's "module." or Lightning's "model.".
 
-    Entries without the prefix don't belong to the network; they are ignored, and reported on standard error.
+    Entries without the prefix don't belong to the network. They are ignored, and reported on standard error.
 
     Raises:
         WeightsError: there are several networks.

@@ -204,8 +204,11 @@ def bench_predict(args: argparse.Namespace) -> None:
         dataset = MyDataSet(paths, [0] * len(paths), EvalTransform(args.img_size))
         loader = ours.val_loader(dataset)
         files = [predict.ImageFile(path, None, path) for path in paths]
+        read = functools.partial(
+            predict.read_or_error, transform=EvalTransform(args.img_size), pixel_range=None, with_checksum=False
+        )
         predict_files = functools.partial(
-            predict.predict_images, ours.model, files, args.img_size, ours.device, ours.amp_dtype
+            predict.predict_images, ours.model, files, read, args.img_size, ours.device, ours.amp_dtype
         )
         ours.evaluate(loader)
         compare(

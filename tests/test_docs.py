@@ -29,6 +29,7 @@ from torchvision.models import ResNet18_Weights
 import check_data
 import config
 import predict
+from model import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -182,6 +183,18 @@ def test_every_module_is_listed(page):
     listed = {name for line in lines if re.match(r"(\| `)?\w+\.py\b", line) for name in re.findall(r"\w+\.py\b", line)}
     assert sorted({path.name for path in ROOT.glob("*.py")} - listed) == []
     assert sorted(name for name in listed if not (ROOT / name).exists() and name != "bench.py") == []
+
+
+def test_python_example_runs(small_network, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/flower_experiment/weights").mkdir(parents=True)
+    content = {"model": "resnet18", "class_names": ["cat", "dog"], "img_size": 32}
+    state = MODELS["resnet18"](num_classes=2).state_dict()
+    torch.save(content | {"state_dict": state}, "runs/flower_experiment/weights/best.pth")
+    Image.new("RGB", (48, 32)).save("photo.jpg")
+    Path("example.py").write_text(code_blocks(ROOT / "docs" / "predict.md", "python"), encoding="utf-8")
+    runpy.run_path("example.py")
+    assert capsys.readouterr().out in ("cat\n", "dog\n")
 
 
 # --- the commands of the READMEs ----------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def test_all_programs_use_or_report_each_file(messy, capsys):
     assert f"{messy}: skipped 6 files: 3 unknown file type" in errors
     assert f"{messy}: 1 image without a label: not in a class folder" in errors
     assert f"{messy}: accuracy" in output
-    assert f"of {train_images} of the run's training images" in output
-    assert f"of {val_images} of the run's validation images, 2 of 3 classes" in output
+    assert f"of {train_images} training images of the run" in output
+    assert f"of {val_images} validation images of the run, 2 of 3 classes" in output
     assert "of 1 images, 1 of 3 classes)" in output  # the strip
 
     write_image(messy / "dog" / "new.png", seed=123)

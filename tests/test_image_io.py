@@ -13,12 +13,12 @@ from PIL.JpegImagePlugin import JpegImageFile
 import image_io
 from image_io import (
     ImageError,
+    conversion_advice,
     is_image_file,
     merge_pixel_ranges,
     read_header,
     read_image,
     read_pixel_range,
-    unsupported_format,
 )
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
@@ -185,9 +185,9 @@ def test_known_formats_are_those_of_pillow(tmp_path):
     for name in ("a.txt", "a.h5", "a.heic", "a.eps", "a.pdf", "a.db"):
         assert not is_image_file(tmp_path / name)
     for name in ("a.heic", "b.HEIF", "a.svg", "a.nef", "a.eps"):
-        assert unsupported_format(tmp_path / name)
+        assert conversion_advice(tmp_path / name)
     for name in ("a.jpg", "a.txt", "a", "a.h5"):
-        assert unsupported_format(tmp_path / name) is None
+        assert conversion_advice(tmp_path / name) is None
     Image.fromarray(RAMP).save(tmp_path / "photo", "PNG")
     (tmp_path / "notes").write_text("words")
     assert is_image_file(tmp_path / "photo")

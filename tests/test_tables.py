@@ -66,8 +66,17 @@ def test_check_data_and_predict_accept_a_table(two_classes, capsys):
     assert "skipped      1 file: 1 unreadable" in capsys.readouterr().out
     assert predict.main([str(table)]) == 1
     captured = capsys.readouterr()
-    assert re.search(rf"{table}: accuracy .* of 5 of the run's validation images\)", captured.out)
+    assert re.search(rf"{table}: accuracy .* of 5 validation images of the run\)", captured.out)
     assert "missing.png" in captured.err
+
+
+def test_predict_reports_rows_without_a_known_label(tmp_path):
+    rows = [["path", "label"], ["dog/1.png", ""], ["dog/2.png", "lion"], ["cat/3.png", "cat"]]
+    table = write_table(tmp_path / "some.csv", rows)
+    lines = predict.describe_unlabelled(predict.find_images(str(table), ["cat", "dog"], []), ["cat", "dog"])
+    assert lines == [f"{table}: 2 of 3 images without a label, or with one that is not a class"]
+    table = write_table(tmp_path / "none.csv", [["path"], ["dog/1.png"]])
+    assert predict.describe_unlabelled(predict.find_images(str(table), ["dog"], []), ["dog"]) == []
 
 
 def test_validation_table(two_classes, tmp_path):
@@ -114,7 +123,7 @@ def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
         ("path,label\na.png\n", "line 2: has 1 fields instead of 2"),
         ("path,label,split\na.png,cat,tain\n", "line 2: the split is 'tain'; it must be train, val or test"),
         ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "line 4: 'a.png' is already listed in line 2"),
-        ("path,label\na.png,cat\n", "needs training images of at least two labels; found 1"),
+        ("path,label\na.png,cat\n", "needs training images of at least two labels; found only one, cat"),
         ('path,label\n"a.png,cat\n' + "x" * 200_000, "not a CSV table in UTF-8"),
     ],
 )
