@@ -44,7 +44,7 @@ def print_header(
     counts = f"{len(data.train_set)} for training, {len(data.val_set)} for validation"
     print(f"images       {counts} ({printable(data.val_source)})")
     for warning in describe_risks(args, data):
-        print(f"warning      {shorten(printable(warning))}")
+        print(f"warning      {printable(warning)}")
     if class_weights is not None:
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, class_weights.tolist(), strict=True))
         print(f"loss weights {shorten(printable(weights))}")
@@ -62,7 +62,7 @@ def describe_risks(args: argparse.Namespace, data: Data) -> list[str]:
     """Return one sentence for each property of the data that may spoil the training or its metrics."""
     risks = []
     if unvalidated := [name for name, (_, val) in data.counts.items() if not val]:
-        risks.append(f"no validation images of {', '.join(unvalidated)}")
+        risks.append(f"no validation images of {shorten(', '.join(unvalidated))}")
     if data.leaked:
         risks.append(f"{data.leaked} validation images are identical to training images, see check_data.py")
     train = {name: count for name, (count, _) in data.counts.items()}

@@ -125,6 +125,7 @@ def test_header_names_risks(no_figures, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "a horizontal flip may turn left into right: pass --hflip 0" in output
     assert "10 images of to the left, but 1 of right arrow: accuracy hides rare classes" in output
+    assert "consider --best-metric macro_f1 and --class-weights 0.5\n" in output
     assert "loss weights right arrow 5.5, to the left 0.55" in output
     quiet = ["--hflip", "0", "--best-metric", "macro_f1"]
     assert train.main(["--data-path", str(data), *TINY, "--epochs", "1", *quiet]) == 0
