@@ -170,8 +170,8 @@ def find_split(
         The split, and a description of the source of its validation images.
 
     Raises:
-        DataError: a validation class is missing from the training images, or both folders are the same. For other
-            errors, see `read_split_data` and `read_table`.
+        DataError: a validation class is missing from the training images, both folders or tables are the same, or a
+            table has no validation images. For other errors, see `read_split_data` and `read_table`.
     """
     find = _find_in_table if is_table(data_path) else _find_in_folder
     source, images, own_val_path, skipped = find(data_path, val_path)
@@ -179,12 +179,15 @@ def find_split(
         where = "" if Path(source) == Path(data_path) else f" in {source}"
         return _hold_out(images, val_rate, source, skipped), f"{100 * val_rate:g}% of each class{where}, held out"
     split = _hold_out(images, 0, source, skipped)
+    if val_path is not None and Path(val_path).resolve() == Path(source).resolve():
+        kind = "table" if is_table(val_path) else "folder"
+        raise DataError(f"{os.fspath(val_path)}: is both the training and the validation {kind}; omit --val-path")
     val_path = val_path or own_val_path
     if is_table(val_path):
         val_images = _group_by_label([row for row in read_table(val_path) if row.subset in ("", "val")])
+        if not val_images:
+            raise DataError(f"{os.fspath(val_path)}: no row has the split val")
     else:
-        if Path(val_path).resolve() == Path(source).resolve():
-            raise DataError(f"{os.fspath(val_path)}: is both the training and the validation folder; omit --val-path")
         val_images = list_images_by_class(val_path, skipped, min_classes=1)
     unknown = [name for name in val_images if name not in split.class_names]
     if unknown:

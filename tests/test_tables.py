@@ -80,6 +80,15 @@ def test_validation_table(two_classes, tmp_path):
         find_split(write_table(tmp_path / "bad.csv", rows))
 
 
+def test_validation_table_without_validation_images(two_classes, tmp_path):
+    rows = [["path", "label", "split"], ["pets/dog/dog 00.png", "dog", "train"]]
+    with pytest.raises(DataError, match=r"val\.csv: no row has the split val"):
+        find_split(two_classes, write_table(tmp_path / "val.csv", rows))
+    table = describe(two_classes, split=True)
+    with pytest.raises(DataError, match=r"table\.csv: is both the training and the validation table; omit --val-path"):
+        find_split(table, table)
+
+
 def test_rows_outside_the_split_are_reported(tmp_path):
     names = ["train", "train", "val", "test", "Validation"]
     rows = [["path", "label", "split"], *([f"{n}.png", "ab"[n % 2], name] for n, name in enumerate(names))]
