@@ -259,18 +259,21 @@ def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
     return Path(root), None
 
 
-def require_training_images(split: Split, usable_labels: Iterable[int], explain: Callable[[str], object]) -> None:
-    """Raise DataError if a class of `split` has no usable training images.
+def require_usable_images(split: Split, usable: Split, explain: Callable[[str], object]) -> None:
+    """Raise DataError if a class has no usable training images, or if there are no usable validation images.
 
     Args:
-        usable_labels: the labels of the usable training images.
+        split: all images.
+        usable: the usable ones.
         explain: returns why the image at a path is unusable.
     """
-    emptied = set(split.train_labels) - set(usable_labels)
+    emptied = set(split.train_labels) - set(usable.train_labels)
     if emptied:
         label = min(emptied)
         example = split.train_paths[split.train_labels.index(label)]
         raise DataError(f"class {split.class_names[label]}: no usable training images; {explain(example)}")
+    if split.val_paths and not usable.val_paths:
+        raise DataError(f"no usable validation images; {explain(split.val_paths[0])}")
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
