@@ -132,10 +132,12 @@ def output_outside_data(
     The working directory is allowed even if it is a data folder.
 
     Raises:
-        UsageError: the path is inside the data folders. For other errors, see `output_path`.
+        UsageError: the path is inside the data folders, or is a table. For other errors, see `output_path`.
     """
     path = output_path(flag, name, formats)
     if path is not None:
+        if any(folder and path.resolve() == Path(folder).resolve() for folder in folders):
+            raise UsageError(f"{flag} {path}: would overwrite the table of the images; choose another name")
         parent = path.parent.resolve()
         for data in (Path(folder).resolve() for folder in folders if folder):
             if parent.is_relative_to(data) and not parent == data == Path.cwd().resolve():

@@ -111,8 +111,8 @@ def predict(args: argparse.Namespace) -> int:
     plot_path = output_path("--save-plot", args.save_plot, FIGURE_FORMATS)
     csv_path = output_path("--csv", args.csv)
     for flag, path in (("--save-plot", plot_path), ("--csv", csv_path)):
-        if path and would_overwrite_image(path):
-            raise UsageError(f"{flag} {path}: would overwrite an image; choose another name")
+        if path and (would_overwrite_image(path) or path.resolve() in map(Path.resolve, map(Path, args.images))):
+            raise UsageError(f"{flag} {path}: would overwrite an image or a table; choose another name")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits

@@ -70,6 +70,17 @@ def test_check_data_and_predict_accept_a_table(two_classes, capsys):
     assert "missing.png" in captured.err
 
 
+def test_table_is_not_overwritten_by_the_output(two_classes, monkeypatch, capsys):
+    table = describe(two_classes, split=False)
+    content = table.read_bytes()
+    assert check_data.main([str(table), "--save-plot", "", "--csv", f"{table.parent}/here/../table.csv"]) == 2
+    assert "would overwrite the table" in capsys.readouterr().err
+    monkeypatch.chdir(table.parent)
+    assert predict.main([str(table), "--csv", "table.csv"]) == 1
+    assert "would overwrite an image or a table" in capsys.readouterr().err
+    assert table.read_bytes() == content
+
+
 def test_validation_table(two_classes, tmp_path):
     write_classes(tmp_path / "other", {"dog": 2})
     table = write_table(tmp_path / "val.csv", [["path", "label"], ["other/dog/dog 00.png", "dog"]])
