@@ -64,11 +64,18 @@ SIGNATURE = b"predict.py --save-plot"  # the comment in a JPEG figure
 
 
 class ImageFile(NamedTuple):
-    """An image to classify: its path, its label if a folder is named after a class, and its command-line argument."""
+    """An image to classify.
+
+    Attributes:
+        label: the class that a folder or a table names, if any.
+        argument: the command-line argument that the image belongs to.
+        unknown_label: the label in a table if it is not a class.
+    """
 
     path: str
     label: str | None
     argument: str
+    unknown_label: str = ""
 
 
 class Prediction(NamedTuple):
@@ -212,7 +219,9 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
     known = {normalise(name): name for name in class_names}
     if argument and is_table(root):
         rows = read_table(root, needs_labels=False)
-        return [ImageFile(row.path, known.get(row.label), argument) for row in rows]
+        return [
+            ImageFile(row.path, known.get(row.label), argument, "" if row.label in known else row.label) for row in rows
+        ]
     if not argument or not root.exists():  # "" is an unset shell variable; Path("") is the current folder
         raise FileNotFoundError(f"{argument!r}: no such file or folder")
     if not root.is_dir():
@@ -246,22 +255,30 @@ def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> lis
 
 
 def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[str]:
-    """Describe the images outside class folders, one line per folder.
+    """Describe the images outside class folders, one line per folder, or those with unknown labels in a table.
 
     Returns:
         The lines to print; none if no folder has the name of a class or a similar one.
     """
+    if files and is_table(files[0].argument):
+        labels = Counter(file.unknown_label for file in files if file.unknown_label)
+        return [_without_label(files[0].argument, labels[name], name, class_names) for name in labels]
     folders = Counter(Path(file.path).parent for file in files if file.label is None and file.path != file.argument)
     likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != Path(files[0].argument)}
     if all(file.label is None for file in files) and not any(likely.values()):
         return []
-    lines = []
-    for folder, count in folders.items():
-        images = "1 image" if count == 1 else f"{count} images"
-        reason = "not in a class folder" if folder not in likely else f"{folder.name} is not a class"
-        hint = f"; is it {likely[folder]}?" if likely.get(folder) else ""
-        lines.append(f"{folder}: {images} without a label: {reason}{hint}")
-    return lines
+    return [
+        _without_label(folder, count, folder.name if folder in likely else None, class_names)
+        for folder, count in folders.items()
+    ]
+
+
+def _without_label(place: str | Path, count: int, name: str | None, class_names: list[str]) -> str:
+    images = "1 image" if count == 1 else f"{count} images"
+    if name is None:
+        return f"{place}: {images} without a label: not in a class folder"
+    likely = likely_class(name, class_names)
+    return f"{place}: {images} without a label: {name} is not a class{f'; is it {likely}?' if likely else ''}"
 
 
 def read_or_error(
@@ -317,7 +334,7 @@ def describe_accuracy(hits: list[tuple[str, bool]], subset: str, num_classes: in
 
 def print_prediction(prediction: Prediction, as_json: bool) -> None:
     """Print a prediction in one line, as text or JSON."""
-    path, label, _ = prediction.file
+    path, label, *_ = prediction.file
     if as_json:
         line = {"image": path, "class": prediction.name, "probability": round(prediction.probability, 6)}
         if label is not None:
@@ -332,7 +349,7 @@ def print_prediction(prediction: Prediction, as_json: bool) -> None:
 
 def csv_row(prediction: Prediction) -> dict[str, str]:
     """Return the row for --csv: image, predicted class, label if known, and the other top classes."""
-    (path, label, _), (first, *others) = prediction.file, prediction.top
+    (path, label, *_), (first, *others) = prediction.file, prediction.top
     row = {"image": path, "class": first[0], "probability": f"{first[1]:.6f}", "label": label or ""}
     for rank, (name, probability) in enumerate(others, start=2):
         row |= {f"class {rank}": name, f"probability {rank}": f"{probability:.6f}"}
@@ -347,7 +364,7 @@ def save_figure(model: ResNet, predictions: list[Prediction], path: Path, device
     classes = torch.tensor([prediction.index for prediction in predictions], device=device)
     heats = grad_cam(model, prepare_batch(batch, device), classes).cpu().numpy()
     tops, files = [prediction.top for prediction in predictions], [prediction.file for prediction in predictions]
-    paths, labels, _ = zip(*files, strict=True)
+    paths, labels, *_ = zip(*files, strict=True)
     figure = explained(to_pixels(batch), heats, tops, list(paths), list(labels))
     is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
     with atomic_file(path) as unfinished:

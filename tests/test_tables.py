@@ -1,6 +1,7 @@
 """Training, checking and predicting from a CSV table instead of a folder."""
 
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def test_check_data_and_predict_accept_a_table(two_classes, capsys):
     captured = capsys.readouterr()
     assert re.search(rf"{table}: accuracy .* of 5 of the run's validation images\)", captured.out)
     assert "missing.png" in captured.err
+
+
+def test_unknown_labels_are_reported_by_predict(two_classes, tmp_path, capsys):
+    assert train.main(["--data-path", str(two_classes), *SMALL]) == 0
+    capsys.readouterr()
+    labels = {"pets/cat/cat 00.png": "Cat", "pets/cat/cat 01.png": "Cat", "pets/dog/dog 00.png": "", "cow.png": "cow"}
+    shutil.copy(two_classes / "cat" / "cat 02.png", tmp_path / "cow.png")
+    table = write_table(tmp_path / "new.csv", [["path", "label"], *map(list, labels.items())])
+    assert predict.main([str(table)]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 4
+    assert captured.err.splitlines()[-2:] == [
+        f"predict.py: {table}: 2 images without a label: Cat is not a class; is it cat?",
+        f"predict.py: {table}: 1 image without a label: cow is not a class",
+    ]
 
 
 def test_table_is_not_overwritten_by_the_output(two_classes, monkeypatch, capsys):
