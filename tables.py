@@ -46,7 +46,8 @@ def read_table(path: str | os.PathLike, needs_labels: bool = True) -> list[Row]:
             file.seek(0)
             return _read_rows(csv.reader(file, delimiter=delimiter), Path(path), needs_labels)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{os.fspath(path)}: not a CSV table in UTF-8: {error}") from error
+        advice = 'save it as "CSV UTF-8" in the spreadsheet'
+        raise DataError(f"{os.fspath(path)}: not a CSV table in UTF-8: {error}; {advice}") from error
 
 
 def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Row]:
@@ -55,6 +56,8 @@ def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Ro
     if missing:
         found = ", ".join(map(repr, columns)) or "nothing"
         raise DataError(f"{path}: needs a column {missing[0]!r} in its first line; found {found}")
+    if repeated := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+        raise DataError(f"{path}: has several columns {repeated[0]!r}; keep one of them")
     rows, lines = [], {}
     for cells in reader:
         if not any(cells):
@@ -65,6 +68,8 @@ def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Ro
         row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
         if not row["path"]:
             raise DataError(f"{where}: the path is empty")
+        if "\0" in row["path"]:
+            raise csv.Error("line contains NUL")  # as Python 3.10 does
         if needs_labels and not row["label"]:
             raise DataError(f"{where}: the label is empty")
         if row.get("split", "train").lower() not in SUBSETS:

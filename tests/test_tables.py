@@ -144,9 +144,11 @@ def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
         ("", "needs a column 'path' in its first line; found nothing"),
         ("file,label\na.png,cat\n", "needs a column 'path' in its first line; found 'file', 'label'"),
         ("path\na.png\n", "needs a column 'label'"),
+        ("path,label,Label\na.png,cat,1\n", "has several columns 'label'"),
         ("path,label\n", "lists no images"),
         ("path,label\na.png,cat\n,dog\n", "line 3: the path is empty"),
         ("path,label\n\na.png,\n", "line 3: the label is empty"),
+        ("path,label\na\0.png,cat\n", "not a CSV table in UTF-8: line contains NUL"),
         ("path,label\na.png\n", "line 2: has 1 fields instead of 2"),
         ("path,label,split\na.png,cat,tain\n", "line 2: the split is 'tain'; it must be train, val or test"),
         ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "line 4: 'a.png' is already listed in line 2"),
@@ -166,8 +168,9 @@ def test_invalid_tables_are_one_line_errors(tmp_path, capsys, text, message):
 def test_missing_or_binary_table(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such table"):
         find_split(tmp_path / "nowhere.csv")
-    (tmp_path / "table.csv").write_bytes(b"path,label\n\xff\xfe\n")
-    with pytest.raises(DataError, match="not a CSV table in UTF-8"):
-        find_split(tmp_path / "table.csv")
+    for content in (b"path,label\n\xff\xfe\n", "path\tlabel\na.png\tcat\n".encode("utf-16")):
+        (tmp_path / "table.csv").write_bytes(content)
+        with pytest.raises(DataError, match='not a CSV table in UTF-8.*save it as "CSV UTF-8"'):
+            find_split(tmp_path / "table.csv")
     write_classes(tmp_path / "folder.csv", {"cat": 5, "dog": 5})
     assert find_split(tmp_path / "folder.csv")[0].class_names == ["cat", "dog"]
