@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_IMAGES = 24  # maximum in the prediction figure
-VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found is used
+TRAINING_FOLDERS = ("train", "training")  # the first one found is used
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")
 
 
 # --- folder -> lists of files and labels --------------------------------------------------------------------------
@@ -160,8 +161,8 @@ def find_split(
     """Find the training and validation images of a folder or a table.
 
     Args:
-        data_path: a folder with one sub-folder per class, or with folders `train` and `val` (or `valid`, `validation`,
-            `test`) laid out in the same way; or a CSV table, see `read_table`.
+        data_path: a folder with one sub-folder per class, or with folders for training and validation (see
+            `TRAINING_FOLDERS`, `VALIDATION_FOLDERS`) laid out in the same way; or a CSV table, see `read_table`.
         val_path: a validation folder with one sub-folder per class, or a table; takes precedence over the validation
             images in `data_path`.
         val_rate: fraction of each class to hold out if there are no validation images.
@@ -249,13 +250,14 @@ def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
     """
     folders = {folder.name.lower(): folder for folder in subfolders(root)}
     classes = {name: {normalise(path.name) for path in subfolders(folder)} for name, folder in folders.items()}
-    if not classes.get("train"):  # then "train" and "test" may be class names
+    train = next((name for name in TRAINING_FOLDERS if classes.get(name)), None)
+    if train is None:  # then "train" and "test" may be class names
         return Path(root), None
     # A folder without sub-folders may hold the unlabelled test images of a competition.
     val = next((name for name in VALIDATION_FOLDERS if classes.get(name)), None)
-    only_subsets = folders.keys() <= {"train", *VALIDATION_FOLDERS}
-    if only_subsets or (val and classes["train"] & classes[val]):
-        return folders["train"], folders.get(val)
+    only_subsets = folders.keys() <= {*TRAINING_FOLDERS, *VALIDATION_FOLDERS}
+    if only_subsets or (val and classes[train] & classes[val]):
+        return folders[train], folders.get(val)
     return Path(root), None
 
 

@@ -9,7 +9,8 @@ from class_files import normalise
 from cli_utils import DataError
 
 DELIMITERS = ",;\t"
-SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SUBSETS |= {"test": "test", "testing": "test"}
 
 
 class Row(NamedTuple):
