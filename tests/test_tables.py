@@ -170,7 +170,7 @@ def test_missing_or_binary_table(tmp_path):
         find_split(tmp_path / "nowhere.csv")
     for content in (b"path,label\n\xff\xfe\n", "path\tlabel\na.png\tcat\n".encode("utf-16")):
         (tmp_path / "table.csv").write_bytes(content)
-        with pytest.raises(DataError, match='not a CSV table in UTF-8.*save it as "CSV UTF-8"'):
+        with pytest.raises(DataError, match=r'not a CSV table in UTF-8.*save it as "CSV UTF-8"'):
             find_split(tmp_path / "table.csv")
     write_classes(tmp_path / "folder.csv", {"cat": 5, "dog": 5})
     assert find_split(tmp_path / "folder.csv")[0].class_names == ["cat", "dog"]
