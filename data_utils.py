@@ -171,8 +171,9 @@ def find_split(
         The split, and a description of the source of its validation images.
 
     Raises:
-        DataError: a validation class is missing from the training images, both folders or tables are the same, or a
-            table has no validation images. For other errors, see `read_split_data` and `read_table`.
+        DataError: a validation class is missing from the training images, the validation folder or table is the
+            training one or inside it, or a table has no validation images. For other errors, see `read_split_data` and
+            `read_table`.
     """
     find = _find_in_table if is_table(data_path) else _find_in_folder
     source, images, own_val_path, skipped = find(data_path, val_path)
@@ -189,6 +190,8 @@ def find_split(
         if not val_images:
             raise DataError(f"{os.fspath(val_path)}: no row has the split val")
     else:
+        if Path(val_path).resolve().is_relative_to(Path(source).resolve()):
+            raise DataError(f"{os.fspath(val_path)}: is inside the training folder {source}; move it elsewhere")
         val_images = list_images_by_class(val_path, skipped, min_classes=1)
     unknown = [name for name in val_images if name not in split.class_names]
     if unknown:
