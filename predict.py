@@ -105,7 +105,7 @@ class ErrorLog:
 
     def warn(self, message: object) -> None:
         """Print a message that does not change the exit status."""
-        print(f"predict.py: {printable(str(message))}", file=sys.stderr, flush=True)
+        print_note(f"predict.py: {message}")
 
     def fail(self, error: object) -> None:
         """Print an error."""
@@ -167,7 +167,7 @@ def predict(args: argparse.Namespace) -> int:
         for subset in SUBSETS:
             if subset in by_subset:
                 line = f"{printable(argument)}: {describe_accuracy(by_subset[subset], subset, len(class_names))}"
-                print(line, file=sys.stderr if args.json else sys.stdout)
+                (print_note if args.json else print)(line)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
         print_note(f"predictions: {csv_path}")
