@@ -166,6 +166,9 @@ def test_invalid_tables_are_one_line_errors(tmp_path, capsys, text, message):
 
 
 def test_missing_or_binary_table(tmp_path):
+    (tmp_path / "table.tsv").write_text("path\tlabel\n")
+    with pytest.raises(NotADirectoryError, match=r"table\.tsv: a file, not a folder of images or a \.csv table"):
+        find_split(tmp_path / "table.tsv")
     with pytest.raises(FileNotFoundError, match="no such table"):
         find_split(tmp_path / "nowhere.csv")
     for content in (b"path,label\n\xff\xfe\n", "path\tlabel\na.png\tcat\n".encode("utf-16")):
