@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, map_files, output_path, printable, run_program
-from data_utils import Split, find_split, require_training_images
+from data_utils import Split, find_split, require_usable_images
 from duplicates import (
     DETAIL,
     MAX_COMPARED,
@@ -102,7 +102,7 @@ def check_data(args: argparse.Namespace) -> int:
     print_classes(left, val_source)
     print_files([picture for _, picture in usable], pixel_range)
     print_skipped(left.skipped)
-    require_training_images(split, left.train_labels, lambda path: pictures[path].skipped)
+    require_usable_images(split, left, lambda path: pictures[path].skipped)
 
     groups, look_alikes = find_groups(usable, pixel_range, args.workers)
     print_groups(groups, split.class_names, args.folder)
@@ -132,10 +132,12 @@ def output_outside_data(
     The working directory is allowed even if it is a data folder.
 
     Raises:
-        UsageError: the path is inside the data folders. For other errors, see `output_path`.
+        UsageError: the path is inside the data folders, or is a table. For other errors, see `output_path`.
     """
     path = output_path(flag, name, formats)
     if path is not None:
+        if any(folder and path.resolve() == Path(folder).resolve() for folder in folders):
+            raise UsageError(f"{flag} {path}: would overwrite the table of the images; choose another name")
         parent = path.parent.resolve()
         for data in (Path(folder).resolve() for folder in folders if folder):
             if parent.is_relative_to(data) and not parent == data == Path.cwd().resolve():

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_IMAGES = 24  # maximum in the prediction figure
-VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # the first one found is used
+TRAINING_FOLDERS = ("train", "training")  # the first one found is used
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")
 
 
 # --- folder -> lists of files and labels --------------------------------------------------------------------------
@@ -168,8 +169,8 @@ def find_split(
     """Find the training and validation images of a folder or a table.
 
     Args:
-        data_path: a folder with one sub-folder per class, or with folders `train` and `val` (or `valid`, `validation`,
-            `test`) laid out in the same way; or a CSV table, see `read_table`.
+        data_path: a folder with one sub-folder per class, or with folders for training and validation (see
+            `TRAINING_FOLDERS`, `VALIDATION_FOLDERS`) laid out in the same way; or a CSV table, see `read_table`.
         val_path: a validation folder with one sub-folder per class, or a table; takes precedence over the validation
             images in `data_path`.
         val_rate: fraction of each class to hold out if there are no validation images.
@@ -178,21 +179,28 @@ def find_split(
         The split, and a description of the source of its validation images.
 
     Raises:
-        DataError: a validation class is missing from the training images, or both folders are the same. For other
-            errors, see `read_split_data` and `read_table`.
+        DataError: a validation class is missing from the training images, the validation folder or table is the
+            training one or inside it, or a table has no validation images. For other errors, see `read_split_data` and
+            `read_table`.
     """
     find = _find_in_table if is_table(data_path) else _find_in_folder
     images = find(data_path, val_path)
-    source, val_path = images.source, val_path or images.val_path
+    source = images.source
+    if val_path is not None and Path(val_path).resolve() == Path(source).resolve():
+        kind = "table" if is_table(val_path) else "folder"
+        raise DataError(f"{os.fspath(val_path)}: is both the training and the validation {kind}; omit --val-path")
+    val_path = val_path or images.val_path
     if val_path is None:
         where = "" if Path(source) == Path(data_path) else f" in {source}"
         return _hold_out(images, val_rate), f"{100 * val_rate:g}% of each class{where}, held out"
     split = _hold_out(images, 0)
     if is_table(val_path):
         val_images = _group_by_label([row for row in read_table(val_path) if row.subset in ("", "val")])
+        if not val_images:
+            raise DataError(f"{os.fspath(val_path)}: no row has the split val")
     else:
-        if Path(val_path).resolve() == Path(source).resolve():
-            raise DataError(f"{os.fspath(val_path)}: is both the training and the validation folder; omit --val-path")
+        if Path(val_path).resolve().is_relative_to(Path(source).resolve()):
+            raise DataError(f"{os.fspath(val_path)}: is inside the training folder {source}; move it elsewhere")
         val_images = list_images_by_class(val_path, split.skipped, min_classes=1)
     unknown = [name for name in val_images if name not in split.class_names]
     if unknown:
@@ -248,28 +256,32 @@ def _train_and_val_folders(root: str | os.PathLike) -> tuple[Path, Path | None]:
     """
     folders = {folder.name.lower(): folder for folder in subfolders(root)}
     classes = {name: {normalise(path.name) for path in subfolders(folder)} for name, folder in folders.items()}
-    if not classes.get("train"):  # then "train" and "test" may be class names
+    train = next((name for name in TRAINING_FOLDERS if classes.get(name)), None)
+    if train is None:  # then "train" and "test" may be class names
         return Path(root), None
     # A folder without sub-folders may hold the unlabelled test images of a competition.
     val = next((name for name in VALIDATION_FOLDERS if classes.get(name)), None)
-    only_subsets = folders.keys() <= {"train", *VALIDATION_FOLDERS}
-    if only_subsets or (val and classes["train"] & classes[val]):
-        return folders["train"], folders.get(val)
+    only_subsets = folders.keys() <= {*TRAINING_FOLDERS, *VALIDATION_FOLDERS}
+    if only_subsets or (val and classes[train] & classes[val]):
+        return folders[train], folders.get(val)
     return Path(root), None
 
 
-def require_training_images(split: Split, usable_labels: Iterable[int], explain: Callable[[str], object]) -> None:
-    """Raise DataError if a class of `split` has no usable training images.
+def require_usable_images(split: Split, usable: Split, explain: Callable[[str], object]) -> None:
+    """Raise DataError if a class has no usable training images, or if there are no usable validation images.
 
     Args:
-        usable_labels: the labels of the usable training images.
+        split: all images.
+        usable: the usable ones.
         explain: returns why the image at a path is unusable.
     """
-    emptied = set(split.train_labels) - set(usable_labels)
+    emptied = set(split.train_labels) - set(usable.train_labels)
     if emptied:
         label = min(emptied)
         example = split.train_paths[split.train_labels.index(label)]
         raise DataError(f"class {split.class_names[label]}: no usable training images; {explain(example)}")
+    if split.val_paths and not usable.val_paths:
+        raise DataError(f"no usable validation images; {explain(split.val_paths[0])}")
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def list_visible(folder: str | os.PathLike) -> list[Path]:
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: a file, not a folder of images")
+        raise NotADirectoryError(f"{folder}: a file, not a folder of images or a .csv table")
     try:
         return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
     except PermissionError as error:

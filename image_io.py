@@ -93,7 +93,7 @@ def decode(
             file.draft(None, (math.ceil(file.width / factor), math.ceil(file.height / factor)))
         file.load()  # applies the orientation of a TIFF file
         if _has_wide_pixels(file):
-            pixel_range = pixel_range or _value_range(file)
+            pixel_range = pixel_range or _value_range(file) or (0.0, 0.0)
         image = _to_rgb(file, max(1, min(file.size) // min_side) if min_side is not None else 1, pixel_range)
         image.info.clear()
         image.getexif()[ExifTags.Base.Orientation] = _orientation(file)
@@ -102,7 +102,9 @@ def decode(
 
 
 def read_pixel_range(path: str | os.PathLike) -> PixelRange | None:
-    """Return an image's minimum and maximum pixel value, or None for an image of at most 8 bits per channel.
+    """Return an image's minimum and maximum pixel value.
+
+    None for an image of at most 8 bits per channel, or without a finite value.
 
     Raises:
         ImageError: see `read_image`.
@@ -194,14 +196,14 @@ def _strips(image: Image.Image, factor: int = 1) -> list[tuple[int, int, int, in
     return [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
 
 
-def _value_range(image: Image.Image) -> PixelRange:
-    """Return the minimum and maximum of the finite pixel values."""
+def _value_range(image: Image.Image) -> PixelRange | None:
+    """Return the minimum and maximum of the finite pixel values, or None if there are none."""
     extremes = []
     for box in _strips(image):
         values = np.asarray(image.crop(box))
         if (values := values[np.isfinite(values)]).size:
             extremes += [float(values.min()), float(values.max())]
-    return min(extremes, default=0.0), max(extremes, default=0.0)
+    return (min(extremes), max(extremes)) if extremes else None
 
 
 def _to_rgb(image: Image.Image, factor: int, pixel_range: PixelRange | None) -> Image.Image:

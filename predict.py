@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -64,11 +64,18 @@ SIGNATURE = b"predict.py --save-plot"  # the comment in a JPEG figure
 
 
 class ImageFile(NamedTuple):
-    """An image to classify: its path, its label if a folder is named after a class, and its command-line argument."""
+    """An image to classify.
+
+    Attributes:
+        label: the class that a folder or a table names, if any.
+        argument: the command-line argument that the image belongs to.
+        unknown_label: the label in a table if it is not a class.
+    """
 
     path: str
     label: str | None
     argument: str
+    unknown_label: str = ""
 
 
 class Prediction(NamedTuple):
@@ -98,7 +105,7 @@ class ErrorLog:
 
     def warn(self, message: object) -> None:
         """Print a message that does not change the exit status."""
-        print(f"predict.py: {printable(str(message))}", file=sys.stderr, flush=True)
+        print_note(f"predict.py: {message}")
 
     def fail(self, error: object) -> None:
         """Print an error, which makes the exit status 1."""
@@ -108,8 +115,8 @@ class ErrorLog:
 
 def predict(args: argparse.Namespace) -> int:
     """Classify the images; return the exit status, which is 1 if an input is unreadable."""
-    plot_path = output_file("--save-plot", args.save_plot, FIGURE_FORMATS)
-    csv_path = output_file("--csv", args.csv)
+    plot_path = output_file("--save-plot", args.save_plot, args.images, FIGURE_FORMATS)
+    csv_path = output_file("--csv", args.csv, args.images)
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
@@ -151,7 +158,7 @@ def predict(args: argparse.Namespace) -> int:
             if len(plotted) > FIGURE_IMAGES:
                 del plotted[max(range(len(plotted)), key=lambda index: plotted[index].probability)]
 
-    print_accuracies(hits, len(class_names), sys.stderr if args.json else sys.stdout)
+    print_accuracies(hits, len(class_names), print_note if args.json else print)
     if csv_path:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label"))
         print_note(f"predictions: {csv_path}")
@@ -174,15 +181,15 @@ def describe_model(info: Mapping[str, Any]) -> str:
     return line
 
 
-def output_file(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
-    """Call `output_path`, and refuse to overwrite an image: the shell may have expanded `--save-plot *.jpg`.
+def output_file(flag: str, name: str | None, inputs: Sequence[str], formats: Sequence[str] = ()) -> Path | None:
+    """Call `output_path`, and refuse to overwrite an input or an image: the shell may expand `--save-plot *.jpg`.
 
     Raises:
-        UsageError: the file is an image. For other errors, see `output_path`.
+        UsageError: the file is one of `inputs`, or an image. For other errors, see `output_path`.
     """
     path = output_path(flag, name, formats)
-    if path is not None and is_foreign_image(path):
-        raise UsageError(f"{flag} {path}: would overwrite an image; choose another name")
+    if path is not None and (is_foreign_image(path) or path.resolve() in [Path(other).resolve() for other in inputs]):
+        raise UsageError(f"{flag} {path}: would overwrite an image or a table; choose another name")
     return path
 
 
@@ -215,7 +222,9 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
     known = {normalise(name): name for name in class_names}
     if argument and is_table(root):
         rows = read_table(root, needs_labels=False)
-        return [ImageFile(row.path, known.get(row.label), argument) for row in rows]
+        return [
+            ImageFile(row.path, known.get(row.label), argument, "" if row.label in known else row.label) for row in rows
+        ]
     if not argument or not root.exists():  # "" is an unset shell variable; Path("") is the current folder
         raise FileNotFoundError(f"{argument!r}: no such file or folder")
     if not root.is_dir():
@@ -250,28 +259,30 @@ def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> lis
 
 
 def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[str]:
-    """Describe the images without a label, one line per folder or for the whole table.
+    """Describe the images outside class folders, one line per folder, or those with unknown labels in a table.
 
     Returns:
         The lines to print; none if no folder has the name of a class or a similar one, or no row has a class as label.
     """
-    argument = Path(files[0].argument)
-    unlabelled = [file for file in files if file.label is None and file.path != file.argument]
-    is_labelled = len(unlabelled) < len(files)
-    if is_table(argument):
-        line = f"{argument}: {len(unlabelled)} of {len(files)} images without a label, or with one that is not a class"
-        return [line] if unlabelled and is_labelled else []
-    folders = Counter(Path(file.path).parent for file in unlabelled)
-    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != argument}
-    if not is_labelled and not any(likely.values()):
+    if files and is_table(files[0].argument):
+        labels = Counter(file.unknown_label for file in files if file.unknown_label)
+        return [_without_label(files[0].argument, labels[name], name, class_names) for name in labels]
+    folders = Counter(Path(file.path).parent for file in files if file.label is None and file.path != file.argument)
+    likely = {folder: likely_class(folder.name, class_names) for folder in folders if folder != Path(files[0].argument)}
+    if all(file.label is None for file in files) and not any(likely.values()):
         return []
-    lines = []
-    for folder, count in folders.items():
-        images = "1 image" if count == 1 else f"{count} images"
-        reason = "not in a class folder" if folder not in likely else f"{folder.name} is not a class"
-        hint = f"; is it {likely[folder]}?" if likely.get(folder) else ""
-        lines.append(f"{folder}: {images} without a label: {reason}{hint}")
-    return lines
+    return [
+        _without_label(folder, count, folder.name if folder in likely else None, class_names)
+        for folder, count in folders.items()
+    ]
+
+
+def _without_label(place: str | Path, count: int, name: str | None, class_names: list[str]) -> str:
+    images = "1 image" if count == 1 else f"{count} images"
+    if name is None:
+        return f"{place}: {images} without a label: not in a class folder"
+    likely = likely_class(name, class_names)
+    return f"{place}: {images} without a label: {name} is not a class{f'; is it {likely}?' if likely else ''}"
 
 
 def read_or_error(
@@ -313,7 +324,9 @@ def predict_images(
             yield file, item if isinstance(item, ImageError) else (*item, row)
 
 
-def print_accuracies(hits: Mapping[tuple[str, str], list[tuple[str, bool]]], num_classes: int, output: TextIO) -> None:
+def print_accuracies(
+    hits: Mapping[tuple[str, str], list[tuple[str, bool]]], num_classes: int, print_line: Callable[[str], None]
+) -> None:
     """Print the accuracy on the labelled images, one line per command-line argument and subset.
 
     Args:
@@ -324,12 +337,12 @@ def print_accuracies(hits: Mapping[tuple[str, str], list[tuple[str, bool]]], num
             right, covered = sum(hit for _, hit in images), len({label for label, _ in images})
             coverage = f", {covered} of {num_classes} classes" if covered < num_classes else ""
             counts = f"{right} of {len(images)} {SUBSETS[subset]}{coverage}"
-            print(f"{printable(argument)}: accuracy {right / len(images):.4f} ({counts})", file=output)
+            print_line(f"{printable(argument)}: accuracy {right / len(images):.4f} ({counts})")
 
 
 def print_prediction(prediction: Prediction, as_json: bool) -> None:
     """Print a prediction in one line, as text or JSON."""
-    path, label, _ = prediction.file
+    path, label, *_ = prediction.file
     if as_json:
         line = {"image": path, "class": prediction.name, "probability": round(prediction.probability, 6)}
         if label is not None:
@@ -344,7 +357,7 @@ def print_prediction(prediction: Prediction, as_json: bool) -> None:
 
 def csv_row(prediction: Prediction) -> dict[str, str]:
     """Return the row for --csv: image, predicted class, label if known, and the other top classes."""
-    (path, label, _), (first, *others) = prediction.file, prediction.top
+    (path, label, *_), (first, *others) = prediction.file, prediction.top
     row = {"image": path, "class": first[0], "probability": f"{first[1]:.6f}", "label": label or ""}
     for rank, (name, probability) in enumerate(others, start=2):
         row |= {f"class {rank}": name, f"probability {rank}": f"{probability:.6f}"}
@@ -359,7 +372,7 @@ def save_figure(model: ResNet, predictions: list[Prediction], path: Path, device
     classes = torch.tensor([prediction.index for prediction in predictions], device=device)
     heats = grad_cam(model, prepare_batch(batch, device), classes).cpu().numpy()
     tops, files = [prediction.top for prediction in predictions], [prediction.file for prediction in predictions]
-    paths, labels, _ = zip(*files, strict=True)
+    paths, labels, *_ = zip(*files, strict=True)
     figure = explained(to_pixels(batch), heats, tops, list(paths), list(labels))
     is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
     with atomic_file(path) as unfinished:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli_utils import DataError, UsageError, map_files, number_of_workers
-from data_utils import Split, find_split, require_training_images
+from data_utils import Split, find_split, require_usable_images
 from download import download_flower_photos
 from file_utils import read_json
 from image_folders import UNREADABLE, UNSUPPORTED, Skipped, file_checksum, unreadable
@@ -107,9 +107,7 @@ def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> Split:
     images = dict.fromkeys(split.train_paths + split.val_paths)
     unusable = {path: checked[_absolute(path)].skipped for path in images}
     usable = split.drop([skipped._replace(path=path) for path, skipped in unusable.items() if skipped is not None])
-    require_training_images(split, usable.train_labels, unusable.get)
-    if split.val_paths and not usable.val_paths:
-        raise DataError(f"no usable validation images; {unusable[split.val_paths[0]]}")
+    require_usable_images(split, usable, unusable.get)
     return usable
 
 

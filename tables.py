@@ -9,7 +9,8 @@ from class_files import normalise
 from cli_utils import DataError
 
 DELIMITERS = ",;\t"
-SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SUBSETS |= {"test": "test", "testing": "test"}
 
 
 class Row(NamedTuple):
@@ -49,7 +50,8 @@ def read_table(path: str | os.PathLike, needs_labels: bool = True) -> list[Row]:
             file.seek(0)
             return _read_rows(csv.reader(file, delimiter=delimiter), Path(path), needs_labels)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{os.fspath(path)}: not a CSV table in UTF-8: {error}") from error
+        advice = 'save it as "CSV UTF-8" in the spreadsheet'
+        raise DataError(f"{os.fspath(path)}: not a CSV table in UTF-8: {error}; {advice}") from error
 
 
 def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Row]:
@@ -58,6 +60,8 @@ def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Ro
     if missing := [name for name in required if name not in columns]:
         found = ", ".join(map(repr, columns)) or "nothing"
         raise DataError(f"{path}: needs a column {missing[0]!r} in its first line; found {found}")
+    if repeated := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+        raise DataError(f"{path}: has several columns {repeated[0]!r}; keep one of them")
     rows, lines = [], {}
     for cells in reader:
         if not any(cells):
@@ -68,6 +72,8 @@ def _read_rows(reader: "csv._reader", path: Path, needs_labels: bool) -> list[Ro
         row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
         if empty := [name for name in required if not row[name]]:
             raise DataError(f"{where}: the {empty[0]} is empty")
+        if "\0" in row["path"]:
+            raise csv.Error("line contains NUL")  # as Python 3.10 does
         if row.get("split", "train").lower() not in SUBSETS:
             raise DataError(f"{where}: the split is {row['split']!r}; it must be train, val or test")
         image = str(path.parent / row["path"])

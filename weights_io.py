@@ -1,6 +1,7 @@
 """Read weights files: best.pth, plain state_dicts, checkpoints of other programs, ImageNet weights."""
 
 import errno
+import math
 import os
 import pickle
 import re
@@ -182,10 +183,12 @@ def check_info(path: str | os.PathLike, info: Mapping[str, Any]) -> None:
     if info["resize"] not in RESIZE_MODES:
         raise WeightsError(f"{path}: its resize is {info['resize']!r}; supported are {', '.join(RESIZE_MODES)}")
     match info["pixel_range"]:
-        case None | [int() | float(), int() | float()]:
+        case None:
+            pass
+        case [int() | float() as low, int() | float() as high] if -math.inf < low <= high < math.inf:
             pass
         case invalid:
-            raise WeightsError(f"{path}: its pixel_range is {invalid!r}, not a pair of numbers")
+            raise WeightsError(f"{path}: its pixel_range is {invalid!r}, not a pair of ascending numbers")
 
 
 def _is_list_of_names(names: Any) -> bool:

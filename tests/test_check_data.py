@@ -482,6 +482,17 @@ def test_class_without_usable_images(capsys, two_classes):
     )
 
 
+def test_no_usable_validation_images(capsys, two_classes, tmp_path):
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "val" / "cat" / "broken.png").write_bytes(b"")
+    status, output, errors = run(capsys, two_classes, "--val-path", tmp_path / "val")
+    assert status == 2
+    assert "skipped 1 file: 1 unreadable" in output
+    broken = str(tmp_path / "val" / "cat" / "broken.png")
+    reason = "not an image, or of an unknown format"
+    assert errors == f"check_data.py: error: no usable validation images; {broken!r}: {reason}\n"
+
+
 def test_figure_is_not_written_into_the_data(capsys, two_classes, monkeypatch):
     status, _, errors = run(capsys, two_classes, plot=str(two_classes / "cat" / "x.png"))
     assert (status, "is inside the data" in errors) == (2, True)

@@ -124,6 +124,21 @@ def test_class_with_unsupported_images_only(tmp_path):
         split_folder(folder)
 
 
+def test_validation_folder_inside_the_training_folder(tmp_path):
+    root = write_classes(tmp_path / "data", {"cat": 3, "dog": 3, "val/cat": 2})
+    with pytest.raises(DataError, match=r"is inside the training folder .*; move it elsewhere"):
+        find_split(root, root / "val")
+
+
+@pytest.mark.parametrize(("train_name", "val_name"), [("Training", "Testing"), ("train", "Val"), ("TRAIN", "valid")])
+def test_names_of_training_and_validation_folders(tmp_path, train_name, val_name):
+    for name in (train_name, val_name):
+        write_classes(tmp_path / "data" / name, {"cat": 3, "dog": 3})
+    split, source = find_split(tmp_path / "data")
+    assert (split.class_names, source) == (["cat", "dog"], f"from {tmp_path / 'data' / val_name}")
+    assert len(split.train_paths) == 6
+
+
 def test_folders_beside_train_and_val_are_reported(tmp_path):
     root = tmp_path / "data"
     for subset in ("train", "val", "test"):

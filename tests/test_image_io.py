@@ -169,6 +169,7 @@ def test_range_ignores_non_finite_pixels(tmp_path):
     for flat in (np.full((4, 4), 7, np.float32), np.full((4, 4), np.nan, np.float32)):
         Image.fromarray(flat).save(tmp_path / "a.tif")
         assert np.asarray(read_image(tmp_path / "a.tif")).max() == 0
+    assert read_pixel_range(tmp_path / "a.tif") is None  # must not extend the dataset's range to 0
 
 
 def test_8_bit_images_have_no_range(tmp_path):

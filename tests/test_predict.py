@@ -414,17 +414,20 @@ def test_failed_output_is_a_one_line_error(weights, sample, program, status):
 
 @needs_fork
 def test_closed_standard_error_leaves_standard_output_unchanged(capsys, weights, sample, tmp_path):
-    image = next((sample / "roses").iterdir())
-    _, expected, _ = run(capsys, image, "--weights", weights)
+    shutil.copytree(sample / "roses", tmp_path / "new" / "roses")
+    (tmp_path / "new" / "roses" / "broken.jpg").write_bytes(b"")
+    (tmp_path / "new" / "notes.txt").write_text("x")
+    status, expected, _ = run(capsys, tmp_path / "new", "--weights", weights, "--json")
+    assert (status, len(expected)) == (1, 20)
 
     def main() -> int:
         sys.stderr = None
-        status = predict.main([str(image), "--weights", str(weights), "--device", "cpu"])
+        status = predict.main([str(tmp_path / "new"), "--weights", str(weights), "--device", "cpu", "--json"])
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the child ends here
         return status
 
     with open(tmp_path / "out.txt", "w") as out:
-        assert run_in_fork(main, out.fileno()) == (0, "")
+        assert run_in_fork(main, out.fileno()) == (1, "")
     assert (tmp_path / "out.txt").read_text().splitlines() == expected
 
 

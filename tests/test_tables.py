@@ -1,6 +1,7 @@
 """Training, checking and predicting from a CSV table instead of a folder."""
 
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -70,13 +71,30 @@ def test_check_data_and_predict_accept_a_table(two_classes, capsys):
     assert "missing.png" in captured.err
 
 
-def test_predict_reports_rows_without_a_known_label(tmp_path):
-    rows = [["path", "label"], ["dog/1.png", ""], ["dog/2.png", "lion"], ["cat/3.png", "cat"]]
-    table = write_table(tmp_path / "some.csv", rows)
-    lines = predict.describe_unlabelled(predict.find_images(str(table), ["cat", "dog"], []), ["cat", "dog"])
-    assert lines == [f"{table}: 2 of 3 images without a label, or with one that is not a class"]
-    table = write_table(tmp_path / "none.csv", [["path"], ["dog/1.png"]])
-    assert predict.describe_unlabelled(predict.find_images(str(table), ["dog"], []), ["dog"]) == []
+def test_unknown_labels_are_reported_by_predict(two_classes, tmp_path, capsys):
+    assert train.main(["--data-path", str(two_classes), *SMALL]) == 0
+    capsys.readouterr()
+    labels = {"pets/cat/cat 00.png": "Cat", "pets/cat/cat 01.png": "Cat", "pets/dog/dog 00.png": "", "cow.png": "cow"}
+    shutil.copy(two_classes / "cat" / "cat 02.png", tmp_path / "cow.png")
+    table = write_table(tmp_path / "new.csv", [["path", "label"], *map(list, labels.items())])
+    assert predict.main([str(table)]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 4
+    assert captured.err.splitlines()[-2:] == [
+        f"predict.py: {table}: 2 images without a label: Cat is not a class; is it cat?",
+        f"predict.py: {table}: 1 image without a label: cow is not a class",
+    ]
+
+
+def test_table_is_not_overwritten_by_the_output(two_classes, monkeypatch, capsys):
+    table = describe(two_classes, split=False)
+    content = table.read_bytes()
+    assert check_data.main([str(table), "--save-plot", "", "--csv", f"{table.parent}/here/../table.csv"]) == 2
+    assert "would overwrite the table" in capsys.readouterr().err
+    monkeypatch.chdir(table.parent)
+    assert predict.main([str(table), "--csv", "table.csv"]) == 1
+    assert "would overwrite an image or a table" in capsys.readouterr().err
+    assert table.read_bytes() == content
 
 
 def test_validation_table(two_classes, tmp_path):
@@ -87,6 +105,15 @@ def test_validation_table(two_classes, tmp_path):
     rows = [["path", "label", "split"], ["a.png", "cat", "train"], ["b.png", "dog", "train"], ["c.png", "cow", "val"]]
     with pytest.raises(DataError, match=r"classes missing from .*bad\.csv: cow"):
         find_split(write_table(tmp_path / "bad.csv", rows))
+
+
+def test_validation_table_without_validation_images(two_classes, tmp_path):
+    rows = [["path", "label", "split"], ["pets/dog/dog 00.png", "dog", "train"]]
+    with pytest.raises(DataError, match=r"val\.csv: no row has the split val"):
+        find_split(two_classes, write_table(tmp_path / "val.csv", rows))
+    table = describe(two_classes, split=True)
+    with pytest.raises(DataError, match=r"table\.csv: is both the training and the validation table; omit --val-path"):
+        find_split(table, table)
 
 
 def test_rows_outside_the_split_are_reported(tmp_path):
@@ -117,9 +144,11 @@ def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
         ("", "needs a column 'path' in its first line; found nothing"),
         ("file,label\na.png,cat\n", "needs a column 'path' in its first line; found 'file', 'label'"),
         ("path\na.png\n", "needs a column 'label'"),
+        ("path,label,Label\na.png,cat,1\n", "has several columns 'label'"),
         ("path,label\n", "lists no images"),
         ("path,label\na.png,cat\n,dog\n", "line 3: the path is empty"),
         ("path,label\n\na.png,\n", "line 3: the label is empty"),
+        ("path,label\na\0.png,cat\n", "not a CSV table in UTF-8: line contains NUL"),
         ("path,label\na.png\n", "line 2: has 1 fields instead of 2"),
         ("path,label,split\na.png,cat,tain\n", "line 2: the split is 'tain'; it must be train, val or test"),
         ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "line 4: 'a.png' is already listed in line 2"),
@@ -137,10 +166,14 @@ def test_invalid_tables_are_one_line_errors(tmp_path, capsys, text, message):
 
 
 def test_missing_or_binary_table(tmp_path):
+    (tmp_path / "table.tsv").write_text("path\tlabel\n")
+    with pytest.raises(NotADirectoryError, match=r"table\.tsv: a file, not a folder of images or a \.csv table"):
+        find_split(tmp_path / "table.tsv")
     with pytest.raises(FileNotFoundError, match="no such table"):
         find_split(tmp_path / "nowhere.csv")
-    (tmp_path / "table.csv").write_bytes(b"path,label\n\xff\xfe\n")
-    with pytest.raises(DataError, match="not a CSV table in UTF-8"):
-        find_split(tmp_path / "table.csv")
+    for content in (b"path,label\n\xff\xfe\n", "path\tlabel\na.png\tcat\n".encode("utf-16")):
+        (tmp_path / "table.csv").write_bytes(content)
+        with pytest.raises(DataError, match=r'not a CSV table in UTF-8.*save it as "CSV UTF-8"'):
+            find_split(tmp_path / "table.csv")
     write_classes(tmp_path / "folder.csv", {"cat": 5, "dog": 5})
     assert find_split(tmp_path / "folder.csv")[0].class_names == ["cat", "dog"]
