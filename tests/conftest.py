@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from shortcuts import FIGURES, SmallResNet, blank_figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 import plot_utils
@@ -83,6 +84,15 @@ def small_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet18", SmallResNet)
         yield
+
+
+@pytest.fixture(autouse=True)
+def ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event files that a test writes within a second sort by name in the order in which they were written.
+
+    Their names end with a counter of the process, and "10" would sort before "9".
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
 @pytest.fixture
