@@ -1,21 +1,15 @@
 """Shared fixtures and helpers: small image folders, a drawn sample, and the real photographs where available."""
 
 import functools
-import gc
 import http.server
-import multiprocessing.util
 import os
-import runpy
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 import matplotlib
 import numpy as np
@@ -109,65 +103,6 @@ def blank_figures() -> Iterator[None]:
         for name in FIGURES:
             patch.setattr(plot_utils, name, blank_figure)
         yield
-
-
-class ForkedPopen(subprocess.Popen):
-    """Runs `python FILE`, `python -c CODE` or `python -m MODULE` in a fork of this process.
-
-    That saves four seconds: other packages are already imported. The project's modules are imported again. Of `env`,
-    only PYTHONIOENCODING has an effect.
-    """
-
-    def __init__(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
-        if command[0] == sys.executable:
-            options["preexec_fn"] = functools.partial(_run_python, list(map(str, command[1:])), env or os.environ)
-        super().__init__(command, env=env, **options)
-
-
-def _run_python(arguments: list[str], env: Mapping[str, str]) -> NoReturn:
-    status = 1
-    try:
-        gc.enable()  # subprocess disables it
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
-        os.closerange(3, 2**16)  # Popen waits until its pipe to this process is closed
-        encoding = env.get("PYTHONIOENCODING")
-        sys.stdout = open(1, "w", encoding=encoding)  # noqa: SIM115
-        sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
-        for path in (*ROOT.glob("*.py"), *TESTS.glob("*.py")):
-            sys.modules.pop(path.stem, None)
-        sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, TESTS)]
-        match arguments:
-            case ["-c", code, *words]:
-                sys.argv = ["-c", *words]
-                sys.path.insert(0, "")
-                exec(code, {"__name__": "__main__"})
-            case ["-m", module, *words]:
-                sys.argv = [module, *words]
-                sys.path.insert(0, "")
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-            case [program, *_]:
-                sys.argv = arguments
-                sys.path.insert(0, str(Path(program).parent))
-                runpy.run_path(program, run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:  # noqa: BLE001 - the child must not return to pytest
-        traceback.print_exc()
-    finally:
-        multiprocessing.util._exit_function()  # as on a normal exit: ends the workers
-        sys.stdout.flush()
-        os._exit(status)
-
-
-@pytest.fixture
-def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start Python programs as forks of this process, see `ForkedPopen`."""
-    if hasattr(os, "fork"):
-        monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 @pytest.fixture

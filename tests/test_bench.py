@@ -9,7 +9,6 @@ import bench
 import pytest
 from accuracy import divided
 
-pytestmark = pytest.mark.usefixtures("forked_programs", "small_network")
 SMALL = ["--model", "resnet18", "--device", "cpu"]
 
 

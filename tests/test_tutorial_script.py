@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 PROJECT = Path(__file__).parents[1]
 
 
-def test_tutorial_script_trains_in_an_empty_folder(forked_programs, tmp_path, sample):
+def test_tutorial_script_trains_in_an_empty_folder(tmp_path, sample):
     for module in PROJECT.glob("*.py"):
         shutil.copy(module, tmp_path)
     shutil.copytree(PROJECT / "plot_img", tmp_path / "plot_img")
