@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ForkedPopen
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -14,11 +13,9 @@ FAULTS = Path(__file__).with_name("faults.py")
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> str:
     command = [sys.executable, FAULTS, "all", "--short", "--seed", "7"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with ForkedPopen(command, cwd=tmp_path_factory.mktemp("faults"), **pipes) as running:
-        printed, complaints = running.communicate()
-    assert not complaints
-    return printed
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("faults"), capture_output=True, text=True, check=False)
+    assert not done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the campaigns look into /proc")
