@@ -90,6 +90,13 @@ def ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to an empty folder, as programs write to the current one."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the figures and the graph, which take most of the time of a small run."""
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *arguments: None)

@@ -25,14 +25,8 @@ from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from prepare_data import check_images, describe_files, drop_unusable
 from run_state import Run
 
-pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
 SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 def files_in(folder: Path) -> list[str]:

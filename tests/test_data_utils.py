@@ -32,12 +32,7 @@ from data_utils import (
 from my_dataset import MEAN, STD, EvalTransform, MyDataSet
 from plot_utils import class_distribution, labelled_images, predictions
 
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    """Change to an empty folder: class_indices.json is read from and written to the current directory."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")  # class_indices.json is read and written there
 
 
 @pytest.fixture

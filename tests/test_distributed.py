@@ -28,15 +28,9 @@ from run_state import Run
 from train_eval_utils import train_one_epoch
 
 pytestmark = [
-    pytest.mark.usefixtures("small_network", "no_figures"),
+    pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 def test_each_step_has_the_same_images_for_any_world_size():

@@ -27,15 +27,9 @@ from prepare_data import prepare_data
 from train_eval_utils import estimate_batch_norm
 from tuning import PLANNED_SIZES, choose_img_size
 
-pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
 TINY = ["--model", "resnet18", "--device", "cpu", "--workers", "0", "--amp", "off", "--batch-size", "5"]
 RUN = Path("runs/flower_experiment")
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 def metrics() -> list[dict[str, str]]:

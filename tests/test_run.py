@@ -28,14 +28,9 @@ from my_dataset import EvalTransform, MyDataSet
 from train_eval_utils import evaluate
 from weights_io import load_model
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 PROGRAM = Path(train.__file__)
 TINY = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,8 @@ from data_utils import find_split
 from image_folders import count_skipped
 from tables import is_table, read_table
 
-pytestmark = pytest.mark.usefixtures("small_network", "no_figures")
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
 SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--workers", "0", "--epochs", "1"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 def write_table(path: Path, rows: list[list[str]], delimiter: str = ",", encoding: str = "utf-8") -> Path:

@@ -22,15 +22,9 @@ from distributed import Distributed
 from run_utils import LAUNCH_FILE, StopRequest, StopSignals, find_launched_run
 
 pytestmark = [
-    pytest.mark.usefixtures("small_network", "no_figures"),
+    pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 PROGRAM = """

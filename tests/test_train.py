@@ -23,15 +23,9 @@ from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from sample_flowers import draw_sample
 from weights_io import load_model
 
-pytestmark = pytest.mark.usefixtures("small_network", "blank_figures")
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "blank_figures")
 PROGRAM = Path(train.__file__)
 TINY = ["--model", "resnet18", "--img-size", "32", "--device", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
