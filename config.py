@@ -140,21 +140,43 @@ def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = 
     return args
 
 
+def checked(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
+    """Return a `type=` function for argparse that converts to `kind` and checks the value."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is invalid; it must be {requirement}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's message: "invalid int value"
+    return parse
+
+
+COUNT = checked(int, lambda n: n >= 0, "at least 0")
+POSITIVE_COUNT = checked(int, lambda n: n >= 1, "at least 1")
+POSITIVE = checked(float, lambda x: 0 < x < math.inf, "above 0")
+NON_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
+FRACTION = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+PROBABILITY = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+FOLDER = checked(str, bool, "the name of a folder or table")
+
+
 def build_parser() -> FlagParser:
     """Build the parser of train.py, in groups of flags."""
     parser = FlagParser(prog="train.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, positive_count = checked(int, lambda n: n >= 0, "at least 0"), checked(int, lambda n: n >= 1, "at least 1")
-    positive = checked(float, lambda x: 0 < x < math.inf, "above 0")
-    non_negative = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
-    fraction = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    probability = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-    folder = checked(str, bool, "the name of a folder")
+    _add_data_and_model_flags(parser)
+    _add_training_flags(parser)
+    _add_run_flags(parser)
+    return parser
 
+
+def _add_data_and_model_flags(parser: FlagParser) -> None:
     add = parser.add_argument_group("data").add_argument
     data_help = "folder with one sub-folder per class, or CSV table of paths and labels (default: the built-in sample)"
-    add("--data-path", type=folder, help=data_help)
+    add("--data-path", type=FOLDER, help=data_help)
     val_help = "folder or table of the validation images (default: a fraction of --data-path)"
-    add("--val-path", type=folder, help=val_help)
+    add("--val-path", type=FOLDER, help=val_help)
     val_rate_help = "fraction of each class held out for validation (default: %(default)s)"
     val_rate = checked(float, lambda x: 0 < x < 1, "above 0 and below 1")
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
@@ -162,9 +184,9 @@ def build_parser() -> FlagParser:
     resize_help = "how to make images square: cut off the ends, add borders, or distort (default: %(default)s)"
     add("--resize", choices=RESIZE_MODES, default="crop", help=resize_help)
     hflip_help = "probability that a training image is flipped horizontally (default: %(default)s)"
-    add("--hflip", type=probability, default=0.5, metavar="P", help=hflip_help)
+    add("--hflip", type=PROBABILITY, default=0.5, metavar="P", help=hflip_help)
     vflip_help = "probability that a training image is flipped vertically (default: %(default)s)"
-    add("--vflip", type=probability, default=0.0, metavar="P", help=vflip_help)
+    add("--vflip", type=PROBABILITY, default=0.0, metavar="P", help=vflip_help)
     two = checked(int, lambda n: n >= 2, "at least 2")
     add("--num-classes", type=two, help="expected number of classes, checked against the data")
     strict_help = "stop if an image is unreadable or unsupported, instead of skipping it"
@@ -177,37 +199,41 @@ def build_parser() -> FlagParser:
     size = checked(int, lambda n: n >= 32, "at least 32")
     add("--img-size", type=size, help=f"input size in pixels (default: {DEFAULT_SIZE}; --time-budget chooses it)")
 
+
+def _add_training_flags(parser: FlagParser) -> None:
     add = parser.add_argument_group("training").add_argument
     recipe_help = "defaults of several flags, and the optimizer (default: %(default)s)"
     add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
-    add("--epochs", type=positive_count, help="passes over the training images " + default_help("epochs"))
-    add("--time-budget", type=positive, metavar="MINUTES", help="train for this long instead of --epochs")
+    add("--epochs", type=POSITIVE_COUNT, help="passes over the training images " + default_help("epochs"))
+    add("--time-budget", type=POSITIVE, metavar="MINUTES", help="train for this long instead of --epochs")
     best_help = "metric that decides which epoch is the best (default: %(default)s)"
     add("--best-metric", choices=BEST_METRICS, default="accuracy", help=best_help)
     patience_help = "stop after N epochs without improvement in --best-metric (default: never)"
-    add("--patience", type=count, default=0, metavar="N", help=patience_help)
-    add("--batch-size", type=positive_count, help="images per batch, in each process " + default_help("batch_size"))
-    add("--accumulate", type=positive_count, default=1, help="batches per optimizer step (default: %(default)s)")
+    add("--patience", type=COUNT, default=0, metavar="N", help=patience_help)
+    add("--batch-size", type=POSITIVE_COUNT, help="images per batch, in each process " + default_help("batch_size"))
+    add("--accumulate", type=POSITIVE_COUNT, default=1, help="batches per optimizer step (default: %(default)s)")
     decay_help = "weight decay (L2 penalty); not applied to convolutions trained by Muon "
-    add("--weight-decay", type=non_negative, help=decay_help + default_help("weight_decay"))
+    add("--weight-decay", type=NON_NEGATIVE, help=decay_help + default_help("weight_decay"))
     smoothing_help = "label smoothing of the training loss "
-    add("--label-smoothing", type=fraction, help=smoothing_help + default_help("label_smoothing"))
+    add("--label-smoothing", type=FRACTION, help=smoothing_help + default_help("label_smoothing"))
     weights_help = "weight the loss by (images of the class) ** -P, P from 0 to 1 (default: %(default)s)"
-    add("--class-weights", type=probability, default=0.0, metavar="P", help=weights_help)
+    add("--class-weights", type=PROBABILITY, default=0.0, metavar="P", help=weights_help)
     seed = checked(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
     seed_help = "random seed for weights, shuffling and augmentation (default: %(default)s)"
     add("--seed", type=seed, default=0, help=seed_help)
 
     add = parser.add_argument_group("schedule").add_argument
-    add("--lr", type=positive, help="maximum learning rate " + default_help("lr"))
-    add("--lrf", type=non_negative, help="final learning rate, as a fraction of --lr " + default_help("lrf"))
+    add("--lr", type=POSITIVE, help="maximum learning rate " + default_help("lr"))
+    add("--lrf", type=NON_NEGATIVE, help="final learning rate, as a fraction of --lr " + default_help("lrf"))
     add(
         "--warmup",
-        type=fraction,
+        type=FRACTION,
         help="fraction of the training in which the learning rate rises to --lr " + default_help("warmup"),
     )
     add("--find-lr", action="store_true", help="run a learning-rate range test, suggest a value for --lr, and exit")
 
+
+def _add_run_flags(parser: FlagParser) -> None:
     add = parser.add_argument_group("logging").add_argument
     name = checked(str, lambda s: s == Path(s).name and s[:1] not in ("", "."), "a plain folder name")
     add(
@@ -218,7 +244,7 @@ def build_parser() -> FlagParser:
     )
     histograms_help = "log the weights of two convolutions, or the weights and gradients of all (default: %(default)s)"
     add("--histograms", choices=("first", "all"), default="first", help=histograms_help)
-    add("--save-every", type=count, default=0, metavar="N", help="also save a plain state_dict every N epochs")
+    add("--save-every", type=COUNT, default=0, metavar="N", help="also save a plain state_dict every N epochs")
 
     add = parser.add_argument_group("resuming").add_argument
     resume_help = "resume a run, given by name, folder or last.pth (default: the most recent one)"
@@ -228,30 +254,16 @@ def build_parser() -> FlagParser:
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda if available, else cpu)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
-    add("--workers", type=count, help="DataLoader workers per process (default: one per core, at most 8)")
+    add("--workers", type=COUNT, help="DataLoader workers per process (default: one per core, at most 8)")
     add("--sync-bn", action="store_true", help="synchronised BatchNorm over all GPUs, under torchrun")
     timeout = checked(float, lambda x: 0 < x <= 10**7, "above 0, and at most 10,000,000 seconds")
     timeout_help = "seconds to wait for an unreachable rank (default: %(default)s)"
     add("--timeout", type=timeout, default=300, help=timeout_help)
-    return parser
 
 
 def default_help(flag: str) -> str:
     """Describe a flag's default in each recipe, for its help text."""
     return f"(default: {', '.join(f'{name} {defaults[flag]:g}' for name, defaults in FLAG_DEFAULTS.items())})"
-
-
-def checked(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
-    """Return a `type=` function for argparse that converts to `kind` and checks the value."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is invalid; it must be {requirement}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's message: "invalid int value"
-    return parse
 
 
 def training_sizes(recipe: Recipe, img_size: int) -> tuple[int, int]:
