@@ -171,7 +171,7 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         pixel_range = merge_pixel_ranges(image.pixel_range for image in checked.values() if image.skipped is None)
     else:
         pixel_range = checkpoint.get("pixel_range")
-    options = {"pixel_range": pixel_range, "skip_extreme": args.resize != "pad"}
+    options = {"pixel_range": pixel_range, "skip_extreme": False}  # they have been dropped above
     training_files = {checked[_absolute(path)].checksum for path in split.train_paths}
     return Data(
         train_set=MyDataSet(split.train_paths, split.train_labels, **options),
