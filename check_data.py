@@ -42,6 +42,7 @@ UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
 LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to print
 LOOK_ALIKES = 10  # warn if at least this many pictures, and images of a class, look alike as thumbnails
 FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
+SUBSETS = {"train": "training", "val": "validation", "test": "test"}
 
 
 class Picture(NamedTuple):
@@ -60,7 +61,7 @@ class Member(NamedTuple):
 
     path: str
     label: int
-    subset: str  # "training" or "validation"
+    subset: str  # "training", "validation" or "test"
 
 
 class Group(NamedTuple):
@@ -76,7 +77,7 @@ class Group(NamedTuple):
 
     @property
     def leak(self) -> bool:
-        """Whether the images are in both training and validation."""
+        """Whether the images are in more than one subset."""
         return len({member.subset for member in self.members}) > 1
 
     @property
@@ -89,9 +90,12 @@ def check_data(args: argparse.Namespace) -> int:
     folders = (args.folder, args.val_path)
     plot_path = output_outside_data("--save-plot", args.save_plot, FIGURE_FORMATS, folders)
     csv_path = output_outside_data("--csv", args.csv, (".csv",), folders)
-    split, val_source = find_split(args.folder, args.val_path, args.val_rate)
-    images = [Member(*image, "training") for image in zip(split.train_paths, split.train_labels, strict=True)]
-    images += [Member(*image, "validation") for image in zip(split.val_paths, split.val_labels, strict=True)]
+    split, val_source = find_split(args.folder, args.val_path, args.val_rate, args.test_rate)
+    images = [
+        Member(*image, SUBSETS[subset])
+        for subset, (paths, labels) in split.subsets.items()
+        for image in zip(paths, labels, strict=True)
+    ]
     paths = [image.path for image in images]
     pixel_range = merge_pixel_ranges(map_files(pixel_range_or_none, paths, args.workers, "reading headers"))
     read = functools.partial(read_picture, pixel_range=pixel_range)
@@ -117,8 +121,8 @@ def check_data(args: argparse.Namespace) -> int:
     leaks = sum(group.leak for group in groups)
     print(
         f"{'LABEL CONFLICTS' if conflicts else 'no label conflicts'}: "
-        f"{conflicts} {'picture' if conflicts == 1 else 'pictures'} in several classes, {leaks} in both training and "
-        f"validation, {len(groups)} duplicated in total; {len(left.skipped)} of "
+        f"{conflicts} {'picture' if conflicts == 1 else 'pictures'} in several classes, {leaks} in several "
+        f"subsets, {len(groups)} duplicated in total; {len(left.skipped)} of "
         f"{len(usable) + len(left.skipped)} files skipped"
     )
     return 1 if conflicts else 0
@@ -239,14 +243,16 @@ def print_classes(split: Split, val_source: str) -> None:
     """Print the number of images per class, and warn if the classes are unbalanced."""
     counts = split.count()
     width = max(len(printable(name)) for name in [*counts, "class"])
-    print(f"{split}\nvalidation: {printable(val_source)}\n\n{'class':{width}}  training  validation")
-    for name, (train, val) in counts.items():
-        print(f"{printable(name):{width}}  {train:8}  {val:10}")
-    unvalidated = [printable(name) for name, (_, val) in counts.items() if not val]
+    columns = f"training  validation{'  test' if split.test_paths else ''}"
+    print(f"{split}\nvalidation: {printable(val_source)}\n\n{'class':{width}}  {columns}")
+    for name, count in counts.items():
+        test = f"  {count.test:4}" if split.test_paths else ""
+        print(f"{printable(name):{width}}  {count.train:8}  {count.val:10}{test}")
+    unvalidated = [printable(name) for name, count in counts.items() if not count.val]
     if split.val_paths and unvalidated:
         print(f"no validation images of {', '.join(unvalidated)}")
-    most, least = (choose(counts, key=lambda name: counts[name][0]) for choose in (max, min))
-    largest, fewest = counts[most][0], counts[least][0]
+    most, least = (choose(counts, key=lambda name: counts[name].train) for choose in (max, min))
+    largest, fewest = counts[most].train, counts[least].train
     if largest >= UNBALANCED * fewest > 0:
         print(
             f"very unbalanced: {printable(most)} has {largest / fewest:.0f} times as many training images as "
@@ -284,7 +290,7 @@ def print_groups(groups: Sequence[Group], class_names: Sequence[str], root: str)
     others = [group for group in groups if not group.leak and not group.conflict]
     for title, listed in (
         ("LABEL CONFLICT: the same picture in several classes", conflicts),
-        ("LEAK: the same picture in training and validation", leaks),
+        ("LEAK: the same picture in several of training, validation and test", leaks),
         ("DUPLICATE: the same picture more than once in a class", others),
     ):
         print(f"\n{title}: {len(listed)}")
@@ -350,11 +356,13 @@ def save_figure(split: Split, sizes: Sequence[tuple[int, int]], groups: Sequence
             images = [np.asarray(read_image(member.path, min_side=SMALL_SIDE)) for member in pair]
             pairs.append((images, [split.class_names[m.label] for m in pair], [Path(m.path).name for m in pair]))
     classes = len(split.class_names)
-    counts = [
-        np.bincount(np.array(labels, dtype=int), minlength=classes) for labels in (split.train_labels, split.val_labels)
-    ]
+    counts = {
+        SUBSETS[subset]: np.bincount(np.array(labels, dtype=int), minlength=classes)
+        for subset, (_, labels) in split.subsets.items()
+        if labels or subset != "test"
+    }
     with atomic_file(path) as unfinished:
-        data_health(split.class_names, *counts, np.array(sizes), pairs).savefig(unfinished)
+        data_health(split.class_names, counts, np.array(sizes), pairs).savefig(unfinished)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -365,6 +373,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("folder", metavar="FOLDER", help=folder_help)
     add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class, or a table")
     add("--val-rate", type=float, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
+    test_help = "fraction of each class to hold out for testing (default: %(default)g)"
+    add("--test-rate", type=float, default=0.0, help=test_help)
     add("--workers", type=int, help="worker processes that read images (default: one per core, at most 8)")
     add(
         "--save-plot",
@@ -376,8 +386,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.folder or args.val_path == "":
         parser.error("a folder name is empty")
-    if not 0 <= args.val_rate < 1:
-        parser.error(f"--val-rate is {args.val_rate}; it must be at least 0 and below 1")
+    for flag, rate in ("--val-rate", args.val_rate), ("--test-rate", args.test_rate):
+        if not 0 <= rate < 1:
+            parser.error(f"{flag} is {rate}; it must be at least 0 and below 1")
     if args.workers is not None and args.workers < 0:
         parser.error(f"--workers is {args.workers}; it must be at least 0")
     return args

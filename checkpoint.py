@@ -16,7 +16,7 @@ from weights_io import INFO_KEYS, WeightsError, check_info, is_finite, read_torc
 if TYPE_CHECKING:
     from run_state import Run
 
-FORMAT = 3  # version of last.pth; increment it with every change: other versions cannot be resumed
+FORMAT = 4  # version of last.pth; increment it with every change: other versions cannot be resumed
 COUNTS = ("images", "steps", "correct")
 
 
@@ -75,8 +75,9 @@ def save_best(run: "Run") -> None:
     Raises:
         FloatingPointError, OSError: training has diverged, or writing failed. The previous file is kept.
     """
+    familiarity = {} if run.familiarity is None else {"familiarity": run.familiarity._asdict()}
     state = finite_state_dict(run.eval_model, run.epoch)
-    save_checkpoint(run.info | run.last | {"state_dict": state}, run.weights / "best.pth")
+    save_checkpoint(run.info | run.last | familiarity | {"state_dict": state}, run.weights / "best.pth")
 
 
 def save_plain(run: "Run") -> None:
@@ -160,7 +161,7 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
         run.history = [{str(name): float(value) for name, value in row.items()} for row in resume["history"]]
         for row in run.history:
             row["epoch"] = int(row["epoch"])
-        run.last = {key: checkpoint[key] for key in ("epoch", "accuracy", "macro_f1", "val_loss")}
+        run.last = {key: checkpoint[key] for key in run.last}
         run.best = {key: resume["best"][key] for key in run.last}
         run.best_confusion = resume["best_confusion"]
         run.improved_at = resume["improved_at"]

@@ -71,6 +71,19 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def checked(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
+    """Return a `type=` function for argparse that converts to `kind` and checks the value."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is invalid; it must be {requirement}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's message: "invalid int value"
+    return parse
+
+
 def printable(text: str) -> str:
     """Escape control characters and other unprintable ones, such as those in file names, to print on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

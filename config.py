@@ -2,12 +2,12 @@
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cli_utils import FlagParser, UsageError, parse_bool
+from cli_utils import FlagParser, UsageError, checked, parse_bool
 from model import MODELS
 from my_dataset import RESIZE_MODES
 
@@ -135,22 +135,11 @@ def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = 
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
     if args.batch_size == 1 and needs_two_images(args):
         parser.error("--batch-size must be at least 2 for training images of 32 pixels")
+    if args.val_path is None and args.val_rate + args.test_rate >= 1:
+        parser.error("--val-rate and --test-rate: their sum must be below 1")
     if args.find_lr and args.accumulate > 1:
         parser.error("--accumulate must be 1 with --find-lr: use a larger --batch-size")
     return args
-
-
-def checked(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
-    """Return a `type=` function for argparse that converts to `kind` and checks the value."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is invalid; it must be {requirement}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's message: "invalid int value"
-    return parse
 
 
 COUNT = checked(int, lambda n: n >= 0, "at least 0")
@@ -180,6 +169,8 @@ def _add_data_and_model_flags(parser: FlagParser) -> None:
     val_rate_help = "fraction of each class held out for validation (default: %(default)s)"
     val_rate = checked(float, lambda x: 0 < x < 1, "above 0 and below 1")
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
+    test_rate_help = "fraction of each class held out for a test after the training (default: %(default)g)"
+    add("--test-rate", type=FRACTION, default=0.0, help=test_rate_help)
     add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
     resize_help = "how to make images square: cut off the ends, add borders, or distort (default: %(default)s)"
     add("--resize", choices=RESIZE_MODES, default="crop", help=resize_help)

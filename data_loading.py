@@ -20,7 +20,7 @@ from config import needs_two_images, training_sizes
 from distributed import Distributed
 from image_cache import ImageCache
 from image_io import ImageError
-from inference import gather_outputs, run_inference
+from inference import Outputs, gather_outputs, run_inference
 from model import ResNet
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, stack_images
 from prepare_data import Data
@@ -215,11 +215,14 @@ class Loaders(NamedTuple):
         val: yields validation images and their indices in the validation set.
         bn_images: training images for `estimate_batch_norm`, (N, 3, img_size, img_size) uint8 on the CPU, the same on
             every rank; None if the recipe uses BatchNorm's running averages.
+        val_layer1: layer1's mean activations for the validation images, see `inference.Outputs`; None if `val` yields
+            images, so that they are computed anew.
     """
 
     train: DataLoader
     val: DataLoader
     bn_images: Tensor | None = None
+    val_layer1: Tensor | None = None
 
     @property
     def batches(self) -> DistributedBatchSampler:
@@ -323,10 +326,9 @@ def cache_features(
         options: keyword arguments for `run_inference`.
     """
 
-    def features_of(loader: DataLoader) -> tuple[Tensor, Tensor]:
+    def run(loader: DataLoader) -> Outputs:
         run = functools.partial(run_inference, model, loader, device, feature_stride=1, **options)
-        outputs = gather_outputs(run, dist)
-        return outputs.features, outputs.labels
+        return gather_outputs(run, dist)
 
     order, items = loaders.batches.order, []
     for view in range(args.recipe.feature_views):
@@ -334,12 +336,13 @@ def cache_features(
         items += sorted(order)  # sorted by image index
     workers = number_of_workers(args.workers, dist.local_world_size)
     batches = rank_share(items, args.batch_size, dist)
-    features, labels = features_of(make_loader(loaders.train.dataset, batches, workers, device))
-    views = list(zip(features.split(order.size), labels.split(order.size), strict=True))
+    train = run(make_loader(loaders.train.dataset, batches, workers, device))
+    views = list(zip(train.features.split(order.size), train.labels.split(order.size), strict=True))
     train_loader = DataLoader(CachedFeatures(views), batch_sampler=loaders.batches, generator=torch.Generator())
-    features, indices = features_of(loaders.val)
-    val_batches = rank_share(range(len(indices)), 1024, dist)
-    return Loaders(train_loader, DataLoader(TensorDataset(features, indices), batch_sampler=val_batches))
+    val = run(loaders.val)
+    val_batches = rank_share(range(len(val.labels)), 1024, dist)
+    val_loader = DataLoader(TensorDataset(val.features, val.labels), batch_sampler=val_batches)
+    return Loaders(train_loader, val_loader, val_layer1=val.layer1)
 
 
 def make_loader(dataset: Dataset, batches: Iterable[Sequence[Any]], workers: int, device: torch.device) -> DataLoader:

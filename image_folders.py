@@ -20,7 +20,7 @@ CHECK_CACHE = ".checked_images.json"  # in the runs folder: the cached results o
 UNKNOWN_TYPE = "unknown file type"
 NOT_IN_A_CLASS = "not in a class folder"
 UNREADABLE = "unreadable"
-UNUSED = "outside the training and validation folders"
+UNUSED = "outside the training, validation and test folders"
 UNSUPPORTED = "unsupported image format"
 
 

@@ -1,12 +1,11 @@
 """Run a network over a data loader, on one or several ranks, and compute metrics from the result."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -28,11 +27,13 @@ class Outputs(NamedTuple):
         logits: (N, classes) float32.
         labels: (N,) int64, whatever the loader yields with the images: labels, or indices into a dataset.
         features: (M, F) float32, the inputs of the last layer for every `feature_stride`-th label; else empty.
+        layer1: (N, C) float32, see `record_layer1`; empty if the model is not a ResNet.
     """
 
     logits: Tensor
     labels: Tensor
     features: Tensor
+    layer1: Tensor
 
 
 def compute_logits(
@@ -72,9 +73,11 @@ def run_inference(
     Raises:
         EmptyLoaderError: `data_loader` yields no images.
     """
-    logits, labels, features, inputs = [], [], [torch.empty(0)], []
+    logits, labels, features, layer1, inputs = [], [], [torch.empty(0)], [torch.empty(0)], []
     with evaluation_mode(model), contextlib.ExitStack() as stack:
-        model = fold_batch_norm(model) if isinstance(model, ResNet) else model
+        if isinstance(model, ResNet):
+            model = fold_batch_norm(model)
+            layer1 = stack.enter_context(record_layer1(model))
         if feature_stride > 0:
             last = model.fc if isinstance(model, ResNet) else model
             hook = last.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].float()))
@@ -92,7 +95,20 @@ def run_inference(
     if not logits:
         raise EmptyLoaderError("nothing to evaluate: the data loader is empty")
     features = features[1:] or features  # the empty tensor has another shape
-    return Outputs(*(torch.cat(column).cpu() for column in (logits, labels, features)))
+    return Outputs(*(torch.cat(column).cpu() for column in (logits, labels, features, layer1)))
+
+
+@contextlib.contextmanager
+def record_layer1(model: ResNet) -> Iterator[list[Tensor]]:
+    """Yield a list to which each forward pass appends the mean activations of layer1, (N, channels) float32."""
+    recorded: list[Tensor] = []
+    hook = model.layer1.register_forward_hook(
+        lambda module, inputs, output: recorded.append(output.mean(dim=(2, 3), dtype=torch.float32))
+    )
+    try:
+        yield recorded
+    finally:
+        hook.remove()
 
 
 def gather_outputs(run: Callable[[], Outputs], dist: Distributed) -> Outputs:
@@ -119,72 +135,3 @@ def gather_outputs(run: Callable[[], Outputs], dist: Distributed) -> Outputs:
 def disable_bar() -> bool | None:
     """Return tqdm's `disable`: True on all ranks but 0, else None, which shows a bar only on a terminal."""
     return True if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0 else None
-
-
-class Evaluation:
-    """The metrics of one inference pass. All tensors are on the CPU and in the same order.
-
-    Args:
-        logits: (N, classes) float32.
-        labels: (N,) int64, the true classes.
-        indices: (N,) int64, the images' positions in the validation set, if known.
-        features: (M, F) float32, the features of the images `indices[feature_rows]`, if computed.
-        feature_rows: (M,) int64.
-    """
-
-    def __init__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        indices: Tensor | None = None,
-        features: Tensor | None = None,
-        feature_rows: Tensor | None = None,
-    ) -> None:
-        self.labels = labels
-        self.indices = indices
-        self.features, self.feature_rows = features, feature_rows
-        self.classes = logits.shape[1]
-        self.probabilities = logits.softmax(dim=1)
-        """(N, classes) float32"""
-        self.predicted = logits.argmax(dim=1)
-        """(N,) int64"""
-        self.losses = F.cross_entropy(logits, labels, reduction="none")
-        """(N,) float32, the cross-entropy per image"""
-
-    @property
-    def loss(self) -> float:
-        """The mean cross-entropy over the images."""
-        return self.losses.double().mean().item()
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1 accuracy in 0..1."""
-        return (self.predicted == self.labels).double().mean().item()
-
-    @property
-    def confusion(self) -> Tensor:
-        """The confusion matrix, (classes, classes) int64: true classes in rows, predicted classes in columns."""
-        pairs = self.labels * self.classes + self.predicted
-        return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
-
-    @property
-    def recalls(self) -> Tensor:
-        """The recall per class, (classes,) float64; NaN for a class without images."""
-        confusion = self.confusion
-        return confusion.diag().double() / confusion.sum(dim=1)
-
-    @property
-    def macro_f1(self) -> float:
-        """The mean over classes of the F1 score, 2 TP / (2 TP + FP + FN), in 0..1.
-
-        Like scikit-learn's `f1_score(average="macro")`, it covers the classes that occur as a label or a prediction.
-        """
-        confusion = self.confusion
-        either = confusion.sum(dim=0) + confusion.sum(dim=1)
-        return (2 * confusion.diag() / either)[either > 0].double().mean().item()
-
-    def worst_mistakes(self, count: int) -> list[int]:
-        """Return the positions of up to `count` misclassified images, the highest loss first."""
-        by_loss = self.losses.argsort(descending=True, stable=True).tolist()
-        return [position for position in by_loss if self.predicted[position] != self.labels[position]][:count]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import SIZE_STEP, training_sizes
+from data_utils import Count
 from distributed import Distributed
 from model import ResNet
 
@@ -23,13 +24,11 @@ EPSILON = 1e-7  # avoids division by zero
 BUDGET_END_FRACTION = 0.97  # fraction of a time budget after which no further epoch starts
 
 
-def build_class_weights(
-    args: argparse.Namespace, counts: Mapping[str, tuple[int, int]], device: torch.device
-) -> Tensor | None:
+def build_class_weights(args: argparse.Namespace, counts: Mapping[str, Count], device: torch.device) -> Tensor | None:
     """Compute the weights of the classes in the loss for --class-weights.
 
     Args:
-        counts: the numbers of training and validation images per class.
+        counts: the numbers of images per class.
 
     Returns:
         (classes,) float32, proportional to (training images) ** -P, with a mean of 1 over the training images; None for
@@ -37,7 +36,7 @@ def build_class_weights(
     """
     if args.class_weights == 0:
         return None
-    images = torch.tensor([train for train, _ in counts.values()], dtype=torch.float64)
+    images = torch.tensor([count.train for count in counts.values()], dtype=torch.float64)
     weights = images**-args.class_weights
     return (weights * images.sum() / (weights * images).sum()).float().to(device)
 

@@ -16,7 +16,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from figure_text import fitting_font_size, legible, shorten_middle, text_style, text_width
 
 MAX_COLUMNS = 8
-FIRST, SECOND = "#0072B2", "#D55E00"  # blue and vermilion, safe for colour-blind readers (Okabe & Ito 2008)
+# Blue, vermilion and bluish green, safe for colour-blind readers (Okabe & Ito 2008).
+FIRST, SECOND, THIRD = "#0072B2", "#D55E00", "#009E73"
 HEAT = "inferno"
 DPI = 100
 MAX_MATRIX_INCHES = 30  # at full size, 1,000 classes would take gigabytes
@@ -232,6 +233,35 @@ def curves(history: Sequence[Mapping[str, float]], figure: Figure | None = None)
     return figure
 
 
+def reliability(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], figure: Figure | None = None
+) -> Figure:
+    """Plot a reliability diagram: accuracy over confidence, and the number of images at each confidence.
+
+    Args:
+        curves: by legend, the number of images, the mean confidence and the accuracy in each bin, (bins,) each.
+    """
+    figure = figure or Figure(dpi=DPI)
+    figure.set_size_inches(6, 6.5)
+    figure.set_layout_engine("constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    for (legend, (counts, confidences, accuracies)), (colour, marker) in zip(
+        curves.items(), ((SECOND, "s--"), (FIRST, "o-")), strict=False
+    ):
+        counts = np.asarray(counts)
+        used = counts > 0
+        upper.plot(np.asarray(confidences)[used], np.asarray(accuracies)[used], marker, color=colour, label=legend)
+        lower.stairs(counts, np.linspace(0, 1, len(counts) + 1), color=colour, linestyle=marker[1:])
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(-0.02, 1.02), title="reliability")
+    upper.legend(loc="upper left")
+    lower.set(xlabel="confidence", ylabel="images")
+    lower.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def range_test(
     rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, suggestion: float, figure: Figure | None = None
 ) -> Figure:
@@ -252,8 +282,7 @@ def range_test(
 
 def data_health(
     class_names: Sequence[str],
-    train_counts: Sequence[int],
-    val_counts: Sequence[int],
+    counts: Mapping[str, Sequence[int]],
     sizes: np.ndarray,
     conflicts: Sequence[tuple[Sequence[np.ndarray], Sequence[str], Sequence[str]]],
     figure: Figure | None = None,
@@ -261,6 +290,7 @@ def data_health(
     """Plot the number of images per class, the image sizes, and pairs of images with conflicting labels.
 
     Args:
+        counts: by subset, such as "training", the number of images per class.
         sizes: (N, 2), width and height in pixels.
         conflicts: per pair, two images (H, W, 3) uint8, their classes and their file names.
     """
@@ -273,17 +303,19 @@ def data_health(
 
     top = figure.add_subfigure(grid[0]).subplots(1, 2)
     axes, positions = top[0], range(len(class_names))
-    axes.barh(positions, train_counts, color=FIRST, label="training")
-    bars = axes.barh(positions, val_counts, left=train_counts, color=SECOND, label="validation")
-    axes.bar_label(bars, [str(a + b) for a, b in zip(train_counts, val_counts, strict=True)], padding=3)
+    totals = np.zeros(len(class_names), dtype=int)
+    for (subset, images), colour in zip(counts.items(), (FIRST, SECOND, THIRD), strict=False):
+        bars = axes.barh(positions, images, left=totals, color=colour, label=subset)
+        totals = totals + np.asarray(images)
+    axes.bar_label(bars, list(map(str, totals)), padding=3)
     axes.set_yticks(positions, [shorten_middle(name, 28) for name in class_names], **text_style(*class_names))
     axes.set(xlabel="images", ylim=(len(class_names) - 0.4, -0.6))
     axes.margins(x=0.12)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(counts), frameon=False)
 
     axes = top[1]
-    points, counts = np.unique(sizes, axis=0, return_counts=True)
-    axes.scatter(*points.T, s=12 + 150 * counts / counts.max(), color=FIRST, alpha=0.4, linewidths=0, rasterized=True)
+    points, images = np.unique(sizes, axis=0, return_counts=True)
+    axes.scatter(*points.T, s=12 + 150 * images / images.max(), color=FIRST, alpha=0.4, linewidths=0, rasterized=True)
     axes.set_title("image sizes (larger dot: more images)", fontsize="medium")
     axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
     (left, low), (right, high) = points.min(axis=0) / 1.5, points.max(axis=0) * 1.5

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli_utils import DataError, UsageError, map_files, number_of_workers
-from data_utils import Split, find_split, require_usable_images
+from data_utils import Count, Split, find_split, require_usable_images
 from download import download_flower_photos
 from file_utils import read_json
 from image_folders import UNREADABLE, UNSUPPORTED, Skipped, file_checksum, unreadable
@@ -102,9 +102,9 @@ def drop_unusable(split: Split, checked: dict[str, ImageCheck]) -> Split:
         checked: the results of `check_images` for all images.
 
     Raises:
-        DataError: there are no usable training images of a class, or no usable validation images.
+        DataError: see `require_usable_images`.
     """
-    images = dict.fromkeys(split.train_paths + split.val_paths)
+    images = dict.fromkeys(split.paths)
     unusable = {path: checked[_absolute(path)].skipped for path in images}
     usable = split.drop([skipped._replace(path=path) for path, skipped in unusable.items() if skipped is not None])
     require_usable_images(split, usable, unusable.get)
@@ -121,11 +121,10 @@ def describe_files(split: Split, checked: dict[str, ImageCheck]) -> Files:
 
     Returns:
         {"daisy/a.jpg": [["train", checksum]], ...}, with two entries if the file exists in both train and val. An
-        unusable image has "skipped" instead of "train" or "val", and the checksum "" if it is unreadable.
+        unusable image has "skipped" instead of "train", "val" or "test", and the checksum "" if it is unreadable.
     """
     files: Files = {}
-    subsets = {"train": (split.train_paths, split.train_labels), "val": (split.val_paths, split.val_labels)}
-    for subset, (paths, labels) in subsets.items():
+    for subset, (paths, labels) in split.subsets.items():
         for path, label in zip(paths, labels, strict=True):
             name = f"{split.class_names[label]}/{Path(path).name}"
             image = checked[_absolute(path)]
@@ -138,10 +137,11 @@ class Data(NamedTuple):
 
     train_set: MyDataSet
     val_set: MyDataSet
+    test_images: list[tuple[str, str]]  # path and class
     class_names: list[str]
-    counts: dict[str, tuple[int, int]]  # training and validation images per class
+    counts: dict[str, Count]  # images per class
     val_source: str  # where the validation images come from
-    leaked: int  # validation images that are byte-identical to a training image
+    leaked: dict[str, int]  # "val", "test": images that are byte-identical to a training image
     skipped: list[Skipped]
     pixel_range: PixelRange | None  # of the images with more than 8 bits
     files: Files
@@ -155,11 +155,11 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         known_images: a JSON file with the results of earlier checks, which may be missing.
         checkpoint: the checkpoint of a run to resume, whose pixel range is kept.
     """
-    found, val_source = find_split(find_data(args), args.val_path, args.val_rate)
+    found, val_source = find_split(find_data(args), args.val_path, args.val_rate, args.test_rate)
     if args.num_classes not in (None, len(found.class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
     known = read_json(known_images)
-    checked = check_images(found.train_paths + found.val_paths, known, number_of_workers(args.workers))
+    checked = check_images(found.paths, known, number_of_workers(args.workers))
     known |= checked
     if args.resize == "pad":  # extreme shapes are usable, as nothing is cut off
         checked = {path: _accept_extreme(image) for path, image in checked.items()}
@@ -168,18 +168,25 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     if unusable and args.strict:
         raise DataError(f"--strict: {len(unusable)} unusable images; {unusable[0]}")
     if checkpoint is None:
-        pixel_range = merge_pixel_ranges(image.pixel_range for image in checked.values() if image.skipped is None)
+        seen = [checked[_absolute(path)] for path in split.train_paths + split.val_paths]
+        pixel_range = merge_pixel_ranges(image.pixel_range for image in seen)
     else:
         pixel_range = checkpoint.get("pixel_range")
     options = {"pixel_range": pixel_range, "skip_extreme": False}  # they have been dropped above
-    training_files = {checked[_absolute(path)].checksum for path in split.train_paths}
+    checksums = {
+        subset: [checked[_absolute(path)].checksum for path in paths] for subset, (paths, _) in split.subsets.items()
+    }
+    training_files = set(checksums["train"])
     return Data(
         train_set=MyDataSet(split.train_paths, split.train_labels, **options),
         val_set=MyDataSet(split.val_paths, split.val_labels, **options),
+        test_images=[
+            (path, split.class_names[label]) for path, label in zip(split.test_paths, split.test_labels, strict=True)
+        ],
         class_names=split.class_names,
         counts=split.count(),
         val_source=val_source,
-        leaked=sum(checked[_absolute(path)].checksum in training_files for path in split.val_paths),
+        leaked={name: sum(checksum in training_files for checksum in checksums[name]) for name in ("val", "test")},
         skipped=split.skipped,
         pixel_range=pixel_range,
         files=describe_files(found, checked),

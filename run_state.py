@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from calibration import fit_temperature
 from checkpoint import restore, save_best, save_last, save_plain
 from cli_utils import UsageError
 from distributed import Distributed
-from inference import Evaluation
+from familiarity import Familiarity, fit_familiarity
+from metrics import Evaluation
 from optimization import Schedule
 from run_utils import RunFolder, event_sizes, truncate_event_files
 from train_eval_utils import Progress
@@ -41,8 +43,9 @@ class Run:
         progress: the loss and accuracy of the current epoch's steps so far.
         images_before: images of the current epoch that were trained on before an interruption.
         history: the metrics of the earlier epochs.
-        last, best: epoch, accuracy, macro F1 and validation loss of the last and the best epoch.
+        last, best: epoch, accuracy, macro F1, validation loss and temperature of the last and the best epoch.
         best_confusion: the confusion matrix of the best epoch.
+        familiarity: of the best epoch, if it is the current one and has enough validation images.
         improved_at: the epoch of the last improvement in `best_metric`.
         finished: why training is complete, or "" if it is not; decided once per epoch.
     """
@@ -74,9 +77,10 @@ class Run:
         self.progress = Progress()
         self.images_before = 0
         self.history: list[dict[str, float]] = []
-        self.last: dict[str, Any] = {"epoch": None, "accuracy": None, "macro_f1": None, "val_loss": None}
-        self.best: dict[str, Any] = {"epoch": None, "accuracy": -1.0, "macro_f1": -1.0, "val_loss": math.inf}
+        self.last: dict[str, Any] = dict.fromkeys(("epoch", "accuracy", "macro_f1", "val_loss", "temperature"))
+        self.best = self.last | {"accuracy": -1.0, "macro_f1": -1.0, "val_loss": math.inf}
         self.best_confusion: Tensor | None = None
+        self.familiarity: Familiarity | None = None
         self.improved_at: int | None = None
         self.finished = ""
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
@@ -104,12 +108,14 @@ class Run:
             "accuracy": validation.accuracy,
             "macro_f1": validation.macro_f1,
             "val_loss": validation.loss,
+            "temperature": fit_temperature(validation.logits, validation.labels),
         }
         if self._score(self.last) > self._score(self.best):
             self.improved_at = self.epoch
         is_best = (self._score(self.last), -self.last["val_loss"]) > (self._score(self.best), -self.best["val_loss"])
         if is_best:
             self.best, self.best_confusion = self.last, validation.confusion
+            self.familiarity = None if validation.layer1 is None else fit_familiarity(validation.layer1)
         self.finished = self._finish_reason(self.epoch + 1)
         return is_best
 

@@ -23,9 +23,11 @@ from checkpoint import read_checkpoint
 from class_files import normalise, write_class_indices
 from cli_utils import UsageError, printable, quote_command
 from config import command_line
+from data_utils import Count
 from distributed import Distributed
-from file_utils import read_json, write_json
+from file_utils import read_json, write_csv, write_json
 from image_folders import CHECK_CACHE
+from labelled_images import TEST_FILE
 from prepare_data import Data
 from train_eval_utils import Callback
 from weights_io import newest_weights
@@ -172,6 +174,9 @@ def write_metadata(
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     write_json(data.files, folder / "files.json")
     write_json(data.known, folder.parent / CHECK_CACHE)
+    if data.test_images:
+        rows = [{"path": str(Path(path).absolute()), "label": label} for path, label in data.test_images]
+        write_csv(rows, folder / TEST_FILE)
     skipped = folder / SKIPPED_FILE
     skipped.write_text("".join(f"{file}\n" for file in data.skipped), encoding="utf-8")
     if not data.skipped:
@@ -186,11 +191,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe_run(args: argparse.Namespace, counts: Mapping[str, tuple[int, int]], hardware: str) -> str:
+def describe_run(args: argparse.Namespace, counts: Mapping[str, Count], hardware: str) -> str:
     """Describe a run in Markdown: its command, hardware, data, flags and package versions.
 
     Args:
-        counts: the numbers of training and validation images per class.
+        counts: the numbers of images per class.
     """
 
     def table(*rows: Sequence[object]) -> list[str]:
@@ -201,7 +206,7 @@ def describe_run(args: argparse.Namespace, counts: Mapping[str, tuple[int, int]]
     totals = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [(name, *numbers) for name, numbers in counts.items()]
     lines = [f"    {quote_command(command_line(args))}", "", f"On {printable(hardware)}.", ""]
-    lines += table(("class", "training", "validation"), *rows, ("all", *totals))
+    lines += table(("class", "training", "validation", "test"), *rows, ("all", *totals))
     lines += table(("flag", "value"), *vars(args).items())
     lines += table(("package", "version"), *versions().items())
     return "\n".join(lines)

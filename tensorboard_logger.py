@@ -20,11 +20,13 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 import plot_utils
+from calibration import measure_reliability, reliability_curves
 from cli_utils import peak_memory, printable
 from data_loading import Loaders
 from data_utils import choose_figure_images
 from file_utils import atomic_file, write_csv
-from inference import Evaluation, compute_logits
+from inference import compute_logits
+from metrics import Evaluation
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
 from run_state import Run
@@ -90,6 +92,9 @@ class NullLogger:
         """Do nothing."""
 
     def log_epoch(self, progress: Progress, validation: Evaluation, learning_rate: float, seconds: float) -> None:
+        """Do nothing."""
+
+    def log_test(self, report: Mapping[str, Any] | None) -> None:
         """Do nothing."""
 
     def flush(self) -> None:
@@ -204,6 +209,7 @@ class TensorBoardLogger:
             files["curves.png"] = functools.partial(plot_utils.curves, list(run.history))
             confusion = functools.partial(plot_utils.confusion_matrix, validation.confusion.numpy(), self.class_names)
             figures["confusion matrix"] = files["confusion_matrix.png"] if run.best is run.last else confusion
+            figures["reliability"] = self.reliability(validation)
             figures["training batch"] = self.training_batch()
             figures |= self.worst_mistakes(validation)
             for index, name in enumerate(self.tag_names):
@@ -216,6 +222,14 @@ class TensorBoardLogger:
         if run.finished:  # figures drawn after the checkpoint would be lost on a resume with more epochs
             self.background.wait()
         self.writer.flush()
+
+    def log_test(self, report: Mapping[str, Any] | None) -> None:
+        """Write the metrics on the test images, if there are any; see `evaluation_report.build_report`."""
+        if report is None:
+            return
+        for metric in ("accuracy", "macro_f1"):
+            self.writer.add_scalar(f"test/{metric}", report[metric]["value"], self.run.best["epoch"])
+        self.flush()
 
     def flush(self) -> None:
         """Wait until everything has been written."""
@@ -235,6 +249,8 @@ class TensorBoardLogger:
             "accuracy": validation.accuracy,
             "best_accuracy": self.run.best["accuracy"],
             "macro_f1": validation.macro_f1,
+            "calibration/error": measure_reliability(validation.probabilities, validation.labels).calibration_error,
+            "calibration/temperature": self.run.last["temperature"],
             "learning_rate": learning_rate,
             "speed/images_per_second": progress.speed,
             "speed/seconds_per_epoch": seconds,
@@ -311,6 +327,11 @@ class TensorBoardLogger:
         names = [self.class_names[index] for index in predicted.tolist()]
         pixels = to_pixels(self.example_images)
         return functools.partial(plot_utils.predictions, pixels, names, probabilities.tolist(), self.example_names)
+
+    def reliability(self, validation: Evaluation) -> MakeFigure:
+        """Compare the confidence with the accuracy, with and without the epoch's temperature."""
+        curves = reliability_curves(validation.logits, validation.labels, self.run.last["temperature"])
+        return functools.partial(plot_utils.reliability, curves)
 
     def worst_mistakes(self, validation: Evaluation) -> dict[str, MakeFigure]:
         """Show the mistakes with the highest loss, with Grad-CAM; nothing if their files no longer exist."""

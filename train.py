@@ -12,6 +12,7 @@ import matplotlib
 import torch
 from torch import nn
 
+from classifier import Classifier
 from cli_utils import (
     UsageError,
     describe_device,
@@ -25,8 +26,12 @@ from cli_utils import (
 from config import flags_to_save, parse_args, resume_args, uses_cached_features
 from data_loading import Loaders, build_loaders, cache_features
 from distributed import Distributed
+from evaluation_report import Results, build_report, classify_labelled
+from file_utils import write_json
 from image_folders import CHECK_CACHE
-from inference import Evaluation, gather_outputs, run_inference
+from inference import gather_outputs, run_inference
+from labelled_images import ErrorLog, ImageFile
+from metrics import Evaluation
 from model import MODELS, ResNet, freeze_backbone, to_device
 from optimization import (
     build_average,
@@ -55,6 +60,7 @@ from train_output import print_epoch, print_header, print_result, print_stop
 from tuning import choose_img_size, find_lr
 from weights_io import load_initial_weights
 
+TEST_REPORT = "test_report.json"  # in a run's folder
 PROJECTOR_IMAGES = 1000  # approximate number of validation images in TensorBoard's projector
 
 
@@ -131,12 +137,14 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 logger.log_epoch(progress, validation, learning_rate, time.perf_counter() - start)
                 run.finish_epoch()
                 print_epoch(run, data, progress, learning_rate, time.perf_counter() - start)
+            report = dist.broadcast_from_main(lambda: evaluate_test_set(run, data, device, amp_dtype), no_timeout=True)
+            logger.log_test(report)
         except StopRequest:
             callback.save()
             print_stop(run)
             raise
 
-    print_result(run, data)
+    print_result(run, data, report)
 
 
 class RunCallback(Callback):
@@ -200,6 +208,7 @@ def validate(
         indices=indices,
         features=outputs.features,
         feature_rows=(indices % stride == 0).nonzero().flatten(),
+        layer1=outputs.layer1 if loaders.val_layer1 is None else loaders.val_layer1,
     )
     if len(indices) < len(val_set):
         print(f"[epoch {run.epoch}] skipped {len(val_set) - len(indices)} of {len(val_set)} validation images")
@@ -209,6 +218,19 @@ def validate(
         dist.fail(FloatingPointError(f"training diverged: {message}; try a lower learning rate"))
     run.schedule.reserve_time(*dist.all_reduce_max(time.perf_counter() - start))
     return validation
+
+
+def evaluate_test_set(
+    run: Run, data: Data, device: torch.device, amp_dtype: torch.dtype | None
+) -> dict[str, Any] | None:
+    """Evaluate best.pth on the test images, if there are any, and write the report to the run's folder."""
+    if not data.test_images:
+        return None
+    classifier = Classifier(run.weights / "best.pth", device, amp_dtype)
+    files = [ImageFile(path, label, path) for path, label in data.test_images]
+    report = build_report(Results.collect(classify_labelled(classifier, files, ErrorLog("train.py")), classifier))
+    write_json(report, run.folder / TEST_REPORT)
+    return report
 
 
 def setup_device(args: argparse.Namespace, dist: Distributed) -> tuple[torch.device, torch.dtype | None, str]:

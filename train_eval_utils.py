@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from distributed import Distributed
-from inference import EmptyLoaderError, Evaluation, compute_logits, disable_bar, run_inference
+from inference import EmptyLoaderError, compute_logits, disable_bar, run_inference
+from metrics import Evaluation
 from my_dataset import prepare_batch
 
 READ_SECONDS = 0.5  # interval between reads of the losses

@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def print_header(
         print(f"global batch {run.global_batch} images per step")
     print(f"classes      {len(names)}: {shorten(printable(', '.join(names)))}")
     counts = f"{len(data.train_set)} for training, {len(data.val_set)} for validation"
-    print(f"images       {counts} ({printable(data.val_source)})")
+    test = f", {len(data.test_images)} for testing" if data.test_images else ""
+    print(f"images       {counts} ({printable(data.val_source)}){test}")
     for warning in describe_risks(args, data):
         print(f"warning      {printable(warning)}")
     if class_weights is not None:
@@ -61,11 +63,13 @@ def print_header(
 def describe_risks(args: argparse.Namespace, data: Data) -> list[str]:
     """Describe each property of the data that may spoil the training or its metrics in one line."""
     risks = []
-    if unvalidated := [name for name, (_, val) in data.counts.items() if not val]:
+    if unvalidated := [name for name, count in data.counts.items() if not count.val]:
         risks.append(f"no validation images of {shorten(', '.join(unvalidated))}")
-    if data.leaked:
-        risks.append(f"validation images that are identical to training images: {data.leaked}; run check_data.py")
-    train = {name: count for name, (count, _) in data.counts.items()}
+    for subset, leaked in data.leaked.items():
+        if leaked:
+            kind = "validation" if subset == "val" else subset
+            risks.append(f"{kind} images that are identical to training images: {leaked}; run check_data.py")
+    train = {name: count.train for name, count in data.counts.items()}
     most, least = max(train, key=train.get), min(train, key=train.get)
     if args.best_metric == "accuracy" and train[most] > UNEQUAL * train[least]:
         risks.append(
@@ -85,7 +89,7 @@ def mirrored_words(class_names: Sequence[str]) -> tuple[str, str] | None:
 
 def describe_coverage(data: Data) -> str:
     """Return how many classes the accuracy covers, if some have no validation images."""
-    covered = sum(val > 0 for _, val in data.counts.values())
+    covered = sum(count.val > 0 for count in data.counts.values())
     return f" ({covered} of {len(data.counts)} classes)" if covered < len(data.counts) else ""
 
 
@@ -100,13 +104,21 @@ def print_epoch(run: Run, data: Data, progress: Progress, learning_rate: float, 
     )
 
 
-def print_result(run: Run, data: Data) -> None:
-    """Print the best accuracy, and the command that predicts a validation image."""
+def print_result(run: Run, data: Data, report: Mapping[str, Any] | None) -> None:
+    """Print the best accuracy, and the command that predicts a validation image.
+
+    Args:
+        report: on the test images, if any, see `evaluation_report.build_report`.
+    """
     best = str(run.weights / "best.pth")
     result = f"accuracy {run.best['accuracy']:.3f}{describe_coverage(data)}"
     if run.best_metric != "accuracy":
         result = f"{run.best_metric} {run.best[run.best_metric]:.3f}, {result},"
     print(f"best {result} at epoch {run.best['epoch']}: {printable(best)}")
+    if report is not None:
+        low, high = report["accuracy"]["interval"]
+        interval = f"(95% interval {low:.3f} to {high:.3f})"
+        print(f"test accuracy {report['accuracy']['value']:.3f} {interval} on {report['images']} images")
     example = data.val_set.images_path[0]
     print(f"next: {quote_command(['python', 'predict.py', '--weights', best, example])}", flush=True)
 

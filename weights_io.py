@@ -19,13 +19,23 @@ from torchvision import models as torchvision_models
 from class_files import normalise
 from cli_utils import UsageError, print_note, shorten
 from distributed import Distributed
+from familiarity import is_valid_familiarity
 from file_utils import read_json
 from model import MODELS, ResNet, to_device
 from my_dataset import RESIZE_MODES
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints store the state_dict
-INFO_KEYS = ("model", "class_names", "img_size", "resize", "pixel_range", "epoch", "accuracy")
-DEFAULT_IMG_SIZE = 224
+INFO_KEYS = ("model", "class_names", "img_size", "resize", "pixel_range")
+INFO_KEYS += ("epoch", "accuracy", "temperature", "familiarity")
+DEFAULTS = {
+    "img_size": 224,
+    "resize": "crop",
+    "pixel_range": None,
+    "epoch": None,
+    "accuracy": None,
+    "temperature": None,
+    "familiarity": None,
+}
 ANCHOR = "layer1.0.conv1.weight"  # a parameter of every ResNet, which reveals the prefix of the names
 
 
@@ -129,7 +139,8 @@ def load_model(
     Returns:
         The model on `device` in evaluation mode, and its metadata:
         {"model": str, "class_names": list[str], "img_size": int, "resize": str, "pixel_range": two floats or None,
-        "epoch": int | None, "accuracy": float | None}, and "img_size_source": str if the size is not the stored one.
+        "epoch": int | None, "accuracy": float | None, "temperature": float | None, "familiarity": dict | None}, and
+        "img_size_source": str if the size is not the stored one.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -139,10 +150,11 @@ def load_model(
     stated = stored.get("model")
     if model_name and model_name != stated and isinstance(stated, str) and stated in MODELS:
         raise WeightsError(f"{path}: --model is {model_name}, but {source} states {stated}; omit --model")
-    defaults = {"epoch": None, "accuracy": None, "img_size": DEFAULT_IMG_SIZE, "resize": "crop", "pixel_range": None}
-    info = defaults | stored
+    info = DEFAULTS | stored
     info["model"] = model_name or stated or _fitting_model(state)
     info["class_names"] = class_names or stored.get("class_names")
+    if stored.get("class_names") not in (None, info["class_names"]):
+        print_note(f"{path}: --class-indices replaces its class names: {shorten(str(stored['class_names']))}")
     if img_size is not None:
         info |= {"img_size": img_size, "img_size_source": "--img-size"}
     elif "img_size" not in stored:
@@ -158,6 +170,8 @@ def load_model(
         raise WeightsError(f"{path}: fc.weight has {len(fc)} rows, but there are {len(names)} class names")
     model = MODELS[info["model"]](num_classes=len(names))
     _load_state(model, state, path, info["model"])
+    if info["familiarity"] and len(info["familiarity"]["mean"]) != model.layer2[0].conv1.in_channels:
+        raise WeightsError(f"{path}: its familiarity is for another network than {info['model']}")
     return to_device(model, device).eval(), info
 
 
@@ -182,6 +196,15 @@ def check_info(path: str | os.PathLike, info: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path}: its img_size is {info['img_size']!r}, not a number of pixels from 32 to 10,000")
     if info["resize"] not in RESIZE_MODES:
         raise WeightsError(f"{path}: its resize is {info['resize']!r}; supported are {', '.join(RESIZE_MODES)}")
+    match info["temperature"]:
+        case None:
+            pass
+        case float() as temperature if 0 < temperature < math.inf:
+            pass
+        case invalid:
+            raise WeightsError(f"{path}: its temperature is {invalid!r}, not a positive number")
+    if info["familiarity"] is not None and not is_valid_familiarity(info["familiarity"]):
+        raise WeightsError(f"{path}: its familiarity is corrupt")
     match info["pixel_range"]:
         case None:
             pass

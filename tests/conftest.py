@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shortcuts import FIGURES, SmallResNet, blank_figure
+from shortcuts import FIGURES, NAMES, SmallResNet, blank_figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 import plot_utils
+from image_folders import list_images
 from model import MODELS
+from my_dataset import EvalTransform, prepare_batch
 from sample_flowers import draw_sample
 from tensorboard_logger import TensorBoardLogger
 
@@ -78,6 +80,21 @@ def small_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet18", SmallResNet)
         yield
+
+
+@pytest.fixture(scope="module")
+def weights(small_network: None, tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
+    """Save a best.pth of a network whose predictions differ between images."""
+    torch.manual_seed(0)
+    model = MODELS["resnet18"](num_classes=5)
+    images = [EvalTransform(64)(Image.open(path)) for path in list_images(sample, [])[::10]]
+    model(prepare_batch(torch.stack(images), "cpu"))  # sets the BatchNorm statistics
+    path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
+    path.parent.mkdir(parents=True)
+    content = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "epoch": 0, "accuracy": 0.2}
+    content["temperature"] = 0.8
+    torch.save(content | {"state_dict": model.state_dict()}, path)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from torch import nn
 
 from model import BasicBlock, ResNet
 
+NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]  # of the sample
 FIGURES = ("predictions", "mistakes", "training_batch", "confusion_matrix", "curves")  # of plot_utils
 
 

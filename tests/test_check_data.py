@@ -87,7 +87,7 @@ def test_drawn_flowers_have_no_duplicates(capsys, drawn):
     status, output, errors = run(capsys, drawn)
     assert (status, errors) == (0, "")
     assert "500 images were found" in output
-    assert output.splitlines()[-1].startswith("no label conflicts: 0 pictures in several classes, 0 in both")
+    assert output.splitlines()[-1].startswith("no label conflicts: 0 pictures in several classes, 0 in several subsets")
     assert "0 duplicated in total; 0 of 500 files skipped" in output
     for kind in KINDS:
         assert f"{kind:10}        80          20" in output
@@ -144,7 +144,7 @@ def test_conflicts_leaks_and_other_duplicates(capsys, tmp_path, flowers):
     lines = output.splitlines()
     titles = [
         "LABEL CONFLICT: the same picture in several classes: 3",
-        "LEAK: the same picture in training and validation: 2",
+        "LEAK: the same picture in several of training, validation and test: 2",
         "DUPLICATE: the same picture more than once in a class: 2",
     ]
     assert [line for line in lines if line in titles] == titles
@@ -152,7 +152,7 @@ def test_conflicts_leaks_and_other_duplicates(capsys, tmp_path, flowers):
     assert lines[at - 1 : at + 2 : 2] == ["  identical:", "    roses/another.jpg  (roses, training)"]
     assert lines.index("  near-identical, also a LEAK:") < lines.index(titles[1])
     assert lines.index(titles[1]) < lines.index(f"    {val}/roses/same.jpg  (roses, validation)")
-    assert lines[-1].startswith("LABEL CONFLICTS: 3 pictures in several classes, 3 in both training and validation, 7 ")
+    assert lines[-1].startswith("LABEL CONFLICTS: 3 pictures in several classes, 3 in several subsets, 7 ")
 
 
 def test_validating_on_a_copy_of_the_training_folder_leaks(capsys, flowers, tmp_path):
@@ -162,7 +162,7 @@ def test_validating_on_a_copy_of_the_training_folder_leaks(capsys, flowers, tmp_
     copy = shutil.copytree(flowers, tmp_path / "copy")
     status, output, _ = run(capsys, flowers, "--val-path", copy)
     assert status == 0
-    assert "LEAK: the same picture in training and validation: 100" in output
+    assert "LEAK: the same picture in several of training, validation and test: 100" in output
     assert output.count("  identical:\n") == 20
     assert "... and 80 more groups (--csv lists them all)" in output
     assert len(groups_of(capsys, flowers, "--val-path", copy)) == 100
@@ -235,7 +235,9 @@ def test_figure_labels_do_not_overlap(classes):
     picture = np.zeros((50, 70, 3), dtype=np.uint8)
     pair = ([picture, picture.transpose(1, 0, 2)], names[:2], ["a_file_name_that_does_not_end.jpg"] * 2)
     sizes = np.array([[300, 200], [4000, 3000], [20, 300]])
-    figure = plot_utils.data_health(names, [100] * classes, [20] * classes, sizes, [pair] * 3)
+    figure = plot_utils.data_health(
+        names, {"training": [100] * classes, "validation": [20] * classes}, sizes, [pair] * 3
+    )
     figure.draw_without_rendering()
     texts = []
     for axes in (axes for part in figure.subfigs for axes in part.axes):

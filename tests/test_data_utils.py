@@ -120,7 +120,7 @@ def test_class_names_with_special_characters(tmp_path):
         ({}, "needs at least two sub-folders.*found none"),
         ({"cat": 5}, "needs at least two sub-folders.*only one, cat"),
         ({"cat": 5, "dog": 0, "cow": 0}, "no image in class cow, dog; .*move that folder elsewhere"),
-        ({"cat": 1, "dog": 1}, "one image per class is too few"),
+        ({"cat": 1, "dog": 1}, "too few images per class to hold out any for validation"),
     ],
 )
 def test_invalid_folders_are_rejected(tmp_path, counts, message):
@@ -138,7 +138,7 @@ def test_invalid_folders_are_rejected(tmp_path, counts, message):
 def test_one_image_of_a_small_class_is_held_out(tmp_path, val_rate):
     folder = write_classes(tmp_path / "data", {"cat": 1, "cow": 2, "dog": 4, "fox": 5})
     split, _ = find_split(folder, val_rate=val_rate)
-    assert split.count() == {"cat": (1, 0), "cow": (1, 1), "dog": (3, 1), "fox": (4, 1)}
+    assert split.count() == {"cat": (1, 0, 0), "cow": (1, 1, 0), "dog": (3, 1, 0), "fox": (4, 1, 0)}
 
 
 def test_invalid_path_or_val_rate(tmp_path, two_classes):

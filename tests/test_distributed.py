@@ -148,11 +148,12 @@ def test_evaluation_is_bit_identical_for_any_world_size(images, tmp_path):
 
     for count in (1, 2, 3):
         assert run_ranks(count, evaluate_share) == [0] * count
-    logits, numbers, _ = torch.load("1-0.pth")
+    logits, numbers, _, layer1 = torch.load("1-0.pth")
     assert numbers.tolist() == list(range(images))
     for name in ("2-0", "2-1", "3-0", "3-2"):
-        other_logits, other_numbers, _ = torch.load(f"{name}.pth")
+        other_logits, other_numbers, _, other_layer1 = torch.load(f"{name}.pth")
         assert other_logits.equal(logits)
+        assert other_layer1.equal(layer1)
         assert other_numbers.equal(numbers)
 
 

@@ -28,14 +28,25 @@ from torchvision.models import ResNet18_Weights
 
 import check_data
 import config
+import evaluate
 import predict
 from model import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 READMES = [ROOT / "README.md", ROOT / "docs" / "README.zh-CN.md"]
-PARSERS = {"train.py": config.parse_args, "predict.py": predict.parse_args, "check_data.py": check_data.parse_args}
-DOCUMENTED_IN = {"train.py": "training.md", "predict.py": "predict.md", "check_data.py": "data.md"}
+PARSERS = {
+    "train.py": config.parse_args,
+    "predict.py": predict.parse_args,
+    "evaluate.py": evaluate.parse_args,
+    "check_data.py": check_data.parse_args,
+}
+DOCUMENTED_IN = {
+    "train.py": "training.md",
+    "predict.py": "predict.md",
+    "evaluate.py": "evaluate.md",
+    "check_data.py": "data.md",
+}
 # Programs of tests/, whose flags occur in prose and tables.
 TOOLS = [ROOT / "tests" / "bench.py", ROOT / "tests" / "faults.py", ROOT / "sample_flowers.py"]
 OTHER_PROGRAMS = {"--logdir", "--max-restarts", "--shm-size"}  # flags of tensorboard, torchrun and docker

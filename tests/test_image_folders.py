@@ -19,6 +19,7 @@ import train
 from cli_utils import DataError
 from data_utils import find_split, split_folder
 from image_folders import count_skipped, likely_class
+from labelled_images import describe_unlabelled, find_images
 from my_dataset import EvalTransform
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
@@ -141,8 +142,9 @@ def test_folders_beside_train_and_val_are_reported(tmp_path):
     (root / "annotations" / "labels.xml").write_text("<annotations/>")
     split, source = find_split(root)
     assert (split.class_names, source) == (["cat", "dog"], f"from {root / 'val'}")
-    assert count_skipped(split.skipped) == "7 files: 7 outside the training and validation folders"
-    assert len(split.train_paths + split.val_paths) + len(split.skipped) == number_of_files(root)
+    assert count_skipped(split.skipped) == "1 file: 1 outside the training, validation and test folders"
+    assert [len(paths) for paths, _ in split.subsets.values()] == [6, 6, 6]
+    assert len(split.paths) + len(split.skipped) == number_of_files(root)
 
     other = write_classes(tmp_path / "classes", {"bus": 2, "train/red": 2, "car": 2})  # "train" is a class here
     assert find_split(other)[0].class_names == ["bus", "car", "train"]
@@ -151,7 +153,7 @@ def test_folders_beside_train_and_val_are_reported(tmp_path):
 def test_predict_labels_the_images_of_train_and_val_folders():
     write_classes(Path("data/train"), {"cat": 2, "dog": 2})
     write_classes(Path("data/val"), {"cat": 1, "dog": 1})
-    files = predict.find_images("data", ["cat", "dog"], [])
+    files = find_images("data", ["cat", "dog"], [])
     assert [file.label for file in files] == ["cat", "cat", "dog", "dog", "cat", "dog"]
 
 
@@ -163,7 +165,7 @@ def test_names_are_compared_in_composed_form(tmp_path):
     split, _ = find_split(tmp_path / "train", tmp_path / "val")
     assert split.val_labels == [0, 0, 1]
     assert split_folder(tmp_path / "val").class_names == split.class_names
-    files = predict.find_images(str(tmp_path / "val"), [decomposed, "tulipán"], [])
+    files = find_images(str(tmp_path / "val"), [decomposed, "tulipán"], [])
     assert [file.label for file in files] == [decomposed, decomposed, "tulipán"]
 
 
@@ -184,14 +186,14 @@ def test_likely_class():
 
 def test_predict_names_folders_that_match_no_class(tmp_path):
     write_classes(tmp_path / "test", {"daisy": 2, "Roses": 3, "misc": 1})
-    files = predict.find_images(str(tmp_path / "test"), ["daisy", "roses"], [])
-    lines = predict.describe_unlabelled(files, ["daisy", "roses"])
+    files = find_images(str(tmp_path / "test"), ["daisy", "roses"], [])
+    lines = describe_unlabelled(files, ["daisy", "roses"])
     assert lines == [
         f"{tmp_path / 'test' / 'Roses'}: 3 images without a label: Roses is not a class; is it roses?",
         f"{tmp_path / 'test' / 'misc'}: 1 image without a label: misc is not a class",
     ]
-    holiday = predict.find_images(str(write_classes(tmp_path / "photos", {"2024": 2, "beach": 1})), ["daisy"], [])
-    assert predict.describe_unlabelled(holiday, ["daisy"]) == []
+    holiday = find_images(str(write_classes(tmp_path / "photos", {"2024": 2, "beach": 1})), ["daisy"], [])
+    assert describe_unlabelled(holiday, ["daisy"]) == []
 
 
 def test_validation_images_that_were_trained_on_are_reported(two_classes, tmp_path, capsys):
@@ -204,7 +206,7 @@ def test_validation_images_that_were_trained_on_are_reported(two_classes, tmp_pa
     data = prepare_data.prepare_data(
         config.parse_args(["--data-path", str(two_classes), "--val-path", str(tmp_path / "val")]), Path("none.json")
     )
-    assert data.leaked == 3 + 2  # write_classes draws the same first images
+    assert data.leaked == {"val": 3 + 2, "test": 0}  # write_classes draws the same first images
 
 
 # --- pixels with more than 8 bits ---------------------------------------------------------------------------------

@@ -237,7 +237,9 @@ def checkpoint(**changes) -> dict:
         "resize": "pad",
         "pixel_range": (0, 9),
     }
-    return content | {"epoch": 3, "accuracy": 0.75, "state_dict": state} | changes
+    familiarity = {"mean": torch.zeros(64), "precision": torch.eye(64), "threshold": 9.0}
+    content |= {"epoch": 3, "accuracy": 0.75, "temperature": 0.7, "familiarity": familiarity}
+    return content | {"state_dict": state} | changes
 
 
 def test_checkpoint_restores_model_and_metadata(tmp_path):

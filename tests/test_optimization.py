@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import config
+from data_utils import Count
 from optimization import Muon, Schedule, TimedSchedule, build_class_weights, orthogonalize
 
 
@@ -184,8 +185,13 @@ def test_muon_resumes_from_its_state():
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_class_weights_follow_the_counts(power):
     args = config.parse_args(["--class-weights", str(power)])
-    weights = build_class_weights(args, {"a": (100, 3), "b": (25, 9), "c": (1, 0)}, torch.device("cpu"))
+    weights = build_class_weights(
+        args, {"a": Count(100, 3, 0), "b": Count(25, 9, 0), "c": Count(1, 0, 0)}, torch.device("cpu")
+    )
     assert weights[1] / weights[0] == pytest.approx(4**power)
     assert weights[2] / weights[0] == pytest.approx(100**power)
     assert (weights * torch.tensor([100, 25, 1])).sum() == pytest.approx(126)
-    assert build_class_weights(config.parse_args([]), {"a": (100, 3), "b": (25, 9)}, torch.device("cpu")) is None
+    assert (
+        build_class_weights(config.parse_args([]), {"a": Count(100, 3, 0), "b": Count(25, 9, 0)}, torch.device("cpu"))
+        is None
+    )

@@ -14,34 +14,21 @@ import pytest
 import torch
 from conftest import ROOT, as_another_user, run_in_fork, write_image
 from PIL import Image
+from shortcuts import NAMES
 
 import check_data
+import classifier
 import cli_utils
 import plot_utils
 import predict
 from class_files import write_class_indices
-from image_folders import list_images
 from inference import run_inference
-from model import MODELS, resnet18
-from my_dataset import EvalTransform, MyDataSet, prepare_batch
+from model import resnet18
+from my_dataset import EvalTransform, MyDataSet
+from weights_io import load_model
 
 pytestmark = pytest.mark.usefixtures("small_network")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
-NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
-
-
-@pytest.fixture(scope="module")
-def weights(small_network, tmp_path_factory, sample) -> Path:
-    """Save a best.pth of a network whose predictions differ between images."""
-    torch.manual_seed(0)
-    model = MODELS["resnet18"](num_classes=5)
-    images = [EvalTransform(64)(Image.open(path)) for path in list_images(sample, [])[::10]]
-    model(prepare_batch(torch.stack(images), "cpu"))  # sets the BatchNorm statistics
-    path = tmp_path_factory.mktemp("runs") / "runs" / "first" / "weights" / "best.pth"
-    path.parent.mkdir(parents=True)
-    content = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "epoch": 0, "accuracy": 0.2}
-    torch.save(content | {"state_dict": model.state_dict()}, path)
-    return path
 
 
 def header(weights: Path) -> str:
@@ -78,11 +65,12 @@ def test_json_lines_match_evaluation(capsys, weights, sample):
     status, lines, _ = run(capsys, sample / "daisy", "--weights", weights, "--json", "--topk", "9", "--amp", "off")
     assert status == 0
     records = [json.loads(line) for line in lines]
-    model, info = predict.load_model(weights)
+    model, info = load_model(weights)
     paths = sorted(map(str, (sample / "daisy").iterdir()))
     data_set = MyDataSet(paths, [0] * len(paths), EvalTransform(info["img_size"]))
     loader = torch.utils.data.DataLoader(data_set, batch_size=16, collate_fn=data_set.collate_fn)
-    expected = run_inference(model, loader, "cpu").logits.softmax(1)
+    expected = run_inference(model, loader, "cpu").logits
+    expected = (expected / info["temperature"]).softmax(1)
     for record, path, row in zip(records, paths, expected, strict=True):
         assert record["image"] == path
         assert [entry["class"] for entry in record["top"]] == [NAMES[i] for i in row.argsort(descending=True)]
@@ -218,7 +206,7 @@ def test_plain_state_dict(capsys, weights, sample, tmp_path):
     assert notes == [f"weights {plain}: resnet18, 5 classes, {size}"]
     assert run_with_notes(capsys, image, *flags[:2], *flags[4:]) == (0, lines, notes)  # the shapes are a resnet18's
     _, lines, notes = run_with_notes(capsys, image, *flags, "--img-size", "64")
-    assert lines == run(capsys, image, "--weights", weights)[1]
+    assert lines == run(capsys, image, "--weights", weights, "--uncalibrated")[1]
     assert notes == [f"weights {plain}: resnet18, 5 classes, 64 px (--img-size)"]
 
 
@@ -235,7 +223,7 @@ def plain_in_run(weights, tmp_path) -> Path:
 
 def test_plain_state_dict_in_a_run(capsys, weights, sample, plain_in_run, tmp_path, monkeypatch):
     """It is predicted with the model, the class names and the image size of its run, like best.pth."""
-    _, expected, _ = run(capsys, sample / "roses", "--weights", weights, "--json")
+    _, expected, _ = run(capsys, sample / "roses", "--weights", weights, "--json", "--uncalibrated")
     status, lines, notes = run_with_notes(capsys, sample / "roses", "--weights", plain_in_run, "--json")
     assert (status, lines) == (0, expected)
     assert notes == [f"weights {plain_in_run}: resnet18, 5 classes, 64 px"]
@@ -316,7 +304,7 @@ def test_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sample
     assert (status, len(lines)) == (0, 101)
     with open(csv_path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["image", "class", "probability", "label", "class 2", "probability 2"]
+    assert list(rows[0]) == ["image", "class", "probability", "label", "flags", "class 2", "probability 2"]
     for row, line in zip(rows, lines, strict=False):
         assert line.startswith(f"{row['image']}: {row['class']} ")
         printed = float(line.removeprefix(f"{row['image']}: {row['class']} ").partition("%")[0])
@@ -490,7 +478,7 @@ def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, erro
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(predict, "compute_logits", fail)
+    monkeypatch.setattr(classifier, "compute_logits", fail)
     status, lines, errors = run(capsys, sample / "daisy", "--weights", weights)
     assert (status, lines, len(errors)) == (1, [], 1)
     assert message in errors[0]

@@ -19,7 +19,7 @@ from config import FLAG_DEFAULTS, RECIPES, training_sizes
 from data_loading import EpochSampler, Loaders, build_train_loader, build_val_loader, cache_features
 from data_utils import find_split
 from distributed import Distributed
-from inference import Evaluation
+from metrics import Evaluation
 from model import MODELS, ResNet, to_device
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import Muon, Schedule, build_optimizer, set_learning_rate

@@ -78,6 +78,7 @@ def test_tensorboard_tags_and_steps(run):
     assert tags["graph"]
     assert set(tags["scalars"]) == {
         *("train_loss", "val_loss", "train_accuracy", "accuracy", "best_accuracy", "macro_f1", "learning_rate"),
+        *("calibration/error", "calibration/temperature"),
         *(f"recall/{name}" for name in ("daisy", "dandelion", "roses", "sunflowers", "tulips")),
         *("speed/images_per_second", "speed/seconds_per_epoch", "memory/peak_GiB", "step/train_loss"),
     }
@@ -228,7 +229,7 @@ def test_last_checkpoint_contains_the_resume_state(run):
     resume = last["resume"]
     assert (resume["epoch"], resume["progress"]["steps"]) == (3, 0)
     assert resume["optimizer"]["state"]
-    assert resume["best"].keys() == {"accuracy", "epoch", "macro_f1", "val_loss"}
+    assert resume["best"].keys() == {"accuracy", "epoch", "macro_f1", "temperature", "val_loss"}
     assert resume["scaler"] == {}  # float16 only
     plain = torch.load(run[0] / "weights" / "model-1.pth", weights_only=True)
     assert plain.keys() == resnet18(num_classes=5).state_dict().keys()

@@ -115,8 +115,12 @@ def test_rows_outside_the_split_are_reported(tmp_path):
     rows = [["path", "label", "split"], *([f"{n}.png", "ab"[n % 2], name] for n, name in enumerate(names))]
     table = write_table(tmp_path / "table.csv", rows)
     split, _ = find_split(table)
-    assert (len(split.train_paths), len(split.val_paths)) == (2, 2)
-    assert count_skipped(split.skipped) == "1 file: 1 outside the training and validation folders"
+    assert [len(paths) for paths, _ in split.subsets.values()] == [2, 2, 1]
+    assert split.skipped == []
+    other = write_table(tmp_path / "other.csv", [["path", "label"], ["5.png", "a"]])
+    split, _ = find_split(table, other)
+    assert [len(paths) for paths, _ in split.subsets.values()] == [2, 1, 1]
+    assert count_skipped(split.skipped) == "2 files: 2 outside the training, validation and test folders"
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

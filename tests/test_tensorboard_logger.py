@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data_loading import DistributedBatchSampler, EpochSampler, Loaders, SafeImages
 from distributed import Distributed
-from inference import Evaluation
+from metrics import Evaluation
 from model import MODELS
 from my_dataset import EvalTransform, MyDataSet, TrainTransform
 from optimization import Schedule

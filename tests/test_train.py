@@ -142,7 +142,7 @@ def test_resize_is_kept_for_prediction(no_figures, tmp_path, capsys):
     best = torch.load("runs/flower_experiment/weights/best.pth", weights_only=True)
     assert best["resize"] == "stretch"
     path = tmp_path / "ends" / "red" / "0.png"
-    assert predict.main([str(path), "--json", "--amp", "off"]) == 0
+    assert predict.main([str(path), "--json", "--amp", "off", "--uncalibrated"]) == 0
     top = json.loads(capsys.readouterr().out.splitlines()[-1])["top"]
     model, _ = load_model("runs/flower_experiment/weights/best.pth")
     pixels = EvalTransform(best["img_size"], "stretch")(read_image(path))
@@ -248,7 +248,8 @@ def test_plain_weights_of_a_run(no_figures, two_classes, capsys):
     capsys.readouterr()
     outputs = []
     for name in ("best.pth", "model-0.pth"):
-        assert predict.main([str(two_classes), "--weights", str(folder / "weights" / name), "--device", "cpu"]) == 0
+        weights = str(folder / "weights" / name)
+        assert predict.main([str(two_classes), "--weights", weights, "--device", "cpu", "--uncalibrated"]) == 0
         outputs.append(capsys.readouterr())
         assert outputs[-1].err.startswith(f"weights {folder / 'weights' / name}: resnet18, 2 classes, 32 px")
     assert outputs[0].out == outputs[1].out
@@ -311,7 +312,7 @@ def test_invalid_flags_are_one_line_errors(flags, capsys):
         (["--data-path", "loop"], "loop: no such folder"),
         (["--data-path", "empty"], "needs at least two sub-folders"),
         (["--data-path", "hollow"], "no image in class dog; if it is not a class, move that folder elsewhere"),
-        (["--data-path", "few"], "one image per class is too few"),
+        (["--data-path", "few"], "too few images per class"),
         (["--val-path", "nowhere"], "nowhere: no such folder"),
         (["--num-classes", "3"], "--num-classes is 3, but the data has 2 classes"),
         (["--weights", "resNet34.pth"], "resNet34.pth: no such weights file"),

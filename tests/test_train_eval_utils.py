@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train_eval_utils
-from inference import Evaluation, run_inference
+from inference import run_inference
+from metrics import Evaluation
 from model import BasicBlock, ResNet, freeze_backbone, resnet18
 from my_dataset import EvalTransform, MyDataSet, prepare_batch
 from train_eval_utils import Callback, Progress, estimate_batch_norm, evaluate, train_one_epoch
@@ -220,7 +221,8 @@ def test_accuracy_is_per_image():
     labels = torch.tensor([1, 1, 0, 0, 1])
     data = DataLoader(TensorDataset(images, labels), batch_size=2)
     assert evaluate(model=FirstPixel(), data_loader=data, device=CPU) == pytest.approx(3 / 5)
-    logits, seen, _ = run_inference(FirstPixel(), data, CPU)
+    logits, seen, _, layer1 = run_inference(FirstPixel(), data, CPU)
+    assert layer1.numel() == 0
     assert (logits.shape, logits.dtype) == ((5, 2), torch.float32)
     assert torch.equal(seen, labels)
     assert Evaluation(logits, seen).accuracy == pytest.approx(3 / 5)
@@ -324,7 +326,8 @@ def test_features_are_the_inputs_of_the_classifier(sample):
     model = resnet18(num_classes=5).eval()
     paths = sorted(map(str, sample.rglob("*.jpg")))[::10]
     loader = DataLoader(MyDataSet(paths, list(range(10)), EvalTransform(32)), 4, collate_fn=MyDataSet.collate_fn)
-    logits, labels, features = run_inference(model, loader, "cpu", feature_stride=1)
+    logits, labels, features, layer1 = run_inference(model, loader, "cpu", feature_stride=1)
+    assert (layer1.shape, layer1.dtype) == ((10, 64), torch.float32)
     assert labels.tolist() == list(range(10))
     assert features.shape == (10, 512)
     with torch.no_grad():
@@ -335,6 +338,7 @@ def test_features_are_the_inputs_of_the_classifier(sample):
     assert torch.equal(head.labels, labels)
     assert run_inference(model, loader, "cpu").features.numel() == 0
     assert not model.fc._forward_pre_hooks
+    assert not model.layer1._forward_hooks
 
 
 def test_progress_counts_images_steps_and_correct_predictions():

@@ -159,7 +159,7 @@ def test_metadata_of_the_run_is_passed_through(tmp_path):
     path = save(tmp_path / "run" / "weights" / "model-1.pth", outline("resnet18"))
     network = {"model": "resnet18", "class_names": NAMES, "img_size": 64, "resize": "pad", "pixel_range": [0.0, 1.0]}
     (tmp_path / "run" / "args.json").write_text(json.dumps({"network": network}), encoding="utf-8")
-    assert load_model(path)[1] == network | {"epoch": None, "accuracy": None}
+    assert load_model(path)[1] == network | dict.fromkeys(("epoch", "accuracy", "temperature", "familiarity"))
     elsewhere = save(tmp_path / "run" / "other" / "model-1.pth", outline("resnet18"))
     with pytest.raises(WeightsError, match="--class-indices"):
         load_model(elsewhere)

@@ -1,0 +1,126 @@
+"""Test images: how they are held out, and what train.py and evaluate.py do with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import read_events, write_classes, write_image
+
+import check_data
+import evaluate
+import predict
+import train
+from cli_utils import DataError
+from data_utils import find_split, split_folder
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
+SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--workers", "0", "--epochs", "1"]
+
+
+def sizes(split) -> list[int]:
+    return [len(paths) for paths, _ in split.subsets.values()]
+
+
+def test_held_out_images_are_disjoint_and_seeded(tmp_path):
+    counts = {"cat": 20, "dog": 10, "fox": 3, "owl": 2, "ray": 1}
+    folder = write_classes(tmp_path / "data", counts)
+    split, _ = find_split(folder, test_rate=0.3)
+    assert split.count() == {"cat": (10, 4, 6), "dog": (5, 2, 3), "fox": (1, 1, 1), "owl": (1, 1, 0), "ray": (1, 0, 0)}
+    assert len(set(split.paths)) == sum(counts.values())
+    for paths, labels in split.subsets.values():
+        assert [split.class_names[label] for label in labels] == [Path(path).parent.name for path in paths]
+    assert find_split(folder, test_rate=0.3)[0] == split
+    without = split_folder(folder)
+    assert (split.val_paths, split.val_labels) == (without.val_paths, without.val_labels)
+    assert set(without.train_paths) == {*split.train_paths, *split.test_paths}
+
+
+def test_test_folder_beside_train_and_val(tmp_path):
+    for name, count in (("train", 4), ("val", 2), ("Testing", 3)):
+        write_classes(tmp_path / "data" / name, {"cat": count, "dog": count})
+    split, source = find_split(tmp_path / "data")
+    assert sizes(split) == [8, 4, 6]
+    assert source == f"from {tmp_path / 'data' / 'val'}"
+    assert split.skipped == []
+    other = write_classes(tmp_path / "other", {"cat": 1})
+    assert sizes(find_split(tmp_path / "data", other)[0]) == [8, 1, 6]
+    with pytest.raises(DataError, match=r"Testing: has test images already; omit --test-rate"):
+        find_split(tmp_path / "data", test_rate=0.1)
+    write_image(tmp_path / "data" / "Testing" / "cow" / "1.png")
+    with pytest.raises(DataError, match=r"Testing: classes missing from .*train: cow"):
+        find_split(tmp_path / "data")
+
+
+def test_test_images_are_held_out_of_a_training_folder(tmp_path):
+    for name in ("train", "val"):
+        write_classes(tmp_path / "data" / name, {"cat": 10, "dog": 10})
+    assert sizes(find_split(tmp_path / "data", test_rate=0.2)[0]) == [16, 20, 4]
+
+
+def test_best_weights_are_evaluated_on_the_test_images_at_the_end(tmp_path, capsys):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", *SMALL]) == 0
+    output = capsys.readouterr().out
+    assert "images       14 for training, 4 for validation (20% of each class, held out), 6 for testing" in output
+    run = Path("runs/flower_experiment")
+    report = json.loads((run / "test_report.json").read_text(encoding="utf-8"))
+    low, high = report["accuracy"]["interval"]
+    interval = f"(95% interval {low:.3f} to {high:.3f})"
+    assert f"test accuracy {report['accuracy']['value']:.3f} {interval} on 6 images\n" in output
+    events = read_events(run)
+    for metric in ("accuracy", "macro_f1"):
+        assert events.Scalars(f"test/{metric}")[0].value == pytest.approx(report[metric]["value"])
+
+    assert evaluate.main(["--output", "", "--json", "--device", "cpu"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["found"] == {"new": 6, "val": 0, "train": 0}
+    assert {key: again[key] for key in report} == report
+    assert evaluate.main([str(folder), "--output", "", "--json", "--device", "cpu"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["found"] == {"new": 6, "val": 4, "train": 14}
+    assert {key: again[key] for key in report} == report
+    assert predict.main([str(run / "test_images.csv"), "--device", "cpu"]) == 0
+    assert f"accuracy {report['accuracy']['value']:.4f} (" in capsys.readouterr().out
+
+
+def test_training_does_not_depend_on_the_test_images(tmp_path, capsys):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    split, _ = find_split(folder, test_rate=0.25)
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", "--name", "a", *SMALL]) == 0
+    for path in split.test_paths:
+        write_image(Path(path), seed=int(Path(path).stem.split()[1]) + 5000)
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", "--name", "b", *SMALL]) == 0
+    rows = [Path(f"runs/{name}/mistakes.csv").read_text(encoding="utf-8-sig") for name in "ab"]
+    assert rows[0] == rows[1]
+
+
+def test_check_data_counts_test_images_and_finds_their_copies(tmp_path, capsys):
+    folder = write_classes(tmp_path / "pets", {"cat": 20, "dog": 20})
+    split, _ = find_split(folder, test_rate=0.2)
+    copied, original = next(path for path in split.test_paths if "cat" in path), split.train_paths[0]
+    Path(copied).write_bytes(Path(original).read_bytes())
+    flags = [str(folder), "--test-rate", "0.2", "--save-plot", "health.png", "--workers", "0"]
+    assert check_data.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "class  training  validation  test" in lines
+    assert "cat          12           4     4" in lines
+    assert "LEAK: the same picture in several of training, validation and test: 1" in lines
+    assert Path("health.png").stat().st_size > 10_000
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.2", *SMALL]) == 0
+    warning = "warning      test images that are identical to training images: 1; run check_data.py"
+    assert warning in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--test-rate", "1"], "it must be at least 0 and below 1"),
+        (["--test-rate", "0.8"], "--val-rate and --test-rate: their sum must be below 1"),
+    ],
+)
+def test_invalid_rates(two_classes, capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--data-path", str(two_classes), *flags])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
