@@ -26,7 +26,7 @@ def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[s
 
     Raises:
         FileNotFoundError: the file is missing.
-        DataError: it is not a JSON object of the form {"0": "daisy", "1": ...}.
+        DataError: it is not a JSON object of the form {"0": "daisy", "1": ...}, or names a class twice.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{os.fspath(path)}: no such file; read_split_data writes it, with the class names")
@@ -40,6 +40,8 @@ def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[s
     names = [indices.get(str(index)) for index in range(len(indices))]
     if not names or None in names:
         raise wrong
+    if len({*map(normalise, names)}) < len(names):
+        raise DataError(f"{os.fspath(path)}: names a class twice")
     return names
 
 

@@ -49,6 +49,7 @@ class Classifier:
         weights: a weights file, see `load_model`, which also explains the other arguments and `info`.
         amp_dtype: mixed precision, see `compute_logits`.
         calibrated: use the stored temperature for `probabilities`.
+        workers: the number of worker processes that read images (None: one per core, at most 8).
     """
 
     def __init__(
@@ -59,11 +60,14 @@ class Classifier:
         *,
         model_name: str | None = None,
         class_names: list[str] | None = None,
+        default_names: list[str] | None = None,
         img_size: int | None = None,
         calibrated: bool = True,
+        workers: int | None = None,
     ) -> None:
-        self.weights, self.device, self.amp_dtype = weights, device, amp_dtype
-        self.model, self.info = load_model(weights, device, model_name, class_names, img_size=img_size)
+        self.weights, self.device, self.amp_dtype, self.workers = weights, device, amp_dtype, workers
+        names = {"class_names": class_names, "default_names": default_names}
+        self.model, self.info = load_model(weights, device, model_name, img_size=img_size, **names)
         self.class_names: list[str] = self.info["class_names"]
         self.temperature = (calibrated and self.info["temperature"]) or 1.0
         self.familiarity = self.info["familiarity"] and Familiarity(**self.info["familiarity"])
@@ -73,16 +77,19 @@ class Classifier:
         temperature = "" if self.temperature == 1 else f", temperature {self.temperature:.3f}"
         return f"weights {self.weights}: {describe_model(self.info)}{temperature}"
 
-    def classify(self, paths: Sequence[str], with_subset: bool = False) -> Iterator[Outcome | ImageError]:
+    def classify(
+        self, paths: Sequence[str], with_subset: bool = False, description: str | None = None
+    ) -> Iterator[Outcome | ImageError]:
         """Classify image files in order. An unreadable one yields its error.
 
         Args:
             with_subset: find out whether the run of the weights was trained on an image; otherwise it counts as new.
+            description: the label of a progress bar on the terminal; None for no bar.
         """
         transform = EvalTransform(self.info["img_size"], self.info["resize"])
         with_checksum = with_subset and bool(self.run_images)
         options = {"transform": transform, "pixel_range": self.info["pixel_range"], "with_checksum": with_checksum}
-        items = map_files(functools.partial(read_or_error, **options), paths)
+        items = map_files(functools.partial(read_or_error, **options), paths, self.workers, description)
         model = fold_batch_norm(self.model)
         blank = torch.zeros(3, transform.img_size, transform.img_size, dtype=torch.uint8)
         while batch := list(itertools.islice(items, BATCH_SIZE)):

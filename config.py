@@ -135,8 +135,6 @@ def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = 
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
     if args.batch_size == 1 and needs_two_images(args):
         parser.error("--batch-size must be at least 2 for training images of 32 pixels")
-    if args.val_path is None and args.val_rate + args.test_rate >= 1:
-        parser.error("--val-rate and --test-rate: their sum must be below 1")
     if args.find_lr and args.accumulate > 1:
         parser.error("--accumulate must be 1 with --find-lr: use a larger --batch-size")
     return args

@@ -25,7 +25,7 @@ from class_files import (  # noqa: F401 - part of the tutorial's data_utils
     write_class_indices,
     write_pickle,
 )
-from cli_utils import DataError
+from cli_utils import DataError, UsageError
 from image_folders import (
     UNUSED,
     Skipped,
@@ -227,6 +227,10 @@ def find_split(
     if val_path is not None and Path(val_path).resolve() == Path(source).resolve():
         kind = "table" if is_table(val_path) else "folder"
         raise DataError(f"{os.fspath(val_path)}: is both the training and the validation {kind}; omit --val-path")
+    if val_path is None and images.val_path is None and val_rate + test_rate >= 1:
+        raise UsageError(f"--val-rate {val_rate:g} and --test-rate {test_rate:g}: their sum must be below 1")
+    if None not in (val_path, images.test_path) and Path(val_path).resolve() == Path(images.test_path).resolve():
+        raise DataError(f"{os.fspath(val_path)}: is both the validation and the test folder; choose another --val-path")
     if images.test_path is not None and test_rate > 0:
         raise DataError(f"{os.fspath(images.test_path)}: has test images already; omit --test-rate")
     val_path = val_path or images.val_path

@@ -8,6 +8,7 @@ python evaluate.py my_photos --json > report.json
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +30,9 @@ from evaluation_report import (
     format_report,
 )
 from file_utils import atomic_file, read_json, write_csv, write_json
+from image_folders import list_visible
 from image_io import ImageError
-from labelled_images import TEST_FILE, ErrorLog, ImageFile, find_and_report
+from labelled_images import TEST_FILE, ErrorLog, ImageFile, find_and_report, require_outside, require_writable
 from model import grad_cam
 from my_dataset import prepare_batch, stack_images, to_pixels
 from weights_io import newest_weights
@@ -40,59 +42,71 @@ if TYPE_CHECKING:
 
 SUBSETS = ("new", "val", "train")  # the report covers the first one that has images
 REPORT_FILE = "report.json"
-WORST = 24  # images in the figure of the worst mistakes
+WORST = 12  # images in the figure of the worst mistakes
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate the weights. Returns the exit status, which is 1 if an image is unreadable."""
     output = output_folder(args.output) if args.output else None
     weights = args.weights or newest_weights()
-    inputs = args.images or [str(find_test_images(weights))]
     classifier = build_classifier(args, weights)
     print_note(str(classifier))
+    other = load_other(args, classifier) if args.compare else None
 
     log = ErrorLog("evaluate.py")
-    images = classify_labelled(classifier, find_labelled(inputs, classifier.class_names, log), log)
+    if args.images:
+        files = find_labelled(args.images, classifier.class_names, log)
+    else:
+        files = find_test_images(weights, classifier.class_names)
+    if output:
+        require_outside("--output", output, [*filter(os.path.isdir, args.images), *(file.path for file in files)])
+    images = classify_labelled(classifier, files, log)
     by_subset = {subset: [image for image in images if image.subset == subset] for subset in SUBSETS}
     chosen = next(filter(None, by_subset.values()), None)
     if chosen is None:
-        raise DataError(f"no readable image of a known class in {', '.join(map(repr, inputs))}")
+        raise DataError(f"none of the {len(files)} images is readable")
     results = Results.collect(chosen, classifier)
-    report = {"weights": str(weights), "inputs": inputs, "subset": chosen[0].subset}
+    report = {"weights": str(weights), "inputs": args.images, "subset": chosen[0].subset}
     report |= {"found": {subset: len(found) for subset, found in by_subset.items()}, "unreadable": log.failures}
     report |= build_report(results, args.topk)
     lines = [*describe_subsets(by_subset, classifier), *format_report(report)]
     differences = []
-    if args.compare:
-        other = build_classifier(argparse.Namespace(**vars(args) | {"model": None, "img_size": None}), args.compare)
-        print_note(f"compared with {other}")
+    if other is not None:
         report["comparison"], differences = compare(results, other, log)
         lines += ["", *format_comparison(report["comparison"], args.compare)]
 
+    if output:
+        write_files(output, report, results, differences, classifier)
+        print_note(f"report, predictions and figures: {output}")
     print_line = print_note if args.json else print
     for line in lines:
         print_line(printable(line))
     if args.json:
         print(json.dumps(report))
-    if output:
-        write_files(output, report, results, differences, classifier)
-        print_note(f"report, predictions and figures: {output}")
     return 1 if log.failures else 0
 
 
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def find_test_images(weights: str | Path) -> Path:
-    """Return the table of test images in the run of a weights file.
+def find_test_images(weights: str | Path, class_names: list[str]) -> list[ImageFile]:
+    """Find the test images of the run of a weights file.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the run has none.
+        DataError: none of them exists, or the list does not fit the classes.
     """
-    run = Path(weights).absolute().parent.parent
-    if not (run / TEST_FILE).is_file():
-        raise UsageError(f"{run} has no test images: name a folder of labelled images, or train with --test-rate 0.2")
-    return run / TEST_FILE
+    path = Path(weights).absolute().parent.parent / TEST_FILE
+    labels = read_json(path)
+    if not labels:
+        raise UsageError(
+            f"{path.parent} has no test images: name a folder of labelled images, or train with --test-rate 0.2"
+        )
+    if not set(labels.values()) <= set(class_names):
+        raise DataError(f"{path}: lists other classes than the weights")
+    if not any(map(os.path.lexists, labels)):
+        raise DataError(f"none of the {len(labels)} images in {path} exists; if they were moved, name their folder")
+    return [ImageFile(image, label, str(path)) for image, label in labels.items()]
 
 
 def find_labelled(inputs: Sequence[str], class_names: list[str], log: ErrorLog) -> list[ImageFile]:
@@ -102,7 +116,7 @@ def find_labelled(inputs: Sequence[str], class_names: list[str], log: ErrorLog) 
         DataError: no image has a label.
     """
     files = [file for argument in inputs for file in find_and_report(argument, class_names, log)]
-    labelled = list({file.path: file for file in files if file.label is not None}.values())
+    labelled = list({os.path.realpath(file.path): file for file in files if file.label is not None}.values())
     if not labelled:
         layout = f"sub-folders named after the classes ({', '.join(class_names[:5])}, ...), or a CSV table"
         raise DataError(f"no labelled images in {', '.join(map(repr, inputs))}: it needs {layout}")
@@ -129,6 +143,21 @@ def describe_subsets(by_subset: Mapping[str, Sequence[Classified]], classifier: 
     return [*lines, ""]
 
 
+def load_other(args: argparse.Namespace, first: Classifier) -> Classifier:
+    """Load the weights of --compare; if they have no class names, with those of --class-indices.
+
+    Raises:
+        UsageError: they have other classes.
+    """
+    names = first.class_names if args.class_indices else None
+    calibrated = not args.uncalibrated
+    other = Classifier(args.compare, first.device, first.amp_dtype, default_names=names, calibrated=calibrated)
+    print_note(f"compared with {other}")
+    if sorted(map(normalise, first.class_names)) != sorted(map(normalise, other.class_names)):
+        raise UsageError(f"--compare {args.compare}: has other classes: {', '.join(other.class_names)}")
+    return other
+
+
 def compare(results: Results, other: Classifier, log: ErrorLog) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Compare the predictions with those of another network, on images that it was not trained on either.
 
@@ -136,12 +165,8 @@ def compare(results: Results, other: Classifier, log: ErrorLog) -> tuple[dict[st
         The comparison, see `build_comparison`, and a row for each image that only one network gets right.
 
     Raises:
-        UsageError: the networks have different classes, or the other one was trained on all images.
+        UsageError: the other network was trained on all images.
     """
-    names = [normalise(name) for name in results.class_names]
-    other_names = [normalise(name) for name in other.class_names]
-    if sorted(names) != sorted(other_names):
-        raise UsageError(f"--compare {other.weights}: has other classes: {', '.join(other.class_names)}")
     images = classify_labelled(other, results.files, log)
     by_path = {image.file.path: image for image in images if image.subset != "train"}
     kept = [index for index, file in enumerate(results.files) if file.path in by_path]
@@ -149,7 +174,8 @@ def compare(results: Results, other: Classifier, log: ErrorLog) -> tuple[dict[st
         raise UsageError(f"--compare {other.weights}: was trained on all of these images")
     if excluded := len(results.files) - len(kept):
         log.warn(f"{excluded} images are not compared: training images of {other.weights}, or unreadable")
-    order = [other_names.index(name) for name in names]
+    other_names = [normalise(name) for name in other.class_names]
+    order = [other_names.index(normalise(name)) for name in results.class_names]
     other_predicted = torch.stack([by_path[results.files[index].path].logits[order] for index in kept]).argmax(dim=1)
     predicted, labels = results.evaluation.predicted[kept], results.labels[kept]
     rows = [
@@ -175,12 +201,11 @@ def output_folder(name: str) -> Path:
     """Return the output folder, which may hold an earlier evaluation only.
 
     Raises:
-        UsageError: it is a file, or holds anything else.
+        UsageError: it holds anything else, or cannot be written to.
     """
     folder = Path(name)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and "confusion_matrix" not in read_json(folder / REPORT_FILE):
+    require_writable("--output", folder)
+    if folder.is_dir() and list_visible(folder) and "confusion_matrix" not in read_json(folder / REPORT_FILE):
         raise UsageError(f"--output {folder}: holds other files; name a new folder")
     return folder
 
@@ -208,7 +233,7 @@ def write_files(
         (folder / name).unlink(missing_ok=True)
         if figure is not None:
             with atomic_file(folder / name) as unfinished:
-                figure.savefig(unfinished)
+                figure.savefig(unfinished, pil_kwargs={"compress_level": 1})  # the default takes three times as long
     (folder / "differences.csv").unlink(missing_ok=True)
     if "comparison" in report:
         columns = ("path", "label", "this", "other", "right")
@@ -271,7 +296,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("images", nargs="*", metavar="IMAGES", help=images_help)
     output_help = 'folder for the report, the predictions and the figures; "" for none (default: %(default)s)'
     add("--output", metavar="DIR", default="evaluation", help=output_help)
-    add("--compare", metavar="WEIGHTS", help="compare with these weights on the same images")
+    add(
+        "--compare",
+        type=checked(str, bool, "a weights file"),
+        metavar="WEIGHTS",
+        help="compare with these weights on the same images",
+    )
     positive = checked(int, lambda n: n >= 1, "at least 1")
     add("--topk", type=positive, default=3, help="k of the top-k accuracy (default: %(default)s)")
     add("--json", action="store_true", help="print the report as JSON, and the text on standard error")

@@ -31,7 +31,8 @@ class Classified(NamedTuple):
 def classify_labelled(classifier: Classifier, files: Sequence[ImageFile], log: ErrorLog) -> list[Classified]:
     """Classify the readable images, and report the others."""
     classified = []
-    for file, outcome in zip(files, classifier.classify([file.path for file in files], with_subset=True), strict=True):
+    outcomes = classifier.classify([file.path for file in files], with_subset=True, description="evaluating")
+    for file, outcome in zip(files, outcomes, strict=True):
         if isinstance(outcome, ImageError):
             log.fail(outcome)
         else:

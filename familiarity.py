@@ -4,6 +4,7 @@ The confidence of a network says little about images of no class: it may be high
 respond to colours and textures, and these responses are unusual for such images.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,17 @@ def fit_familiarity(features: Tensor) -> Familiarity | None:
 def is_valid_familiarity(values: Any) -> bool:
     """Return whether these are the fields of a `Familiarity`, as read from a weights file."""
     match values:
-        case {"mean": Tensor(ndim=1) as mean, "precision": Tensor() as precision, "threshold": float(), **others}:
-            sizes = len(mean), len(mean)
-            return not others and mean.dtype == precision.dtype == torch.float32 and precision.shape == sizes
+        case {
+            "mean": Tensor(ndim=1) as mean,
+            "precision": Tensor() as precision,
+            "threshold": float(threshold),
+            **others,
+        }:
+            fits = not others and precision.shape == (len(mean), len(mean)) and math.isfinite(threshold)
+            return fits and all(map(_is_plain, (mean, precision)))
     return False
+
+
+def _is_plain(values: Tensor) -> bool:
+    plain = values.dtype == torch.float32 and values.layout == torch.strided and values.device.type == "cpu"
+    return plain and bool(values.isfinite().all())

@@ -19,7 +19,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield path
         return
     path = path.resolve()
-    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # keeps the extension, which decides the format
+    # The end of the name includes the extension, which decides the format; the whole name might be too long.
+    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name[-40:]}")
     try:
         yield unfinished
         unfinished.replace(path)

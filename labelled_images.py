@@ -1,15 +1,17 @@
 """Find the images that a command line names, and their labels."""
 
+import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from class_files import normalise
-from cli_utils import DataError, print_note
+from cli_utils import DataError, UsageError, print_note
 from image_folders import UNREADABLE, UNSUPPORTED, Skipped, count_skipped, likely_class, list_images
 from tables import is_table, read_table
 
-TEST_FILE = "test_images.csv"  # in a run's folder: a table of its test images
+TEST_FILE = "test_images.json"  # in a run's folder: the paths and labels of its test images
 
 
 class ImageFile(NamedTuple):
@@ -74,6 +76,25 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
         found = f", only {count_skipped(skipped)}" if skipped else ""
         raise DataError(f"{argument!r}: no images in this folder{found}")
     return files
+
+
+def require_outside(flag: str, folder: Path, files: Iterable[str]) -> None:
+    """Raise a UsageError if an output folder, or one of its parents, contains the images or is among them.
+
+    Args:
+        files: the images, or the folders that are searched for them.
+    """
+    for file in files:
+        inner, outer = folder.resolve(), Path(file).resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise UsageError(f"{flag} {folder}: must not contain {file} or lie inside it; choose another folder")
+
+
+def require_writable(flag: str, folder: Path) -> None:
+    """Raise a UsageError if a folder cannot be created or written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UsageError(f"{flag} {folder}: {existing} is not a writable folder; choose another folder")
 
 
 def find_and_report(argument: str, class_names: list[str], log: ErrorLog) -> list[ImageFile]:

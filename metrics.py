@@ -112,7 +112,8 @@ def wilson_interval(successes: int, trials: int) -> Interval:
     rate, spread = successes / trials, Z**2 / trials
     centre = rate + spread / 2
     margin = math.sqrt(spread * (rate * (1 - rate) + spread / 4))
-    return max(0.0, (centre - margin) / (1 + spread)), min(1.0, (centre + margin) / (1 + spread))
+    low, high = ((centre + sign * margin) / (1 + spread) for sign in (-1, 1))
+    return min(rate, max(0.0, low)), max(rate, min(1.0, high))  # despite rounding
 
 
 def bootstrap_f1(confusion: Tensor, seed: int = 0) -> tuple[Interval, np.ndarray]:

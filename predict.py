@@ -35,11 +35,12 @@ from cli_utils import (
     print_note,
     printable,
     run_program,
+    shorten,
 )
 from file_utils import atomic_file, write_csv
 from image_folders import file_checksum
 from image_io import ImageError
-from labelled_images import ErrorLog, ImageFile, find_and_report
+from labelled_images import ErrorLog, ImageFile, find_and_report, require_outside, require_writable
 from model import ResNet, grad_cam
 from my_dataset import prepare_batch, stack_images, to_pixels
 from weights_io import newest_weights
@@ -89,11 +90,11 @@ def predict(args: argparse.Namespace) -> int:
     csv_path = output_file("--csv", args.csv, args.images)
     classifier = build_classifier(args, args.weights or newest_weights())
     class_names = classifier.class_names
-    sorter = Sorter(args.sort_into, args.images, class_names) if args.sort_into else None
     print_note(str(classifier))
 
     log = ErrorLog("predict.py")
     files = [file for argument in args.images for file in find_and_report(argument, class_names, log)]
+    sorter = Sorter(args.sort_into, args.images, files, class_names) if args.sort_into else None
 
     plotted: list[Prediction] = []
     rows = []
@@ -228,22 +229,25 @@ class Sorter:
 
     Args:
         folder: created if it is missing.
-        inputs: the command-line arguments with the images.
+        inputs: the command-line arguments that name `files`.
 
     Raises:
-        UsageError: the folder is inside an input folder, or a class name cannot be the name of a folder.
+        UsageError: the folder contains images to sort, is inside a folder that is searched, or cannot be written to; or
+            a class name cannot be the name of its sub-folder.
     """
 
-    def __init__(self, folder: str, inputs: Sequence[str], class_names: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str, inputs: Sequence[str], files: Sequence[ImageFile], class_names: Sequence[str]
+    ) -> None:
         self.folder = Path(folder)
         self.copied: Counter[str] = Counter()
         self.existing = 0
-        for root in filter(os.path.isdir, inputs):
-            if self.folder.resolve().is_relative_to(Path(root).resolve()):
-                raise UsageError(f"--sort-into {folder}: is inside {root}, which is searched; choose another folder")
+        require_writable("--sort-into", self.folder)
+        require_outside("--sort-into", self.folder, [*filter(os.path.isdir, inputs), *(file.path for file in files)])
         for name in class_names:
-            if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
-                raise UsageError(f"--sort-into: the class name {name!r} cannot be the name of a folder")
+            is_reserved = name in ("", ".", "..", "unsure", "unfamiliar")
+            if is_reserved or len(os.fsencode(name)) > 255 or any(character in name for character in "/\\:\0"):
+                raise UsageError(f"--sort-into: the class name {shorten(repr(name))} cannot be the name of a folder")
 
     def copy(self, prediction: Prediction) -> None:
         """Copy an image, under another name if there is another image of that name. Skips an identical one."""
@@ -293,7 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     probability = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
     add("--min-confidence", type=probability, default=0.0, metavar="P", help=unsure_help)
     sort_help = "copy each image into a sub-folder of DIR named after its class, or unsure"
-    add("--sort-into", metavar="DIR", help=sort_help)
+    add("--sort-into", type=checked(str, bool, "the name of a folder"), metavar="DIR", help=sort_help)
     add("--json", action="store_true", help="print one JSON object per line")
     add("--csv", metavar="OUT.csv", help="also write the predictions to a CSV file")
     plot_help = f"plot the images (at most {FIGURE_IMAGES}, the least certain ones) with Grad-CAM heat maps"

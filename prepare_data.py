@@ -141,7 +141,7 @@ class Data(NamedTuple):
     class_names: list[str]
     counts: dict[str, Count]  # images per class
     val_source: str  # where the validation images come from
-    leaked: dict[str, int]  # "val", "test": images that are byte-identical to a training image
+    leaked: dict[str, int]  # "val": identical to a training image; "test": to a training or validation image
     skipped: list[Skipped]
     pixel_range: PixelRange | None  # of the images with more than 8 bits
     files: Files
@@ -176,7 +176,7 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     checksums = {
         subset: [checked[_absolute(path)].checksum for path in paths] for subset, (paths, _) in split.subsets.items()
     }
-    training_files = set(checksums["train"])
+    seen = {"val": set(checksums["train"]), "test": {*checksums["train"], *checksums["val"]}}
     return Data(
         train_set=MyDataSet(split.train_paths, split.train_labels, **options),
         val_set=MyDataSet(split.val_paths, split.val_labels, **options),
@@ -186,7 +186,7 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         class_names=split.class_names,
         counts=split.count(),
         val_source=val_source,
-        leaked={name: sum(checksum in training_files for checksum in checksums[name]) for name in ("val", "test")},
+        leaked={subset: sum(checksum in others for checksum in checksums[subset]) for subset, others in seen.items()},
         skipped=split.skipped,
         pixel_range=pixel_range,
         files=describe_files(found, checked),

@@ -25,7 +25,7 @@ from cli_utils import UsageError, printable, quote_command
 from config import command_line
 from data_utils import Count
 from distributed import Distributed
-from file_utils import read_json, write_csv, write_json
+from file_utils import read_json, write_json
 from image_folders import CHECK_CACHE
 from labelled_images import TEST_FILE
 from prepare_data import Data
@@ -38,6 +38,7 @@ except ImportError:  # Windows
     fcntl = None
 
 SKIPPED_FILE = "skipped_files.txt"  # in a run's folder: the files of the data folder that were not used, and why
+TEST_REPORT = "test_report.json"  # in a run's folder: the evaluation of best.pth on the test images
 LAUNCH_FILE = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
 SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
 
@@ -174,9 +175,10 @@ def write_metadata(
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     write_json(data.files, folder / "files.json")
     write_json(data.known, folder.parent / CHECK_CACHE)
+    for name in (TEST_FILE, TEST_REPORT):
+        (folder / name).unlink(missing_ok=True)  # from before a resume
     if data.test_images:
-        rows = [{"path": str(Path(path).absolute()), "label": label} for path, label in data.test_images]
-        write_csv(rows, folder / TEST_FILE)
+        write_json({str(Path(path).absolute()): label for path, label in data.test_images}, folder / TEST_FILE)
     skipped = folder / SKIPPED_FILE
     skipped.write_text("".join(f"{file}\n" for file in data.skipped), encoding="utf-8")
     if not data.skipped:
@@ -216,7 +218,8 @@ def check_same_data(folder: RunFolder, data: Data, allow_changed: bool) -> None:
     """Compare the data with those that the run was trained on, and print each difference to standard error.
 
     Raises:
-        UsageError: the classes differ; files differ and not `allow_changed`; or the run's files.json is corrupt.
+        UsageError: the classes differ; files differ and not `allow_changed`; images that the run has used are now test
+            images; or the run's files.json is corrupt.
     """
     if data.class_names != [normalise(name) for name in folder.checkpoint["class_names"]]:
         names = ", ".join(data.class_names)
@@ -232,7 +235,7 @@ def check_same_data(folder: RunFolder, data: Data, allow_changed: bool) -> None:
             differences[name] = "has changed"
     if not differences:  # otherwise they may have changed the split
         moved = (name for name in now if before[name] != now[name])
-        differences = dict.fromkeys(moved, "has moved between training and validation")
+        differences = dict.fromkeys(moved, "has moved to another subset")
     for name, difference in differences.items():
         print(f"{printable(name)} {difference}", file=sys.stderr)
     if differences and not allow_changed:
@@ -240,6 +243,13 @@ def check_same_data(folder: RunFolder, data: Data, allow_changed: bool) -> None:
             f"{len(differences)} files have changed since the run started; restore them, or pass "
             f"--allow-changed-data to resume with the current files"
         )
+    used = _checksums(before, "train") | _checksums(before, "val")
+    if spoilt := (_checksums(now, "test") - _checksums(before, "test")) & used:
+        raise UsageError(f"{len(spoilt)} images that the run has used would become test images; start a new run")
+
+
+def _checksums(files: Mapping[str, Any], subset: str) -> set[str]:
+    return {checksum for versions in files.values() for kind, checksum in versions if kind == subset}
 
 
 def _is_list_of_pairs(value: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from classifier import Classifier
 from cli_utils import (
+    DataError,
     UsageError,
     describe_device,
     describe_processes,
@@ -44,6 +45,7 @@ from optimization import (
 from prepare_data import Data, prepare_data
 from run_state import Run
 from run_utils import (
+    TEST_REPORT,
     RunFolder,
     StopRequest,
     StopSignals,
@@ -60,7 +62,6 @@ from train_output import print_epoch, print_header, print_result, print_stop
 from tuning import choose_img_size, find_lr
 from weights_io import load_initial_weights
 
-TEST_REPORT = "test_report.json"  # in a run's folder
 PROJECTOR_IMAGES = 1000  # approximate number of validation images in TensorBoard's projector
 
 
@@ -96,7 +97,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     # --- start or resume the run; nothing is written before this, in case a flag or the data is invalid
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
     run = start_run(args, folder, data, img_size, loaders.batches.global_batch, state, dist)
-    if run.finished:
+    if run.finished and not is_test_pending(run, data):
         print(f"{printable(str(run.folder))} is complete: {run.finished}", flush=True)
         return
     logger = NullLogger()
@@ -137,7 +138,8 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 logger.log_epoch(progress, validation, learning_rate, time.perf_counter() - start)
                 run.finish_epoch()
                 print_epoch(run, data, progress, learning_rate, time.perf_counter() - start)
-            report = dist.broadcast_from_main(lambda: evaluate_test_set(run, data, device, amp_dtype), no_timeout=True)
+            test = functools.partial(evaluate_test_set, run, data, device, amp_dtype, args.workers)
+            report = dist.broadcast_from_main(test, no_timeout=True)
             logger.log_test(report)
         except StopRequest:
             callback.save()
@@ -220,15 +222,27 @@ def validate(
     return validation
 
 
+def is_test_pending(run: Run, data: Data) -> bool:
+    """Return whether there are test images that the run has not been evaluated on."""
+    return bool(data.test_images) and not (run.folder / TEST_REPORT).exists()
+
+
 def evaluate_test_set(
-    run: Run, data: Data, device: torch.device, amp_dtype: torch.dtype | None
+    run: Run, data: Data, device: torch.device, amp_dtype: torch.dtype | None, workers: int | None
 ) -> dict[str, Any] | None:
-    """Evaluate best.pth on the test images, if there are any, and write the report to the run's folder."""
+    """Evaluate best.pth on the test images, if there are any, and write the report to the run's folder.
+
+    Raises:
+        DataError: no test image is readable.
+    """
     if not data.test_images:
         return None
-    classifier = Classifier(run.weights / "best.pth", device, amp_dtype)
+    classifier = Classifier(run.weights / "best.pth", device, amp_dtype, workers=workers)
     files = [ImageFile(path, label, path) for path, label in data.test_images]
-    report = build_report(Results.collect(classify_labelled(classifier, files, ErrorLog("train.py")), classifier))
+    images = classify_labelled(classifier, files, ErrorLog("train.py"))
+    if not images:
+        raise DataError(f"none of the {len(files)} test images is readable; restore them, and resume the run")
+    report = build_report(Results.collect(images, classifier)) | {"unreadable": len(files) - len(images)}
     write_json(report, run.folder / TEST_REPORT)
     return report
 

@@ -65,10 +65,12 @@ def describe_risks(args: argparse.Namespace, data: Data) -> list[str]:
     risks = []
     if unvalidated := [name for name, count in data.counts.items() if not count.val]:
         risks.append(f"no validation images of {shorten(', '.join(unvalidated))}")
-    for subset, leaked in data.leaked.items():
-        if leaked:
-            kind = "validation" if subset == "val" else subset
-            risks.append(f"{kind} images that are identical to training images: {leaked}; run check_data.py")
+    untested = [name for name, count in data.counts.items() if not count.test]
+    if data.test_images and untested:
+        risks.append(f"no test images of {shorten(', '.join(untested))}")
+    pairs = {"val": "validation images that are identical to training images"}
+    pairs["test"] = "test images that are identical to training or validation images"
+    risks += [f"{pairs[subset]}: {leaked}; run check_data.py" for subset, leaked in data.leaked.items() if leaked]
     train = {name: count.train for name, count in data.counts.items()}
     most, least = max(train, key=train.get), min(train, key=train.get)
     if args.best_metric == "accuracy" and train[most] > UNEQUAL * train[least]:
@@ -117,8 +119,8 @@ def print_result(run: Run, data: Data, report: Mapping[str, Any] | None) -> None
     print(f"best {result} at epoch {run.best['epoch']}: {printable(best)}")
     if report is not None:
         low, high = report["accuracy"]["interval"]
-        interval = f"(95% interval {low:.3f} to {high:.3f})"
-        print(f"test accuracy {report['accuracy']['value']:.3f} {interval} on {report['images']} images")
+        accuracy = f"{report['accuracy']['value']:.3f} (95% interval {low:.3f} to {high:.3f})"
+        print(f"test accuracy {accuracy} on {report['images']} of {len(data.test_images)} images")
     example = data.val_set.images_path[0]
     print(f"next: {quote_command(['python', 'predict.py', '--weights', best, example])}", flush=True)
 

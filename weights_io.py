@@ -127,13 +127,14 @@ def load_model(
     class_names: list[str] | None = None,
     *,
     img_size: int | None = None,
+    default_names: list[str] | None = None,
 ) -> tuple[ResNet, dict[str, Any]]:
     """Load a trained model for prediction.
 
     Args:
         path: a best.pth or last.pth, a model-N.pth in its run's folder, or a `state_dict` from elsewhere.
         model_name: a key of MODELS; by default the stored one, or else the one that the shapes fit.
-        class_names: by default the stored ones.
+        class_names: by default the stored ones, or else `default_names`.
         img_size: by default the stored one, or else 224.
 
     Returns:
@@ -152,7 +153,7 @@ def load_model(
         raise WeightsError(f"{path}: --model is {model_name}, but {source} states {stated}; omit --model")
     info = DEFAULTS | stored
     info["model"] = model_name or stated or _fitting_model(state)
-    info["class_names"] = class_names or stored.get("class_names")
+    info["class_names"] = class_names or stored.get("class_names") or default_names
     if stored.get("class_names") not in (None, info["class_names"]):
         print_note(f"{path}: --class-indices replaces its class names: {shorten(str(stored['class_names']))}")
     if img_size is not None:
@@ -191,7 +192,7 @@ def check_info(path: str | os.PathLike, info: Mapping[str, Any]) -> None:
     if not isinstance(info["model"], str) or info["model"] not in MODELS:
         raise WeightsError(f"{path}: unknown model {info['model']!r}; supported are {', '.join(MODELS)}")
     if not _is_list_of_names(info["class_names"]):
-        raise WeightsError(f"{path}: its class_names are not a list of names")
+        raise WeightsError(f"{path}: its class_names are not a list of distinct names")
     if not (isinstance(info["img_size"], int) and 32 <= info["img_size"] <= 10_000):
         raise WeightsError(f"{path}: its img_size is {info['img_size']!r}, not a number of pixels from 32 to 10,000")
     if info["resize"] not in RESIZE_MODES:
@@ -199,10 +200,10 @@ def check_info(path: str | os.PathLike, info: Mapping[str, Any]) -> None:
     match info["temperature"]:
         case None:
             pass
-        case float() as temperature if 0 < temperature < math.inf:
+        case int() | float() as temperature if 0.01 <= temperature <= 100:
             pass
         case invalid:
-            raise WeightsError(f"{path}: its temperature is {invalid!r}, not a positive number")
+            raise WeightsError(f"{path}: its temperature is {shorten(repr(invalid))}, not a number from 0.01 to 100")
     if info["familiarity"] is not None and not is_valid_familiarity(info["familiarity"]):
         raise WeightsError(f"{path}: its familiarity is corrupt")
     match info["pixel_range"]:
@@ -215,7 +216,9 @@ def check_info(path: str | os.PathLike, info: Mapping[str, Any]) -> None:
 
 
 def _is_list_of_names(names: Any) -> bool:
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return False
+    return len({*map(normalise, names)}) == len(names)
 
 
 def _read_weights_file(path: str | os.PathLike) -> WeightsFile:

@@ -108,6 +108,10 @@ def test_files_that_are_written(capsys, weights, sample):
     status, lines, errors = run(capsys, sample, "--weights", weights)
     assert status == 0
     assert errors[-1] == "report, predictions and figures: evaluation"
+    assert run(capsys, sample, sample / ".." / sample.name, "--weights", weights, "--output", "") == (
+        *(status, lines),
+        errors[:-1],
+    )  # counts each image once
     names = {"report.json", "predictions.csv", "confusion_matrix.png", "reliability.png", "mistakes.png"}
     assert {path.name for path in Path("evaluation").iterdir()} == names
     for name in names:
@@ -204,7 +208,10 @@ def test_errors_are_one_line_and_write_nothing(capsys, weights, sample, tmp_path
         ([], "has no test images: name a folder of labelled images, or train with --test-rate 0.2"),
         ([sample, "--compare", "other.pth"], "--compare other.pth: has other classes: a, b, c, d, e"),
         ([sample, "--output", "mine"], "--output mine: holds other files; name a new folder"),
-        ([sample, "--output", "other.pth"], "--output other.pth: is a file; name a folder"),
+        ([sample, "--output", "other.pth"], "--output other.pth: other.pth is not a writable folder; choose another"),
+        ([sample, "--output", "other.pth/out"], "--output other.pth/out: "),
+        (["photos", sample, "--output", "photos/cat/out"], "--output photos/cat/out: must not contain photos or lie"),
+        ([sample, "--compare", "missing.pth"], "missing.pth: no such weights file"),
         (["missing"], "'missing': no such file or folder"),
     ):
         status, lines, errors = run(capsys, *flags, "--weights", weights)

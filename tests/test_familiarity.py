@@ -56,6 +56,10 @@ def test_values_of_a_weights_file_are_checked():
         {"precision": valid["precision"][0]},
         {"precision": valid["precision"].double()},
         {"threshold": "high"},
+        {"threshold": float("nan")},
+        {"mean": valid["mean"] / 0},
+        {"mean": valid["mean"].to("meta")},
+        {"precision": valid["precision"].to_sparse()},
         {"more": 1},
     ):
         assert not is_valid_familiarity(valid | changes)

@@ -248,7 +248,8 @@ def test_checkpoint_restores_model_and_metadata(tmp_path):
     model, info = load_model(tmp_path / "best.pth", "cpu")
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.training
-    assert info | {"state_dict": content["state_dict"]} == content
+    torch.testing.assert_close(info.pop("familiarity"), content["familiarity"])
+    assert info == {key: value for key, value in content.items() if key not in ("familiarity", "state_dict")}
     assert torch.equal(model.fc.weight, content["state_dict"]["fc.weight"])
 
 

@@ -33,7 +33,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are f
 
 def header(weights: Path) -> str:
     """Return the line about the weights of the fixture `weights`."""
-    return f"weights {weights}: resnet18, 5 classes, 64 px, epoch 0, accuracy 0.200\n"
+    return f"weights {weights}: resnet18, 5 classes, 64 px, epoch 0, accuracy 0.200, temperature 0.800\n"
 
 
 def run_with_notes(capsys, *argv) -> tuple[int, list[str], list[str]]:

@@ -249,7 +249,7 @@ def test_files_moved_between_training_and_validation_are_listed(pets, tmp_path, 
     assert train.main([*flags(tmp_path / "sides"), "--epochs", "1"]) == 0
     (tmp_path / "sides/train/cat/cat 00.png").rename(tmp_path / "sides/val/cat/cat 00.png")
     assert train.main(["--resume", "--epochs", "2"]) == 1
-    assert "cat/cat 00.png has moved between training and validation" in capsys.readouterr().err
+    assert "cat/cat 00.png has moved to another subset" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the other process is forked")

@@ -85,7 +85,7 @@ def test_tensorboard_tags_and_steps(run):
     for tag in set(tags["scalars"]) - {"step/train_loss"}:
         assert [scalar.step for scalar in events.Scalars(tag)] == [0, 1, 2]
     assert [scalar.step for scalar in events.Scalars("step/train_loss")] == list(range(15))  # 5 steps per epoch
-    images = {"predictions vs. actuals", "confusion matrix", "worst mistakes", "training batch"}
+    images = {"predictions vs. actuals", "confusion matrix", "worst mistakes", "training batch", "reliability"}
     assert set(tags["images"]) == images
     for tag in images:
         assert [image.step for image in events.Images(tag)] == [0, 1, 2]

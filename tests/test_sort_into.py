@@ -110,9 +110,16 @@ def test_the_folder_must_be_outside_the_images(capsys, weights, tmp_path):
     write_image(Path("photos/image.png"))
     status, lines, errors = run(capsys, "photos", "--weights", weights, "--sort-into", "photos/sorted")
     assert (status, lines) == (1, [])
-    assert "--sort-into photos/sorted: is inside photos" in errors[-1]
+    assert "--sort-into photos/sorted: must not contain photos or lie inside it" in errors[-1]
+    for images in (["photos/image.png"], ["photos"]):
+        status, lines, errors = run(capsys, *images, "--weights", weights, "--sort-into", ".")
+        assert (status, lines) == (1, [])
+        assert f"--sort-into .: must not contain {images[0]}" in errors[-1]
+    status, lines, errors = run(capsys, "photos", "--weights", weights, "--sort-into", "photos/image.png/sorted")
+    assert (status, lines) == (1, [])
+    assert "image.png is not a writable folder" in errors[-1]
     content = torch.load(weights, weights_only=True)
-    for name in ("../other", "a\\b", "..", "", "C:"):
+    for name in ("../other", "a\\b", "..", "", "C:", "unsure", 256 * "x"):
         torch.save(content | {"class_names": [*NAMES[:4], name]}, tmp_path / "best.pth")
         status, lines, errors = run(capsys, "photos", "--weights", tmp_path / "best.pth", "--sort-into", "sorted")
         assert (status, lines) == (1, [])

@@ -1,6 +1,7 @@
 """Test images: how they are held out, and what train.py and evaluate.py do with them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ from conftest import read_events, write_classes, write_image
 
 import check_data
 import evaluate
-import predict
 import train
 from cli_utils import DataError
 from data_utils import find_split, split_folder
@@ -66,7 +66,7 @@ def test_best_weights_are_evaluated_on_the_test_images_at_the_end(tmp_path, caps
     report = json.loads((run / "test_report.json").read_text(encoding="utf-8"))
     low, high = report["accuracy"]["interval"]
     interval = f"(95% interval {low:.3f} to {high:.3f})"
-    assert f"test accuracy {report['accuracy']['value']:.3f} {interval} on 6 images\n" in output
+    assert f"test accuracy {report['accuracy']['value']:.3f} {interval} on 6 of 6 images\n" in output
     events = read_events(run)
     for metric in ("accuracy", "macro_f1"):
         assert events.Scalars(f"test/{metric}")[0].value == pytest.approx(report[metric]["value"])
@@ -74,13 +74,12 @@ def test_best_weights_are_evaluated_on_the_test_images_at_the_end(tmp_path, caps
     assert evaluate.main(["--output", "", "--json", "--device", "cpu"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["found"] == {"new": 6, "val": 0, "train": 0}
+    report.pop("unreadable")
     assert {key: again[key] for key in report} == report
     assert evaluate.main([str(folder), "--output", "", "--json", "--device", "cpu"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["found"] == {"new": 6, "val": 4, "train": 14}
     assert {key: again[key] for key in report} == report
-    assert predict.main([str(run / "test_images.csv"), "--device", "cpu"]) == 0
-    assert f"accuracy {report['accuracy']['value']:.4f} (" in capsys.readouterr().out
 
 
 def test_training_does_not_depend_on_the_test_images(tmp_path, capsys):
@@ -107,20 +106,88 @@ def test_check_data_counts_test_images_and_finds_their_copies(tmp_path, capsys):
     assert "LEAK: the same picture in several of training, validation and test: 1" in lines
     assert Path("health.png").stat().st_size > 10_000
     assert train.main(["--data-path", str(folder), "--test-rate", "0.2", *SMALL]) == 0
-    warning = "warning      test images that are identical to training images: 1; run check_data.py"
+    warning = "warning      test images that are identical to training or validation images: 1; run check_data.py"
     assert warning in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--test-rate", "1"], "it must be at least 0 and below 1"),
-        (["--test-rate", "0.8"], "--val-rate and --test-rate: their sum must be below 1"),
-    ],
-)
-def test_invalid_rates(two_classes, capsys, flags, message):
+def test_a_test_that_was_interrupted_is_made_up_for_on_resume(tmp_path, capsys, monkeypatch):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_test_set", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(["--data-path", str(folder), "--test-rate", "0.25", *SMALL])
+    report = Path("runs/flower_experiment/test_report.json")
+    assert not report.exists()
+    assert train.main(["--resume"]) == 0
+    assert json.loads(report.read_text(encoding="utf-8"))["images"] == 6
+    capsys.readouterr()
+    assert train.main(["--resume"]) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_missing_test_images_are_reported(tmp_path, capsys, monkeypatch):
+    folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
+    paths = find_split(folder, test_rate=0.25)[0].test_paths
+    evaluate_test_set, missing = train.evaluate_test_set, paths[:1]
+
+    def remove_and_evaluate(*arguments: object) -> object:
+        for path in missing:
+            Path(path).unlink(missing_ok=True)
+        return evaluate_test_set(*arguments)
+
+    monkeypatch.setattr(train, "evaluate_test_set", remove_and_evaluate)
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", *SMALL]) == 0
+    output = capsys.readouterr()
+    assert "on 5 of 6 images" in output.out
+    assert Path(paths[0]).name in output.err
+    assert json.loads(Path("runs/flower_experiment/test_report.json").read_text())["unreadable"] == 1
+    write_image(Path(paths[0]))
+    missing[:] = paths
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", *SMALL]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "train.py: error: none of the 6 test images is readable; restore them, and resume the run"
+    assert evaluate.main(["--weights", "runs/flower_experiment-2/weights/best.pth", "--device", "cpu"]) == 1
+    assert "exists; if they were moved, name their folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_that_the_run_has_used_do_not_become_test_images(tmp_path, capsys):
+    folder = write_classes(tmp_path / "pets", {"cat": 20, "dog": 20})
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", *SMALL]) == 0
+    files = Path("runs/flower_experiment/files.json").read_bytes()
+    for name in ("cat", "dog"):
+        write_image(folder / name / "0.png", seed=77)
+    capsys.readouterr()
+    assert train.main(["--resume", "--epochs", "2", "--allow-changed-data"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "images that the run has used would become test images; start a new run" in error
+    assert Path("runs/flower_experiment/files.json").read_bytes() == files
+
+
+def test_the_validation_folder_is_not_the_test_folder(tmp_path):
+    for name in ("train", "val", "test"):
+        write_classes(tmp_path / "data" / name, {"cat": 4, "dog": 4})
+    with pytest.raises(DataError, match="is both the validation and the test folder; choose another --val-path"):
+        find_split(tmp_path / "data", tmp_path / "data" / "val" / ".." / "test")
+
+
+@pytest.mark.parametrize("name", [" cat ", "cat\n", "c,a;t", '"cat"', "caf\u0065\u0301", os.fsdecode(b"\xff")])
+def test_odd_names_of_test_images_are_found_again(tmp_path, capsys, name):
+    folder = write_classes(tmp_path / "pets", {"dog": 10})
+    for index in range(10):
+        write_image(folder / name / f" {name}{index}.png", seed=500 + index)
+    assert train.main(["--data-path", str(folder), "--test-rate", "0.25", *SMALL]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["--output", "", "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 4
+
+
+@pytest.mark.parametrize("program", [train, check_data])
+def test_invalid_rates(two_classes, capsys, program):
+    folder = [str(two_classes)] if program is check_data else ["--data-path", str(two_classes)]
     with pytest.raises(SystemExit) as caught:
-        train.main(["--data-path", str(two_classes), *flags])
+        program.main([*folder, "--test-rate", "1"])
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not Path("runs").exists()
+    assert "it must be at least 0 and below 1" in capsys.readouterr().err
+    assert program.main([*folder, "--test-rate", "0.8"]) != 0
+    assert "--val-rate 0.2 and --test-rate 0.8: their sum must be below 1" in capsys.readouterr().err
+    assert list(Path.cwd().iterdir()) == []
