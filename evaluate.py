@@ -102,7 +102,7 @@ def find_test_images(weights: str | Path, class_names: list[str]) -> list[ImageF
         raise UsageError(
             f"{path.parent} has no test images: name a folder of labelled images, or train with --test-rate 0.2"
         )
-    if not set(labels.values()) <= set(class_names):
+    if not {*map(str, labels.values())} <= {*class_names}:
         raise DataError(f"{path}: lists other classes than the weights")
     if not any(map(os.path.lexists, labels)):
         raise DataError(f"none of the {len(labels)} images in {path} exists; if they were moved, name their folder")

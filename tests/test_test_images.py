@@ -30,6 +30,8 @@ def test_held_out_images_are_disjoint_and_seeded(tmp_path):
     for paths, labels in split.subsets.values():
         assert [split.class_names[label] for label in labels] == [Path(path).parent.name for path in paths]
     assert find_split(folder, test_rate=0.3)[0] == split
+    few = write_classes(tmp_path / "few", {"cat": 3, "dog": 3})
+    assert find_split(few, val_rate=0.1, test_rate=0.85)[0].count() == {"cat": (1, 1, 1), "dog": (1, 1, 1)}
     without = split_folder(folder)
     assert (split.val_paths, split.val_labels) == (without.val_paths, without.val_labels)
     assert set(without.train_paths) == {*split.train_paths, *split.test_paths}
