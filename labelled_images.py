@@ -1,4 +1,4 @@
-"""Find the images that a command line names, and their labels."""
+"""Find the images named on the command line, and their labels."""
 
 import os
 from collections import Counter

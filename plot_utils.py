@@ -253,8 +253,8 @@ def reliability(
         used = counts > 0
         upper.plot(np.asarray(confidences)[used], np.asarray(accuracies)[used], marker, color=colour, label=legend)
         lower.stairs(counts, np.linspace(0, 1, len(counts) + 1), color=colour, linestyle=marker[1:])
-    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(-0.02, 1.02), title="reliability")
-    upper.legend(loc="upper left")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
+    figure.legend(loc="outside upper left", frameon=False)
     lower.set(xlabel="confidence", ylabel="images")
     lower.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):

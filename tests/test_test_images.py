@@ -112,7 +112,7 @@ def test_check_data_counts_test_images_and_finds_their_copies(tmp_path, capsys):
     assert warning in capsys.readouterr().out
 
 
-def test_a_test_that_was_interrupted_is_made_up_for_on_resume(tmp_path, capsys, monkeypatch):
+def test_interrupted_test_is_run_on_resume(tmp_path, capsys, monkeypatch):
     folder = write_classes(tmp_path / "pets", {"cat": 12, "dog": 12})
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate_test_set", lambda *arguments: 1 / 0)
