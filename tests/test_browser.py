@@ -156,15 +156,16 @@ def test_custom_scalars(browser):
 
 def test_images(browser):
     browser.open("images")
-    tags = ["confusion matrix", "predictions vs. actuals", "training batch", "worst mistakes"]
+    tags = ["confusion matrix", "predictions vs. actuals", "reliability", "training batch", "worst mistakes"]
     browser.until(lambda: all(tag in browser.text("tf-category-paginated-view") for tag in tags))
-    for closed in browser.find("button.heading:not([open-button])"):
-        browser.driver.execute_script("arguments[0].click()", closed)
     script = f"{FIND} return found.map(image => [image.naturalWidth, image.naturalHeight]);"
 
     def all_loaded() -> bool:
+        # In every poll, as a click on a heading that TensorBoard is about to open closes it.
+        for closed in browser.find("button.heading:not([open-button])"):
+            browser.driver.execute_script("arguments[0].click()", closed)
         sizes = browser.driver.execute_script(script, "img")
-        return len(sizes) == 4 and all(width > 400 and height > 200 for width, height in sizes)
+        return len(sizes) == len(tags) and all(width > 400 and height > 200 for width, height in sizes)
 
     browser.until(all_loaded)
     browser.look("images")
