@@ -151,6 +151,9 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+
+
 def run_in_fork(main: Callable[[], int], stdout: int | None) -> tuple[int, str]:
     """Run a program's `main` in a fork of this process, which has already imported all modules.
 

@@ -1,8 +1,11 @@
-"""A small network and blank figures, for tests that don't depend on the network or on what a figure shows."""
+"""Stand-ins that make tests fast (a small network, blank figures), and calls of predict.py."""
+
+from pathlib import Path
 
 from matplotlib.figure import Figure
 from torch import nn
 
+import predict
 from model import BasicBlock, ResNet
 
 NAMES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]  # of the sample
@@ -24,3 +27,15 @@ class SmallResNet(ResNet):
 
     def _make_layer(self, block: type[BasicBlock], channel: int, block_num: int, stride: int = 1) -> nn.Sequential:
         return super()._make_layer(block, channel // 4, block_num, stride)
+
+
+def describe_weights(weights: Path) -> str:
+    """Return predict.py's line about the weights of the fixture `weights`."""
+    return f"weights {weights}: resnet18, 5 classes, 64 px, epoch 0, accuracy 0.200, temperature 0.800\n"
+
+
+def run_predict(capsys, *argv: object) -> tuple[int, list[str], list[str]]:
+    """Run predict.py; return its exit status and the lines of standard output and standard error."""
+    status = predict.main([*map(str, argv), "--device", "cpu"])
+    output = capsys.readouterr()
+    return status, output.out.splitlines(), output.err.splitlines()

@@ -1,6 +1,5 @@
 """The command line of predict.py."""
 
-import csv
 import json
 import os
 import re
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_another_user, run_in_fork, write_image
+from conftest import ROOT, as_another_user, needs_fork, run_in_fork, write_image
 from PIL import Image
-from shortcuts import NAMES
+from shortcuts import NAMES, describe_weights, run_predict
 
 import check_data
 import classifier
 import cli_utils
-import plot_utils
 import predict
 from class_files import write_class_indices
 from inference import run_inference
@@ -28,24 +26,11 @@ from my_dataset import EvalTransform, MyDataSet
 from weights_io import load_model
 
 pytestmark = pytest.mark.usefixtures("small_network")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
-
-
-def header(weights: Path) -> str:
-    """Return the line about the weights of the fixture `weights`."""
-    return f"weights {weights}: resnet18, 5 classes, 64 px, epoch 0, accuracy 0.200, temperature 0.800\n"
-
-
-def run_with_notes(capsys, *argv) -> tuple[int, list[str], list[str]]:
-    """Run predict.py; return its exit status and the lines of standard output and standard error."""
-    status = predict.main([*map(str, argv), "--device", "cpu"])
-    captured = capsys.readouterr()
-    return status, captured.out.splitlines(), captured.err.splitlines()
 
 
 def run(capsys, *argv) -> tuple[int, list[str], list[str]]:
-    """Run predict.py like `run_with_notes`, without the lines about the weights and the files that are written."""
-    status, lines, errors = run_with_notes(capsys, *argv)
+    """Run predict.py like `run_predict`, without the lines about the weights and the files that are written."""
+    status, lines, errors = run_predict(capsys, *argv)
     notes = ("weights ", "predictions: ", "figure: ")
     return status, lines, [line for line in errors if not line.startswith(notes)]
 
@@ -180,10 +165,10 @@ def test_file_names_are_escaped(capsys, weights, tmp_path):
 def test_default_weights_are_of_the_most_recent_run(capsys, weights, sample, monkeypatch, tmp_path):
     image = next((sample / "roses").iterdir())
     monkeypatch.chdir(weights.parents[3])
-    status, lines, notes = run_with_notes(capsys, image)
+    status, lines, notes = run_predict(capsys, image)
     assert status == 0
     assert lines == run(capsys, image, "--weights", weights)[1]
-    assert "\n".join([*notes, ""]) == header(Path("runs", "first", "weights", "best.pth"))
+    assert "\n".join([*notes, ""]) == describe_weights(Path("runs", "first", "weights", "best.pth"))
     monkeypatch.chdir(tmp_path)
     status, lines, errors = run(capsys, image)
     assert (status, lines, len(errors)) == (1, [], 1)
@@ -200,12 +185,12 @@ def test_plain_state_dict(capsys, weights, sample, tmp_path):
     assert len(errors) == 1
     assert "a resnet18 without class names; also pass --class-indices" in errors[0]
     flags = ["--weights", plain, "--model", "resnet18", "--class-indices", tmp_path / "class_indices.json"]
-    status, lines, notes = run_with_notes(capsys, image, *flags)
+    status, lines, notes = run_predict(capsys, image, *flags)
     assert (status, len(lines)) == (0, 1)
     size = "224 px (the default, as no size is stored; change it with --img-size)"
     assert notes == [f"weights {plain}: resnet18, 5 classes, {size}"]
-    assert run_with_notes(capsys, image, *flags[:2], *flags[4:]) == (0, lines, notes)  # the shapes are a resnet18's
-    _, lines, notes = run_with_notes(capsys, image, *flags, "--img-size", "64")
+    assert run_predict(capsys, image, *flags[:2], *flags[4:]) == (0, lines, notes)  # the shapes are a resnet18's
+    _, lines, notes = run_predict(capsys, image, *flags, "--img-size", "64")
     assert lines == run(capsys, image, "--weights", weights, "--uncalibrated")[1]
     assert notes == [f"weights {plain}: resnet18, 5 classes, 64 px (--img-size)"]
 
@@ -224,7 +209,7 @@ def plain_in_run(weights, tmp_path) -> Path:
 def test_plain_state_dict_in_a_run(capsys, weights, sample, plain_in_run, tmp_path, monkeypatch):
     """It is predicted with the model, the class names and the image size of its run, like best.pth."""
     _, expected, _ = run(capsys, sample / "roses", "--weights", weights, "--json", "--uncalibrated")
-    status, lines, notes = run_with_notes(capsys, sample / "roses", "--weights", plain_in_run, "--json")
+    status, lines, notes = run_predict(capsys, sample / "roses", "--weights", plain_in_run, "--json")
     assert (status, lines) == (0, expected)
     assert notes == [f"weights {plain_in_run}: resnet18, 5 classes, 64 px"]
     monkeypatch.chdir(plain_in_run.parent)
@@ -271,96 +256,10 @@ def test_run_with_invalid_metadata_is_an_error(capsys, sample, plain_in_run, cha
 def test_img_size_overrides_the_stored_size(capsys, weights, sample):
     image = next((sample / "roses").iterdir())
     _, expected, _ = run(capsys, image, "--weights", weights)
-    status, lines, notes = run_with_notes(capsys, image, "--weights", weights, "--img-size", "96")
+    status, lines, notes = run_predict(capsys, image, "--weights", weights, "--img-size", "96")
     assert status == 0
     assert lines != expected
-    assert notes == [header(weights).replace("64 px", "96 px (--img-size)").strip()]
-
-
-def test_written_files_are_named(capsys, weights, sample, tmp_path):
-    image, plot, table = next((sample / "roses").iterdir()), tmp_path / "plot.png", tmp_path / "out.csv"
-    _, expected, _ = run(capsys, image, "--weights", weights)
-    status, lines, notes = run_with_notes(capsys, image, "--weights", weights, "--save-plot", plot, "--csv", table)
-    assert (status, lines) == (0, expected)
-    assert notes == [header(weights).strip(), f"predictions: {table}", f"figure: {plot}"]
-
-
-@pytest.mark.parametrize("extension", ["png", "PDF"])
-def test_plot_formats(capsys, weights, sample, tmp_path, extension):
-    out = tmp_path / f"out.{extension}"
-    status, lines, _ = run(capsys, sample / "roses", sample, "--weights", weights, "--save-plot", out)
-    assert (status, len(lines)) == (0, 121)
-    assert out.stat().st_size > 10_000
-    assert {path.name for path in tmp_path.iterdir()} == {out.name}
-
-
-def test_plot_shows_the_least_certain_images_of_a_folder(capsys, weights, sample, tmp_path, monkeypatch):
-    drawn = []
-    explained = plot_utils.explained
-    monkeypatch.setattr(plot_utils, "explained", lambda *content: drawn.append(content) or explained(*content))
-    csv_path = tmp_path / "out.csv"
-    flags = ["--weights", weights, "--topk", "2", "--save-plot", tmp_path / "out.png", "--csv", csv_path]
-    status, lines, _ = run(capsys, sample, *flags)
-    assert (status, len(lines)) == (0, 101)
-    with open(csv_path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["image", "class", "probability", "label", "flags", "class 2", "probability 2"]
-    for row, line in zip(rows, lines, strict=False):
-        assert line.startswith(f"{row['image']}: {row['class']} ")
-        printed = float(line.removeprefix(f"{row['image']}: {row['class']} ").partition("%")[0])
-        assert printed == pytest.approx(100 * float(row["probability"]), abs=0.0051)  # both are rounded
-        assert row["label"] == Path(row["image"]).parent.name
-    images, heats, tops, titles, labels = drawn[0]
-    probability = {row["image"]: float(row["probability"]) for row in rows}
-    assert [probability[title] for title in titles] == sorted(probability.values())[:24]  # some are equal
-    assert labels == [Path(title).parent.name for title in titles]
-    assert images.shape == (24, 64, 64, 3)
-    assert heats.shape == (24, 64, 64)
-    assert all(len(top) == 2 for top in tops)
-    with Image.open(tmp_path / "out.png") as figure:
-        assert figure.height > 1500  # eight rows
-
-
-def test_plot_keeps_the_order_of_named_images(capsys, weights, sample, tmp_path, monkeypatch):
-    drawn = []
-    explained = plot_utils.explained
-    monkeypatch.setattr(plot_utils, "explained", lambda *content: drawn.append(content) or explained(*content))
-    paths = [str(path) for path in sorted((sample / "tulips").iterdir())[:3]]
-    assert run(capsys, *paths, "--weights", weights, "--save-plot", tmp_path / "out.png")[0] == 0
-    assert drawn[0][3] == paths
-
-
-def test_images_are_not_overwritten(capsys, weights, sample, tmp_path):
-    """The shell expands `--save-plot *.jpg` to the names of images."""
-    image = next((sample / "roses").iterdir())
-    photograph = Path(shutil.copy(image, tmp_path / "a.png"))
-    for flag in ("--save-plot", "--csv"):
-        status, lines, errors = run(capsys, image, "--weights", weights, flag, photograph)
-        assert (status, lines, len(errors)) == (1, [], 1)
-        assert str(photograph) in errors[0]
-    assert photograph.read_bytes() == image.read_bytes()
-    for out in ("out.png", "out.png", "out.jpg", "out.jpg"):  # its own figures may be replaced
-        assert run(capsys, image, "--weights", weights, "--save-plot", tmp_path / out)[0] == 0
-
-
-@needs_fork
-def test_csv_can_be_a_named_pipe(weights, sample, tmp_path):
-    image, pipe = str(next((sample / "roses").iterdir())), tmp_path / "pipe"
-    os.mkfifo(pipe)
-    with (
-        open(os.devnull, "w") as null,
-        subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader,
-    ):
-        try:
-            arguments = [image, "--weights", str(weights), "--device", "cpu", "--csv", str(pipe)]
-            assert run_in_fork(lambda: predict.main(arguments), null.fileno()) == (
-                0,
-                f"{header(weights)}predictions: {pipe}\n",
-            )
-            assert len(reader.communicate(timeout=10)[0].splitlines()) == 2
-        finally:
-            reader.kill()  # in case nothing was written
-    assert pipe.is_fifo()
+    assert notes == [describe_weights(weights).replace("64 px", "96 px (--img-size)").strip()]
 
 
 def test_empty_path_is_not_the_current_folder(capsys, weights, tmp_path, monkeypatch):
@@ -381,7 +280,7 @@ def main_of(program: str, weights: Path, images: Path) -> Callable[[], int]:
 @pytest.mark.parametrize("program", ["predict.py", "check_data.py"])
 def test_programs_run_without_stdout(weights, sample, program):
     """Services and pythonw have no standard output."""
-    expected = header(weights) if program == "predict.py" else ""
+    expected = describe_weights(weights) if program == "predict.py" else ""
     assert run_in_fork(main_of(program, weights, sample), stdout=None) == (0, expected)
 
 
@@ -390,7 +289,7 @@ def test_programs_run_without_stdout(weights, sample, program):
 @pytest.mark.parametrize(("program", "status"), [("predict.py", 1), ("check_data.py", 2)])
 def test_failed_output_is_a_one_line_error(weights, sample, program, status):
     main = main_of(program, weights, sample)
-    notes = header(weights) if program == "predict.py" else ""
+    notes = describe_weights(weights) if program == "predict.py" else ""
     with open("/dev/full", "w") as full:
         result = run_in_fork(main, full.fileno())
     assert result == (status, f"{notes}{program}: error: [Errno 28] No space left on device\n")

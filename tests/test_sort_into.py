@@ -8,17 +8,9 @@ import pytest
 import torch
 from conftest import write_image
 from shortcuts import NAMES
-
-import predict
+from shortcuts import run_predict as run
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network")
-
-
-def run(capsys, *argv: object) -> tuple[int, list[str], list[str]]:
-    """Run predict.py, and return its exit status and the lines on standard output and standard error."""
-    status = predict.main([*map(str, argv), "--device", "cpu"])
-    output = capsys.readouterr()
-    return status, output.out.splitlines(), output.err.splitlines()
 
 
 def records(capsys, *argv: object) -> list[dict]:
