@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -317,18 +317,19 @@ def cache_features(
     img_size: int,
     device: torch.device,
     dist: Distributed,
-    **options: Any,
+    amp_dtype: torch.dtype | None = None,
+    after_batch: Callable[[], None] | None = None,
 ) -> Loaders:
     """Compute the features of a frozen backbone, and create the loaders to train and validate `fc` on them.
 
     Args:
         loaders: the loaders of the images.
-        options: keyword arguments for `run_inference`.
+        amp_dtype, after_batch: see `run_inference`.
     """
 
-    def run(loader: DataLoader) -> Outputs:
-        run = functools.partial(run_inference, model, loader, device, feature_stride=1, **options)
-        return gather_outputs(run, dist)
+    def compute(loader: DataLoader) -> Outputs:
+        options = {"amp_dtype": amp_dtype, "feature_stride": 1, "after_batch": after_batch}
+        return gather_outputs(functools.partial(run_inference, model, loader, device, **options), dist)
 
     order, items = loaders.batches.order, []
     for view in range(args.recipe.feature_views):
@@ -336,10 +337,10 @@ def cache_features(
         items += sorted(order)  # sorted by image index
     workers = number_of_workers(args.workers, dist.local_world_size)
     batches = rank_share(items, args.batch_size, dist)
-    train = run(make_loader(loaders.train.dataset, batches, workers, device))
+    train = compute(make_loader(loaders.train.dataset, batches, workers, device))
     views = list(zip(train.features.split(order.size), train.labels.split(order.size), strict=True))
     train_loader = DataLoader(CachedFeatures(views), batch_sampler=loaders.batches, generator=torch.Generator())
-    val = run(loaders.val)
+    val = compute(loaders.val)
     val_batches = rank_share(range(len(val.labels)), 1024, dist)
     val_loader = DataLoader(TensorDataset(val.features, val.labels), batch_sampler=val_batches)
     return Loaders(train_loader, val_loader, val_layer1=val.layer1)

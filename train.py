@@ -121,8 +121,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
             learner, eval_model = model, run.eval_model
             if uses_cached_features(args):  # train only fc, on features that are computed once
                 learner = eval_model = model.fc
-                check = {"amp_dtype": amp_dtype, "after_batch": stop.check}
-                loaders = cache_features(args, model, loaders, img_size, device, dist, **check)
+                loaders = cache_features(args, model, loaders, img_size, device, dist, amp_dtype, stop.check)
             learner = dist.wrap_ddp(learner, device, sync_bn=args.sync_bn)
             options |= {"label_smoothing": args.label_smoothing, "callback": callback, "keep_bar": False}
             while not run.finished:
@@ -138,8 +137,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
                 logger.log_epoch(progress, validation, learning_rate, time.perf_counter() - start)
                 run.finish_epoch()
                 print_epoch(run, data, progress, learning_rate, time.perf_counter() - start)
-            test = functools.partial(evaluate_test_set, run, data, device, amp_dtype, args.workers)
-            report = dist.broadcast_from_main(test, no_timeout=True)
+            report = evaluate_test_set(run, data, device, amp_dtype, args.workers)
             logger.log_test(report)
         except StopRequest:
             callback.save()
@@ -232,19 +230,25 @@ def evaluate_test_set(
 ) -> dict[str, Any] | None:
     """Evaluate best.pth on the test images, if there are any, and write the report to the run's folder.
 
+    The main process evaluates; the others wait for its report.
+
     Raises:
         DataError: no test image is readable.
     """
     if not data.test_images:
         return None
-    classifier = Classifier(run.weights / "best.pth", device, amp_dtype, workers=workers)
-    files = [ImageFile(path, label, path) for path, label in data.test_images]
-    images = classify_labelled(classifier, files, ErrorLog("train.py"))
-    if not images:
-        raise DataError(f"none of the {len(files)} test images is readable; restore them, and resume the run")
-    report = build_report(Results.collect(images, classifier)) | {"unreadable": len(files) - len(images)}
-    write_json(report, run.folder / TEST_REPORT)
-    return report
+
+    def evaluate() -> dict[str, Any]:
+        classifier = Classifier(run.weights / "best.pth", device, amp_dtype, workers=workers)
+        files = [ImageFile(path, label, path) for path, label in data.test_images]
+        images = classify_labelled(classifier, files, ErrorLog("train.py"))
+        if not images:
+            raise DataError(f"none of the {len(files)} test images is readable; restore them, and resume the run")
+        report = build_report(Results.collect(images, classifier)) | {"unreadable": len(files) - len(images)}
+        write_json(report, run.folder / TEST_REPORT)
+        return report
+
+    return run.dist.broadcast_from_main(evaluate, no_timeout=True)
 
 
 def setup_device(args: argparse.Namespace, dist: Distributed) -> tuple[torch.device, torch.dtype | None, str]:
