@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, map_files, output_path, printable, run_program
-from data_utils import Split, find_split, require_usable_images
+from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, checked, map_files, output_path, printable, run_program
+from dataset_split import Split, find_split, require_usable_images
 from duplicates import (
     DETAIL,
     MAX_COMPARED,
@@ -372,10 +372,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     folder_help = "a folder with one sub-folder per class, or with train and val; or a CSV table"
     add("folder", metavar="FOLDER", help=folder_help)
     add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class, or a table")
-    add("--val-rate", type=float, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
+    rate = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    add("--val-rate", type=rate, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
     test_help = "fraction of each class to hold out for testing (default: %(default)g)"
-    add("--test-rate", type=float, default=0.0, help=test_help)
-    add("--workers", type=int, help="worker processes that read images (default: one per core, at most 8)")
+    add("--test-rate", type=rate, default=0.0, help=test_help)
+    count = checked(int, lambda n: n >= 0, "at least 0")
+    add("--workers", type=count, help="worker processes that read images (default: one per core, at most 8)")
     add(
         "--save-plot",
         metavar="OUT.png",
@@ -386,11 +388,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.folder or args.val_path == "":
         parser.error("a folder name is empty")
-    for flag, rate in ("--val-rate", args.val_rate), ("--test-rate", args.test_rate):
-        if not 0 <= rate < 1:
-            parser.error(f"{flag} is {rate}; it must be at least 0 and below 1")
-    if args.workers is not None and args.workers < 0:
-        parser.error(f"--workers is {args.workers}; it must be at least 0")
     return args
 
 

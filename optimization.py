@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import SIZE_STEP, training_sizes
-from data_utils import Count
+from dataset_split import Count
 from distributed import Distributed
 from model import ResNet
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli_utils import DataError, UsageError, map_files, number_of_workers
-from data_utils import Count, Split, find_split, require_usable_images
+from dataset_split import Count, Split, find_split, require_usable_images
 from download import download_flower_photos
 from file_utils import read_json
 from image_folders import UNREADABLE, UNSUPPORTED, Skipped, file_checksum, unreadable

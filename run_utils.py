@@ -23,7 +23,7 @@ from checkpoint import read_checkpoint
 from class_files import normalise, write_class_indices
 from cli_utils import UsageError, printable, quote_command
 from config import command_line
-from data_utils import Count
+from dataset_split import Count
 from distributed import Distributed
 from file_utils import read_json, write_json
 from image_folders import CHECK_CACHE

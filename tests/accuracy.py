@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from measuring import BENCH, append_rows, drawn_sample, hardware, our_flags, read_rows
 
 from config import FLAG_DEFAULTS, RECIPES
-from data_utils import find_split
+from dataset_split import find_split
 
 METRICS = ("accuracy", "val_loss")
 

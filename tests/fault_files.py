@@ -26,13 +26,9 @@ from torchvision import models
 
 import predict
 from checkpoint import read_checkpoint
-from data_utils import (
-    DataError,
-    read_class_indices,
-    read_label_file,
-    read_pickle,
-    split_folder,
-)
+from class_files import read_class_indices, read_label_file, read_pickle
+from cli_utils import DataError
+from dataset_split import split_folder
 from download import download_flower_photos
 from image_io import ImageError, read_image
 from model import resnet18

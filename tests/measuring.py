@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from cli_utils import available_cores, available_memory, describe_device, number_of_workers, select_precision
 from data_loading import DistributedBatchSampler, EpochSampler, build_val_loader, make_loader
-from data_utils import find_split
+from dataset_split import find_split
 from distributed import Distributed
 from image_cache import ImageCache
 from inference import run_inference

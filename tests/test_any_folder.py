@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 import prepare_data
 import train
+from cli_utils import DataError
 from data_loading import EpochSampler, SafeImages
-from data_utils import DataError, find_split, split_folder
+from dataset_split import find_split, split_folder
 from image_folders import list_images
 from image_io import ImageError, read_image
 from my_dataset import EvalTransform, MyDataSet, TrainTransform

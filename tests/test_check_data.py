@@ -259,8 +259,8 @@ def test_figure_labels_do_not_overlap(classes):
     [
         (["nowhere"], "nowhere: no such folder"),
         (["{data}/cat"], "needs at least two sub-folders"),
-        (["{data}", "--val-rate", "1"], "--val-rate is 1.0"),
-        (["{data}", "--workers", "-1"], "--workers is -1"),
+        (["{data}", "--val-rate", "1"], "--val-rate: '1' is invalid; it must be at least 0 and below 1"),
+        (["{data}", "--workers", "-1"], "--workers: '-1' is invalid; it must be at least 0"),
         (["{data}", "--val-path", "nowhere"], "nowhere: no such folder"),
         (["{data}", "--csv", "x.txt"], "--csv x.txt: name a .csv file in an existing folder"),
         (["{data}", "--csv", "{data}/cat/x.csv"], "is inside the data"),

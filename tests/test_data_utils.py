@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
 import data_utils
+from cli_utils import DataError
 from data_utils import (
-    DataError,
-    find_split,
     plot_class_preds,
     plot_data_loader_image,
     read_class_indices,
@@ -29,6 +28,7 @@ from data_utils import (
     write_class_indices,
     write_pickle,
 )
+from dataset_split import find_split
 from my_dataset import MEAN, STD, EvalTransform, MyDataSet
 from plot_utils import class_distribution, labelled_images, predictions
 

@@ -18,7 +18,7 @@ import train
 import train_eval_utils
 from cli_utils import UsageError
 from data_loading import DistributedBatchSampler, EpochSampler, build_train_loader, build_val_loader
-from data_utils import find_split
+from dataset_split import find_split
 from distributed import Distributed, is_connection_lost
 from image_cache import ImageCache
 from inference import Outputs, gather_outputs, run_inference

@@ -17,7 +17,7 @@ import predict
 import prepare_data
 import train
 from cli_utils import DataError
-from data_utils import find_split, split_folder
+from dataset_split import find_split, split_folder
 from image_folders import count_skipped, likely_class
 from labelled_images import describe_unlabelled, find_images
 from my_dataset import EvalTransform

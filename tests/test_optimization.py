@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import config
-from data_utils import Count
+from dataset_split import Count
 from optimization import Muon, Schedule, TimedSchedule, build_class_weights, orthogonalize
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import train
 from config import FLAG_DEFAULTS, RECIPES, training_sizes
 from data_loading import EpochSampler, Loaders, build_train_loader, build_val_loader, cache_features
-from data_utils import find_split
+from dataset_split import find_split
 from distributed import Distributed
 from metrics import Evaluation
 from model import MODELS, ResNet, to_device

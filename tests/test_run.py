@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 import train
 from cli_utils import select_precision
-from data_utils import find_split
+from dataset_split import find_split
 from model import resnet18
 from my_dataset import EvalTransform, MyDataSet
 from train_eval_utils import evaluate

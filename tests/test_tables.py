@@ -13,7 +13,7 @@ import check_data
 import predict
 import train
 from cli_utils import DataError
-from data_utils import find_split
+from dataset_split import find_split
 from image_folders import count_skipped
 from tables import is_table, read_table
 

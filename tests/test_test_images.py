@@ -11,7 +11,7 @@ import check_data
 import evaluate
 import train
 from cli_utils import DataError
-from data_utils import find_split, split_folder
+from dataset_split import find_split, split_folder
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
 SMALL = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--workers", "0", "--epochs", "1"]

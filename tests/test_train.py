@@ -14,7 +14,8 @@ import prepare_data
 import tensorboard_logger
 import train
 from data_loading import build_train_loader
-from data_utils import choose_figure_images, find_split
+from data_utils import choose_figure_images
+from dataset_split import find_split
 from distributed import Distributed
 from image_io import read_image
 from inference import run_inference

@@ -17,8 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
 from tqdm import tqdm
 
+from class_files import write_class_indices
 from cli_utils import select_device
-from data_utils import find_split, plot_class_preds, write_class_indices
+from data_utils import plot_class_preds
+from dataset_split import find_split
 from model import MODELS
 from my_dataset import MEAN, STD, MyDataSet
 
