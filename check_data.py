@@ -8,7 +8,6 @@ Exit status: 0 if there are no label conflicts, 1 if a picture is in several cla
 
 import argparse
 import contextlib
-import functools
 import itertools
 import sys
 from collections import Counter
@@ -18,24 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, checked, map_files, output_path, printable, run_program
+from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, checked, output_path, printable, run_program
 from dataset_split import Split, find_split, require_usable_images
-from duplicates import (
-    DETAIL,
-    MAX_COMPARED,
-    MAX_DETAIL_DIFFERENCE,
-    THUMBNAIL,
-    detail_difference,
-    group_near_identical,
-    make_detail,
-    make_thumbnail,
-    nearest_thumbnails,
-    perceptual_hashes,
-)
+from duplicates import MAX_COMPARED, Picture, find_duplicates, read_pictures
 from file_utils import atomic_file, write_csv
-from image_folders import UNKNOWN_TYPE, Skipped, file_checksum, unreadable
-from image_io import ImageError, PixelRange, merge_pixel_ranges, read_header, read_image, read_pixel_range
-from my_dataset import EXTREME, is_extreme
+from image_folders import UNKNOWN_TYPE, Skipped
+from image_io import ImageError, PixelRange, read_image
 
 SMALL_SIDE = 224  # pixels: train.py's default image size
 UNBALANCED = 10  # warn from this ratio of the largest class to the smallest
@@ -43,17 +30,6 @@ LISTED_FILES, LISTED_GROUPS, LISTED_MEMBERS = 10, 20, 6  # maximum numbers to pr
 LOOK_ALIKES = 10  # warn if at least this many pictures, and images of a class, look alike as thumbnails
 FIGURE_PAIRS = 8  # maximum number of label conflicts in the figure
 SUBSETS = {"train": "training", "val": "validation", "test": "test"}
-
-
-class Picture(NamedTuple):
-    """An image file's header, checksum and thumbnail (see `make_thumbnail`), or the reason why it is skipped."""
-
-    skipped: Skipped | None
-    format: str = ""
-    mode: str = ""
-    size: tuple[int, int] = (0, 0)  # width and height in pixels, upright
-    checksum: str = ""
-    thumbnail: np.ndarray | None = None
 
 
 class Member(NamedTuple):
@@ -97,9 +73,8 @@ def check_data(args: argparse.Namespace) -> int:
         for image in zip(paths, labels, strict=True)
     ]
     paths = [image.path for image in images]
-    pixel_range = merge_pixel_ranges(map_files(pixel_range_or_none, paths, args.workers, "reading headers"))
-    read = functools.partial(read_picture, pixel_range=pixel_range)
-    pictures = dict(zip(paths, map_files(read, paths, args.workers, "reading images"), strict=True))
+    read, pixel_range = read_pictures(paths, args.workers)
+    pictures = dict(zip(paths, read, strict=True))
 
     left = split.drop([picture.skipped for picture in pictures.values() if picture.skipped is not None])
     usable = [(image, pictures[image.path]) for image in images if pictures[image.path].skipped is None]
@@ -149,27 +124,6 @@ def output_outside_data(
     return path
 
 
-def pixel_range_or_none(path: str) -> PixelRange | None:
-    """Call `read_pixel_range`; return None for an unreadable image, which is reported when it is read."""
-    try:
-        return read_pixel_range(path)
-    except ImageError:
-        return None
-
-
-def read_picture(path: str, pixel_range: PixelRange | None) -> Picture:
-    """Read an image file's header, thumbnail and checksum."""
-    try:
-        header = read_header(path)
-        thumbnail = make_thumbnail(read_image(path, min_side=8 * THUMBNAIL, pixel_range=pixel_range))
-        checksum = file_checksum(path)
-        if checksum is None:
-            raise ImageError(f"cannot read image {path!r}: it has been removed")
-    except ImageError as error:
-        return Picture(unreadable(path, error))
-    return Picture(Skipped(path, EXTREME, EXTREME) if is_extreme(path) else None, *header, checksum, thumbnail)
-
-
 def find_groups(
     usable: Sequence[tuple[Member, Picture]], pixel_range: PixelRange | None, workers: int | None = None
 ) -> tuple[list[Group], Counter[int]]:
@@ -181,9 +135,8 @@ def find_groups(
     """
     if not usable:
         return [], Counter()
-    thumbnails = np.stack([picture.thumbnail for _, picture in usable])
-    alike = group_near_identical(perceptual_hashes(thumbnails), thumbnails)
-    same = compare_in_detail(usable, thumbnails, alike, pixel_range, workers)
+    paths = [image.path for image, _ in usable]
+    same, alike = find_duplicates(paths, [picture for _, picture in usable], pixel_range, workers)
     members: dict[int, list[int]] = {}
     for index, picture in enumerate(same.tolist()):
         members.setdefault(picture, []).append(index)
@@ -195,45 +148,6 @@ def find_groups(
     different = np.bincount(alike[np.unique(same)], minlength=len(usable)) >= LOOK_ALIKES
     look_alikes = Counter(usable[i][0].label for i in np.flatnonzero(different[alike]))
     return sorted(groups, key=lambda group: (not group.conflict, not group.leak)), look_alikes
-
-
-def compare_in_detail(
-    usable: Sequence[tuple[Member, Picture]],
-    thumbnails: np.ndarray,
-    alike: np.ndarray,
-    pixel_range: PixelRange | None,
-    workers: int | None,
-) -> np.ndarray:
-    """Read images that look alike as thumbnails again, and compare them in detail, unless their files are identical.
-
-    Args:
-        alike: (N,) int64: for each image, the group of the images that look like it.
-
-    Returns:
-        (N,) int64: for each image, the index of the first image that shows the same picture.
-    """
-    first: dict[str, int] = {}
-    identical = np.array([first.setdefault(picture.checksum, i) for i, (_, picture) in enumerate(usable)])
-    distinct = np.unique(identical)
-    distinct = distinct[np.argsort(alike[distinct], kind="stable")]
-    pairs = []  # for each image, its index and those of the images to compare it with
-    for group in np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1):
-        nearest = nearest_thumbnails(thumbnails[group])
-        pairs += [(i, group[others]) for i, others in zip(group, nearest, strict=True) if others]
-    paths = [[usable[i][0].path, *(usable[j][0].path for j in others)] for i, others in pairs]
-    same = np.arange(len(usable))
-    compare = functools.partial(same_in_detail, pixel_range=pixel_range)
-    for (i, others), equal in zip(pairs, map_files(compare, paths, workers, "comparing images"), strict=True):
-        for j in others[equal]:
-            if same[i] != same[j]:
-                same[same == max(same[i], same[j])] = min(same[i], same[j])
-    return same[identical]
-
-
-def same_in_detail(paths: Sequence[str], pixel_range: PixelRange | None) -> list[bool]:
-    """Return for each image file after the first whether it shows the same picture as the first."""
-    detail, *others = (make_detail(read_image(path, 2 * DETAIL, pixel_range)) for path in paths)
-    return [detail_difference(detail, other) <= MAX_DETAIL_DIFFERENCE for other in others]
 
 
 # --- output -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,16 @@
 """Find near-identical images: the same picture re-encoded, resized or slightly changed."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from cli_utils import map_files
+from image_folders import Skipped, file_checksum, unreadable
+from image_io import ImageError, PixelRange, merge_pixel_ranges, read_header, read_image, read_pixel_range
+from my_dataset import EXTREME, is_extreme
 
 # Thresholds for near-identical images, measured on photographs and drawn flowers of 64 px or more. Copies (re-encoded
 # at quality 30 or more, or resized smoothly by a factor of 0.5 to 2) differ by at most 5 bits, 3.6 luma and 9.2 chroma.
@@ -202,3 +209,102 @@ def _split_chains(groups: np.ndarray, thumbnails: np.ndarray) -> None:
             groups[members[close]] = members[0]
             members = members[~close]
             groups[members] = members[:1]
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """An image file's header, checksum and thumbnail (see `make_thumbnail`), or the reason why it is skipped."""
+
+    skipped: Skipped | None
+    format: str = ""
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)  # width and height in pixels, upright
+    checksum: str = ""
+    thumbnail: np.ndarray | None = None
+
+
+def read_pictures(paths: Sequence[str], workers: int | None = None) -> tuple[list[Picture], PixelRange | None]:
+    """Read image files, and the pixel range of those with more than 8 bits."""
+    pixel_range = merge_pixel_ranges(map_files(pixel_range_or_none, paths, workers, "reading headers"))
+    read = functools.partial(read_picture, pixel_range=pixel_range)
+    return list(map_files(read, paths, workers, "reading images")), pixel_range
+
+
+def pixel_range_or_none(path: str) -> PixelRange | None:
+    """Call `read_pixel_range`; return None for an unreadable image, which is reported when it is read."""
+    try:
+        return read_pixel_range(path)
+    except ImageError:
+        return None
+
+
+def read_picture(path: str, pixel_range: PixelRange | None) -> Picture:
+    """Read an image file's header, thumbnail and checksum."""
+    try:
+        header = read_header(path)
+        thumbnail = make_thumbnail(read_image(path, min_side=8 * THUMBNAIL, pixel_range=pixel_range))
+        checksum = file_checksum(path)
+        if checksum is None:
+            raise ImageError(f"cannot read image {path!r}: it has been removed")
+    except ImageError as error:
+        return Picture(unreadable(path, error))
+    return Picture(Skipped(path, EXTREME, EXTREME) if is_extreme(path) else None, *header, checksum, thumbnail)
+
+
+def find_duplicates(
+    paths: Sequence[str], pictures: Sequence[Picture], pixel_range: PixelRange | None, workers: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find images that show the same picture.
+
+    Args:
+        pictures: of the usable images `paths`, at least one.
+
+    Returns:
+        (N,) int64: for each image, the index of the first image that shows the same picture; and (N,) int64: the index
+        of the first image whose thumbnail looks alike.
+    """
+    thumbnails = np.stack([picture.thumbnail for picture in pictures])
+    alike = group_near_identical(perceptual_hashes(thumbnails), thumbnails)
+    return compare_in_detail(paths, pictures, thumbnails, alike, pixel_range, workers), alike
+
+
+def compare_in_detail(
+    paths: Sequence[str],
+    pictures: Sequence[Picture],
+    thumbnails: np.ndarray,
+    alike: np.ndarray,
+    pixel_range: PixelRange | None,
+    workers: int | None,
+) -> np.ndarray:
+    """Read images that look alike as thumbnails again, and compare them in detail, unless their files are identical.
+
+    Args:
+        alike: (N,) int64: for each image, the group of the images that look like it.
+
+    Returns:
+        (N,) int64: for each image, the index of the first image that shows the same picture.
+    """
+    first: dict[str, int] = {}
+    identical = np.array([first.setdefault(picture.checksum, i) for i, picture in enumerate(pictures)])
+    distinct = np.unique(identical)
+    distinct = distinct[np.argsort(alike[distinct], kind="stable")]
+    pairs = []  # for each image, its index and those of the images to compare it with
+    for group in np.split(distinct, np.flatnonzero(np.diff(alike[distinct])) + 1):
+        nearest = nearest_thumbnails(thumbnails[group])
+        pairs += [(i, group[others]) for i, others in zip(group, nearest, strict=True) if others]
+    files = [[paths[i], *(paths[j] for j in others)] for i, others in pairs]
+    same = np.arange(len(paths))
+    compare = functools.partial(same_in_detail, pixel_range=pixel_range)
+    for (i, others), equal in zip(pairs, map_files(compare, files, workers, "comparing images"), strict=True):
+        for j in others[equal]:
+            if same[i] != same[j]:
+                same[same == max(same[i], same[j])] = min(same[i], same[j])
+    return same[identical]
+
+
+def same_in_detail(paths: Sequence[str], pixel_range: PixelRange | None) -> list[bool]:
+    """Return for each image file after the first whether it shows the same picture as the first."""
+    detail, *others = (make_detail(read_image(path, 2 * DETAIL, pixel_range)) for path in paths)
+    return [detail_difference(detail, other) <= MAX_DETAIL_DIFFERENCE for other in others]

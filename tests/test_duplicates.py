@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 from test_check_data import groups_of, run
 
-import check_data
 import cli_utils
+import duplicates
 from duplicates import (
     MAX_COMPARED,
     MAX_LUMA,
@@ -140,7 +140,7 @@ def test_frames_of_a_fixed_camera_match_only_their_copies(capsys, tmp_path):
 
 
 def test_identical_files_are_not_compared(capsys, pages, monkeypatch):
-    monkeypatch.setattr(check_data, "same_in_detail", pytest.fail)
+    monkeypatch.setattr(duplicates, "same_in_detail", pytest.fail)
     for path in pages.glob("*/*"):
         path.write_bytes((pages / "letters/03.png").read_bytes())
     _, output, _ = run(capsys, pages)
@@ -163,7 +163,7 @@ def test_image_removed_before_it_is_compared(capsys, pages, monkeypatch):
         (pages / "letters/03.png").unlink()
         return group_near_identical(*args)
 
-    monkeypatch.setattr(check_data, "group_near_identical", remove)
+    monkeypatch.setattr(duplicates, "group_near_identical", remove)
     status, _, errors = run(capsys, pages)
     assert (status, errors.count("\n")) == (2, 1)
     assert errors.startswith(f"check_data.py: error: cannot read image {str(pages / 'letters/03.png')!r}: No such file")
