@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, checked, output_path, printable, run_program
+from corrections import Corrections
 from dataset_split import Split, find_split, require_usable_images
 from duplicates import MAX_COMPARED, Picture, find_duplicates, read_pictures
 from file_utils import atomic_file, write_csv
@@ -67,6 +68,8 @@ def check_data(args: argparse.Namespace) -> int:
     plot_path = output_outside_data("--save-plot", args.save_plot, FIGURE_FORMATS, folders)
     csv_path = output_outside_data("--csv", args.csv, (".csv",), folders)
     split, val_source = find_split(args.folder, args.val_path, args.val_rate, args.test_rate)
+    if args.corrections:
+        split = Corrections(args.corrections).correct_split(split)
     images = [
         Member(*image, SUBSETS[subset])
         for subset, (paths, labels) in split.subsets.items()
@@ -290,6 +293,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-rate", type=rate, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
     test_help = "fraction of each class to hold out for testing (default: %(default)g)"
     add("--test-rate", type=rate, default=0.0, help=test_help)
+    corrections_help = "table of verdicts on labels to apply, such as label_issues.csv of cross_validate.py"
+    add("--corrections", type=checked(str, bool, "the name of a table"), metavar="CSV", help=corrections_help)
     count = checked(int, lambda n: n >= 0, "at least 0")
     add("--workers", type=count, help="worker processes that read images (default: one per core, at most 8)")
     add(

@@ -14,7 +14,7 @@ from my_dataset import RESIZE_MODES
 FLOWER_PHOTOS = Path(__file__).resolve().parent / "data" / "flower_photos"
 SIZE_STEP = 16  # progressive resizing: training images grow in steps of this many pixels
 DEFAULT_SIZE = 224
-BEST_METRICS = ("accuracy", "macro_f1", "val_loss")
+BEST_METRICS = ("accuracy", "macro_f1", "val_loss", "last")
 
 DESCRIPTION = """
 Train a ResNet on a folder of images, one sub-folder per class, and log the training to TensorBoard.
@@ -113,16 +113,19 @@ NOT_SAVED = {"resume", "download", "allow_changed_data"}  # flags that apply to 
 # --- flags --------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: list[str] | None = None, saved: Mapping[str, Any] | None = None, parser: FlagParser | None = None
+) -> argparse.Namespace:
     """Parse and validate the command line; exit with status 2 and a one-line message if a flag is invalid.
 
     Args:
         saved: flags to use as defaults instead of the recipe's.
+        parser: `build_parser`'s, with additional flags.
 
     Returns:
         The flags; `recipe` is a `Recipe`.
     """
-    parser = build_parser()
+    parser = parser or build_parser()
     if saved is None:
         parser.set_defaults(**FLAG_DEFAULTS[parser.parse_args(argv).recipe])
     args = parser.parse_args(argv, argparse.Namespace(**saved or {}))
@@ -133,6 +136,8 @@ def parse_args(argv: list[str] | None = None, saved: Mapping[str, Any] | None = 
         parser.error("--epochs has no effect with --time-budget: pass only one of them")
     if args.time_budget and uses_cached_features(args):
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
+    if args.patience and args.best_metric == "last":
+        parser.error("--patience has no effect with --best-metric last: pass only one of them")
     if args.batch_size == 1 and needs_two_images(args):
         parser.error("--batch-size must be at least 2 for training images of 32 pixels")
     if args.find_lr and args.accumulate > 1:
@@ -146,12 +151,13 @@ POSITIVE = checked(float, lambda x: 0 < x < math.inf, "above 0")
 NON_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "at least 0")
 FRACTION = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
 PROBABILITY = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+FILE = checked(str, bool, "the name of a table")
 FOLDER = checked(str, bool, "the name of a folder or table")
 
 
-def build_parser() -> FlagParser:
+def build_parser(prog: str = "train.py", description: str = DESCRIPTION) -> FlagParser:
     """Build the parser of train.py, in groups of flags."""
-    parser = FlagParser(prog="train.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_and_model_flags(parser)
     _add_training_flags(parser)
     _add_run_flags(parser)
@@ -169,6 +175,8 @@ def _add_data_and_model_flags(parser: FlagParser) -> None:
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
     test_rate_help = "fraction of each class held out for a test after the training (default: %(default)g)"
     add("--test-rate", type=FRACTION, default=0.0, help=test_rate_help)
+    corrections_help = "table of verdicts on labels to apply, such as label_issues.csv of cross_validate.py"
+    add("--corrections", type=FILE, metavar="CSV", help=corrections_help)
     add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
     resize_help = "how to make images square: cut off the ends, add borders, or distort (default: %(default)s)"
     add("--resize", choices=RESIZE_MODES, default="crop", help=resize_help)
@@ -195,7 +203,7 @@ def _add_training_flags(parser: FlagParser) -> None:
     add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
     add("--epochs", type=POSITIVE_COUNT, help="passes over the training images " + default_help("epochs"))
     add("--time-budget", type=POSITIVE, metavar="MINUTES", help="train for this long instead of --epochs")
-    best_help = "metric that decides which epoch is the best (default: %(default)s)"
+    best_help = "metric that decides which epoch is the best, or last for the last epoch (default: %(default)s)"
     add("--best-metric", choices=BEST_METRICS, default="accuracy", help=best_help)
     patience_help = "stop after N epochs without improvement in --best-metric (default: never)"
     add("--patience", type=COUNT, default=0, metavar="N", help=patience_help)
@@ -301,7 +309,7 @@ def command_line(args: argparse.Namespace) -> list[str]:
 def flags_to_save(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags as plain values for a checkpoint, with absolute paths to resume from any folder."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_SAVED}
-    for flag in ("data_path", "val_path"):
+    for flag in ("data_path", "val_path", "corrections"):
         flags[flag] = flags[flag] and str(Path(flags[flag]).absolute())
     return flags | {"recipe": asdict(args.recipe)}
 

@@ -227,6 +227,11 @@ class Distributed:
 
     # --- periodic synchronisation ---------------------------------------------------------------------------------
 
+    def restart_clock(self) -> None:
+        """Measure `elapsed` from now on, for a further run in the same processes."""
+        self._start = time.perf_counter()
+        self.sync_max()
+
     def elapsed(self) -> float:
         """Return the seconds since the start; under torchrun those at the last `sync_max`, equal on all ranks."""
         return self._synced_at if self.is_launched else time.perf_counter() - self._start

@@ -20,6 +20,7 @@ from calibration import reliability_curves
 from class_files import normalise
 from classifier import Classifier, add_classifier_flags, build_classifier
 from cli_utils import MANY_FILES, DataError, FlagParser, UsageError, checked, print_note, printable, run_program
+from corrections import Corrections
 from evaluation_report import (
     Classified,
     Results,
@@ -28,8 +29,9 @@ from evaluation_report import (
     classify_labelled,
     format_comparison,
     format_report,
+    prediction_rows,
 )
-from file_utils import atomic_file, read_json, write_csv, write_json
+from file_utils import read_json, save_png, write_csv, write_json
 from image_folders import list_visible
 from image_io import ImageError
 from labelled_images import TEST_FILE, ErrorLog, ImageFile, find_and_report, require_outside, require_writable
@@ -58,6 +60,8 @@ def evaluate(args: argparse.Namespace) -> int:
         files = find_labelled(args.images, classifier.class_names, log)
     else:
         files = find_test_images(weights, classifier.class_names)
+    if args.corrections:
+        files = Corrections(args.corrections).correct_files(files, classifier.class_names)
     if output:
         require_outside("--output", output, [*filter(os.path.isdir, args.images), *(file.path for file in files)])
     images = classify_labelled(classifier, files, log)
@@ -232,34 +236,11 @@ def write_files(
     for name, figure in figures.items():
         (folder / name).unlink(missing_ok=True)
         if figure is not None:
-            with atomic_file(folder / name) as unfinished:
-                figure.savefig(unfinished, pil_kwargs={"compress_level": 1})  # the default takes three times as long
+            save_png(figure, folder / name)
     (folder / "differences.csv").unlink(missing_ok=True)
     if "comparison" in report:
         columns = ("path", "label", "this", "other", "right")
         write_csv(differences, folder / "differences.csv", columns)
-
-
-def prediction_rows(results: Results) -> list[dict[str, str]]:
-    """Return the rows of predictions.csv, with the probability of each class."""
-    evaluation, names = results.evaluation, results.class_names
-    return [
-        {
-            "path": file.path,
-            "label": file.label,
-            "predicted": names[predicted],
-            "probability": f"{max(probabilities):.6f}",
-            "loss": f"{loss:.6f}",
-        }
-        | {f"probability of {name}": f"{value:.6f}" for name, value in zip(names, probabilities, strict=True)}
-        for file, predicted, probabilities, loss in zip(
-            results.files,
-            evaluation.predicted.tolist(),
-            evaluation.probabilities.tolist(),
-            evaluation.losses.tolist(),
-            strict=True,
-        )
-    ]
 
 
 def draw_mistakes(results: Results, classifier: Classifier) -> "Figure | None":
@@ -294,6 +275,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     images_help = "a folder with one sub-folder per class, or a CSV table (default: the test images of the run)"
     add("images", nargs="*", metavar="IMAGES", help=images_help)
+    corrections_help = "table of verdicts on labels to apply, such as label_issues.csv of cross_validate.py"
+    add("--corrections", type=checked(str, bool, "the name of a table"), metavar="CSV", help=corrections_help)
     output_help = 'folder for the report, the predictions and the figures; "" for none (default: %(default)s)'
     add("--output", metavar="DIR", default="evaluation", help=output_help)
     add(

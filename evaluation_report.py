@@ -187,3 +187,28 @@ def _format_metric(metric: Mapping[str, Any] | None, digits: int = 4) -> str:
         return "undefined"
     low, high = metric["interval"]
     return f"{metric['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+# --- table ------------------------------------------------------------------------------------------------------------
+
+
+def prediction_rows(results: Results) -> list[dict[str, str]]:
+    """Return the rows of predictions.csv, with the probability of each class."""
+    evaluation, names = results.evaluation, results.class_names
+    return [
+        {
+            "path": file.path,
+            "label": file.label,
+            "predicted": names[predicted],
+            "probability": f"{max(probabilities):.6f}",
+            "loss": f"{loss:.6f}",
+        }
+        | {f"probability of {name}": f"{value:.6f}" for name, value in zip(names, probabilities, strict=True)}
+        for file, predicted, probabilities, loss in zip(
+            results.files,
+            evaluation.predicted.tolist(),
+            evaluation.probabilities.tolist(),
+            evaluation.losses.tolist(),
+            strict=True,
+        )
+    ]

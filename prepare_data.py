@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli_utils import DataError, UsageError, map_files, number_of_workers
+from corrections import Corrections
 from dataset_split import Count, Split, find_split, require_usable_images
 from download import download_flower_photos
 from file_utils import read_json
@@ -156,6 +157,8 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
         checkpoint: the checkpoint of a run to resume, whose pixel range is kept.
     """
     found, val_source = find_split(find_data(args), args.val_path, args.val_rate, args.test_rate)
+    if args.corrections:
+        found = Corrections(args.corrections).correct_split(found)
     if args.num_classes not in (None, len(found.class_names)):
         raise UsageError(f"--num-classes is {args.num_classes}, but the data has {len(found.class_names)} classes")
     known = read_json(known_images)

@@ -33,7 +33,7 @@ class Run:
         info: the model's metadata in a weights file: {"model": ..., "class_names": ..., "img_size": ...}.
         average: the averaged weights, if any.
         global_batch: images per step, over all ranks.
-        best_metric: "accuracy", "macro_f1" or "val_loss": what decides which epoch is the best.
+        best_metric: what decides which epoch is the best: "accuracy", "macro_f1", "val_loss" or, always, "last".
         patience: the number of epochs without improvement in `best_metric` after which training ends; 0: never.
         save_every: the interval in epochs at which the plain state_dict is also saved; 0: never.
         dist: the process group. Every rank calls `save`, `finish_epoch` and `load`; the main process writes.
@@ -120,6 +120,8 @@ class Run:
         return is_best
 
     def _score(self, metrics: Mapping[str, Any]) -> float:
+        if self.best_metric == "last":
+            return -1 if metrics["epoch"] is None else metrics["epoch"]
         return -metrics["val_loss"] if self.best_metric == "val_loss" else metrics[self.best_metric]
 
     def _finish_reason(self, epochs: int) -> str:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
@@ -26,7 +27,7 @@ from config import command_line
 from dataset_split import Count
 from distributed import Distributed
 from file_utils import read_json, write_json
-from image_folders import CHECK_CACHE
+from image_folders import CHECK_CACHE, Skipped, file_checksum
 from labelled_images import TEST_FILE
 from prepare_data import Data
 from train_eval_utils import Callback
@@ -38,6 +39,7 @@ except ImportError:  # Windows
     fcntl = None
 
 SKIPPED_FILE = "skipped_files.txt"  # in a run's folder: the files of the data folder that were not used, and why
+FOLDS_FILE = "cross_validation.json"  # in the folder of a cross-validation: its flags
 TEST_REPORT = "test_report.json"  # in a run's folder: the evaluation of best.pth on the test images
 LAUNCH_FILE = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
 SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
@@ -93,6 +95,13 @@ def open_run(name: str, dist: Distributed) -> RunFolder:
 
 def create_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     """Create `root`/`name`, or the first free one of name-2, name-3, ..., with a sub-folder `weights`."""
+    folder = create_free_folder(name, root)
+    (folder / "weights").mkdir()
+    return folder
+
+
+def create_free_folder(name: str, root: str | os.PathLike = "runs") -> Path:
+    """Create `root`/`name`, or the first free one of name-2, name-3, ..."""
     Path(root).mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = Path(root, name if number == 1 else f"{name}-{number}")
@@ -100,8 +109,16 @@ def create_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
             folder.mkdir()  # at most one process succeeds
         except FileExistsError:
             continue
-        (folder / "weights").mkdir()
         return folder
+
+
+def remove_unstarted_run(folder: Path) -> bool:
+    """Remove a run's folder if it has no checkpoint to resume from. Returns whether there is no run in the end."""
+    if (folder / "weights" / "last.pth").exists():
+        return False
+    if folder.exists():
+        shutil.rmtree(folder)
+    return True
 
 
 def find_run(run: str) -> Path:
@@ -127,11 +144,13 @@ def find_run(run: str) -> Path:
     raise UsageError(f"--resume {run}: no weights/last.pth to resume from, neither there nor in {Path('runs', run)}")
 
 
-def find_launched_run(launch_ids: set[str], root: str | os.PathLike = "runs") -> str | None:
-    """Return the folder of the run that one of these launches started, or None without a last.pth to resume from."""
+def find_launched_run(
+    launch_ids: set[str], root: str | os.PathLike = "runs", needed: str = "weights/last.pth"
+) -> str | None:
+    """Return the folder of the run that one of these launches started, or None without the file that resuming needs."""
     for file in Path(root).glob(f"*/{LAUNCH_FILE}") if launch_ids else ():
         started_by = file.read_text(encoding="utf-8").splitlines()
-        if not launch_ids.isdisjoint(started_by) and (file.parent / "weights" / "last.pth").exists():
+        if not launch_ids.isdisjoint(started_by) and (file.parent / needed).exists():
             return str(file.parent)
     return None
 
@@ -169,6 +188,8 @@ def write_metadata(
     if args.resume is None:
         flags = vars(args) | {"recipe": str(args.recipe)}
         content = {"flags": flags, "recipe": asdict(args.recipe), "network": network, "versions": versions()}
+        if args.corrections:
+            content["corrections_checksum"] = file_checksum(args.corrections)
         (folder / "args.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
         write_class_indices(data.class_names, folder / "class_indices.json")
     if launch_ids:
@@ -179,10 +200,15 @@ def write_metadata(
         (folder / name).unlink(missing_ok=True)  # from before a resume
     if data.test_images:
         write_json({str(Path(path).absolute()): label for path, label in data.test_images}, folder / TEST_FILE)
-    skipped = folder / SKIPPED_FILE
-    skipped.write_text("".join(f"{file}\n" for file in data.skipped), encoding="utf-8")
-    if not data.skipped:
-        skipped.unlink()
+    write_skipped(data.skipped, folder)
+
+
+def write_skipped(files: Sequence[Skipped], folder: Path) -> None:
+    """Write the list of skipped files to a run's folder, or remove an earlier list if there are none."""
+    path = folder / SKIPPED_FILE
+    path.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")
+    if not files:
+        path.unlink()
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from config import describe_recipe
 from image_folders import count_skipped
 from prepare_data import Data
 from run_state import Run
-from run_utils import SKIPPED_FILE
+from run_utils import FOLDS_FILE, SKIPPED_FILE
 from train_eval_utils import Progress
 
 UNEQUAL = 5  # advise on rare classes from this ratio of the largest class to the smallest
@@ -98,10 +98,11 @@ def describe_coverage(data: Data) -> str:
 def print_epoch(run: Run, data: Data, progress: Progress, learning_rate: float, seconds: float) -> None:
     """Print the metrics of the epoch that has just finished."""
     macro_f1 = f"  macro_f1 {run.last['macro_f1']:.3f}" if run.best_metric == "macro_f1" else ""
+    mark = "  *best" if run.best is run.last and run.best_metric != "last" else ""
     print(
         f"[epoch {run.last['epoch']}] train_loss {progress.loss:.3f}  val_loss {run.last['val_loss']:.3f}  "
         f"accuracy {run.last['accuracy']:.3f}{describe_coverage(data)}{macro_f1}  learning_rate {learning_rate:.4g}  "
-        f"{seconds:.1f} s{'  *best' if run.best is run.last else ''}",
+        f"{seconds:.1f} s{mark}",
         flush=True,
     )
 
@@ -114,9 +115,10 @@ def print_result(run: Run, data: Data, report: Mapping[str, Any] | None) -> None
     """
     best = str(run.weights / "best.pth")
     result = f"accuracy {run.best['accuracy']:.3f}{describe_coverage(data)}"
-    if run.best_metric != "accuracy":
+    if run.best_metric not in ("accuracy", "last"):
         result = f"{run.best_metric} {run.best[run.best_metric]:.3f}, {result},"
-    print(f"best {result} at epoch {run.best['epoch']}: {printable(best)}")
+    which = "last" if run.best_metric == "last" else "best"
+    print(f"{which} {result} at epoch {run.best['epoch']}: {printable(best)}")
     if report is not None:
         low, high = report["accuracy"]["interval"]
         accuracy = f"{report['accuracy']['value']:.3f} (95% interval {low:.3f} to {high:.3f})"
@@ -129,7 +131,9 @@ def print_stop(run: Run) -> None:
     """Print where the run has stopped, and how to resume it."""
     if run.dist.is_main:
         launcher = "under torchrun as before, " if run.dist.world_size > 1 else ""
-        command = quote_command(["python", "train.py", "--resume", str(run.folder)])
+        is_fold = (run.folder.parent / FOLDS_FILE).exists()
+        program, folder = ("cross_validate.py", run.folder.parent) if is_fold else ("train.py", run.folder)
+        command = quote_command(["python", program, "--resume", str(folder)])
         where = f"epoch {run.epoch}, step {run.progress.steps}"
         with contextlib.suppress(OSError):  # standard error may be closed
             print(f"train.py: stopped at {where}; to resume: {launcher}{command}", file=sys.stderr)

@@ -28,6 +28,7 @@ from torchvision.models import ResNet18_Weights
 
 import check_data
 import config
+import cross_validate
 import evaluate
 import predict
 from model import MODELS
@@ -40,12 +41,14 @@ PARSERS = {
     "predict.py": predict.parse_args,
     "evaluate.py": evaluate.parse_args,
     "check_data.py": check_data.parse_args,
+    "cross_validate.py": cross_validate.parse_args,
 }
 DOCUMENTED_IN = {
     "train.py": "training.md",
     "predict.py": "predict.md",
     "evaluate.py": "evaluate.md",
     "check_data.py": "data.md",
+    "cross_validate.py": "cross-validation.md",
 }
 # Programs of tests/, whose flags occur in prose and tables.
 TOOLS = [ROOT / "tests" / "bench.py", ROOT / "tests" / "faults.py", ROOT / "sample_flowers.py"]
@@ -148,6 +151,9 @@ def test_every_flag_is_documented(program, monkeypatch):
     text = (ROOT / "docs" / DOCUMENTED_IN[program]).read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(--[\w-]+)` \|", text, re.M))
     flags = help_flags(program)
+    if program == "cross_validate.py":  # its page refers to that of train.py for the other flags
+        assert flags > help_flags("train.py")
+        flags = flags - help_flags("train.py") | {"--name", "--best-metric", "--resume"}
     assert flags
     assert documented == flags, f"{DOCUMENTED_IN[program]} and --help differ in {sorted(documented ^ flags)}"
 
@@ -318,7 +324,7 @@ def test_readme_commands_run(small_project, monkeypatch, capsys):
             continue
         assert program, f"an unknown kind of command: {line}"
         arguments, expected = words[words.index(program) + 1 :], 0
-        if program == "train.py" and "--resume" not in arguments:
+        if program in ("train.py", "cross_validate.py") and "--resume" not in arguments:
             arguments += [*SMALL, *(["--time-budget", "0.001"] if "--time-budget" in arguments else ["--epochs", "1"])]
         elif "--epochs" in arguments:
             arguments += ["--patience", "1"]

@@ -1,0 +1,97 @@
+"""Divide the images of a dataset into folds for cross-validation."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cli_utils import DataError, number_of_workers
+from duplicates import find_duplicates, read_pictures
+from file_utils import write_csv
+from prepare_data import Data, prepare_data
+
+
+class Images(NamedTuple):
+    """The images to cross-validate on.
+
+    Attributes:
+        labels: indices into `class_names`.
+        groups: (N,) int64, equal for images that show the same picture.
+        data: all images as training images, and the test images, which no fold contains.
+    """
+
+    paths: list[str]
+    labels: list[int]
+    groups: np.ndarray
+    class_names: list[str]
+    data: Data
+
+
+def find_images(args: argparse.Namespace, known_images: Path) -> Images:
+    """Find the training and validation images of a dataset, check them, and group those that show the same picture.
+
+    Args:
+        known_images: see `prepare_data`.
+    """
+    data = prepare_data(argparse.Namespace(**vars(args) | {"val_rate": 0.0}), known_images)
+    paths = data.train_set.images_path + data.val_set.images_path
+    labels = data.train_set.images_class + data.val_set.images_class
+    workers = number_of_workers(args.workers)
+    pictures, pixel_range = read_pictures(paths, workers)
+    missing = [picture.skipped for picture in pictures if picture.thumbnail is None]
+    if missing:
+        raise DataError(f"{missing[0]}")
+    groups, _ = find_duplicates(paths, pictures, pixel_range, workers)
+    return Images(paths, labels, groups, data.class_names, data)
+
+
+def draw_folds(labels: Sequence[int], groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Assign images to stratified folds at random; images of the same group share a fold.
+
+    Args:
+        labels: of N images.
+        groups: (N,) int64.
+
+    Returns:
+        (N,) int64, the fold of each image, 0 to `folds` - 1.
+    """
+    labels = np.asarray(labels)
+    generator = np.random.default_rng(seed)
+    members: dict[int, list[int]] = {}
+    for index in generator.permutation(len(labels)).tolist():
+        members.setdefault(int(groups[index]), []).append(index)
+    counts = np.zeros((folds, labels.max() + 1), dtype=np.int64)
+    drawn = np.empty(len(labels), dtype=np.int64)
+    for group in sorted(members.values(), key=len, reverse=True):  # a stable sort: the order stays random
+        added = np.bincount(labels[group], minlength=counts.shape[1])
+        fold = np.lexsort([counts.sum(axis=1), counts @ (added > 0)])[0]  # fewest images of these classes, then of all
+        counts[fold] += added
+        drawn[group] = fold
+    return drawn
+
+
+def require_divisible(images: Images, folds: np.ndarray) -> None:
+    """Raise DataError if a class is in one fold only, so that the network for that fold could not learn it."""
+    labels = np.asarray(images.labels)
+    for label, name in enumerate(images.class_names):
+        if len(np.unique(folds[labels == label])) < 2:
+            raise DataError(f"class {name}: needs at least two images that show different pictures")
+
+
+def write_fold(images: Images, folds: np.ndarray, fold: int, path: Path) -> None:
+    """Write the table of a fold for --data-path: the images of `fold` for validation, the others for training.
+
+    Raises:
+        DataError: a name is not possible in a table.
+    """
+    rows = []
+    for image, label, own in zip(images.paths, images.labels, folds.tolist(), strict=True):
+        image = str(Path(image).absolute())
+        for text in (image, images.class_names[label]):
+            if text.encode(errors="ignore").decode() != text.strip():
+                raise DataError(f"{image}: a table cannot list this name; rename the file or its folder")
+        subset = "val" if own == fold else "train"
+        rows.append({"path": image, "label": images.class_names[label], "split": subset})
+    write_csv(rows, path)

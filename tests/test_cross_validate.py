@@ -1,0 +1,195 @@
+"""cross_validate.py: folds, out-of-fold predictions, label issues, and resuming."""
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_events, run_in_fork, write_classes
+from ranks import run_ranks
+
+import cross_validate
+import train
+from run_state import Run
+
+pytestmark = [pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")]
+FOLDS = 3
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory) -> Path:
+    root = write_classes(tmp_path_factory.mktemp("data") / "pets", {"cat": 11, "dog": 10})
+    shutil.copy(root / "cat" / "cat 00.png", root / "dog" / "copy.png")
+    return root
+
+
+def flags(data: Path, *more: str) -> list[str]:
+    fixed = ["--model", "resnet18", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
+    return ["--data-path", str(data), "--folds", str(FOLDS), "--epochs", "2", *fixed, *more]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def files_of(folder: Path) -> dict[str, object]:
+    """Return the results and the weights in the folder of a cross-validation, to compare."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".json", ".png")}
+    files.pop("cross_validation.json")
+    best = [
+        torch.load(path, weights_only=True)["state_dict"] for path in sorted(folder.glob("fold-*/weights/best.pth"))
+    ]
+    return files | {
+        f"fold {fold}": {name: value.tolist() for name, value in each.items()} for fold, each in enumerate(best)
+    }
+
+
+def test_results(pets, capsys):
+    assert cross_validate.main(flags(pets)) == 0
+    output = capsys.readouterr().out
+    folder = Path("runs/cross_validation")
+    rows = read_csv(folder / "out_of_fold.csv")
+    images = sorted(str(path) for path in pets.rglob("*.png"))
+    assert [row["path"] for row in rows] == images
+    for row in rows:
+        probabilities = {name: float(row[f"probability of {name}"]) for name in ("cat", "dog")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["predicted"] == max(probabilities, key=probabilities.get)
+        assert row["label"] == Path(row["path"]).parent.name
+        table = read_csv(folder / f"fold-{row['fold']}.csv")
+        assert next(other["split"] for other in table if other["path"] == row["path"]) == "val"
+    fold = {row["path"]: row["fold"] for row in rows}
+    assert fold[str(pets / "cat" / "cat 00.png")] == fold[str(pets / "dog" / "copy.png")]
+
+    report = json.loads((folder / "report.json").read_text())
+    accuracy = np.mean([row["predicted"] == row["label"] for row in rows])
+    assert report["accuracy"]["value"] == pytest.approx(accuracy)
+    values = report["folds"]["accuracy"]["values"]
+    for number, value in enumerate(values):
+        own = [row["predicted"] == row["label"] for row in rows if row["fold"] == str(number)]
+        assert value == pytest.approx(np.mean(own))
+    assert report["folds"]["accuracy"]["standard_deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert f"accuracy            {accuracy:.4f}" in output
+
+    issues = read_csv(folder / "label_issues.csv")
+    assert sorted(row["path"] for row in issues) == images
+    assert all(row["verdict"] == "" and row["suggested"] != row["label"] for row in issues)
+    assert {path.name for path in folder.glob("*.png")} == {
+        "confusion_matrix.png",
+        "label_issues.png",
+        "reliability.png",
+    }
+    assert set(read_events(folder).Tags()["images"]) == {"confusion matrix", "label issues", "reliability"}
+    for number in range(FOLDS):
+        assert read_events(folder / f"fold-{number}").Scalars("accuracy")[-1].value == pytest.approx(values[number])
+
+
+def test_kill_and_resume_are_bit_identical(pets, capsys):
+    assert cross_validate.main(flags(pets, "--name", "undisturbed")) == 0
+    steps, due = itertools.count(), Run.save_is_due
+
+    def die(run: Run) -> bool:
+        if next(steps) == 9:  # in the middle of an epoch of the second fold
+            os.kill(os.getpid(), signal.SIGKILL)
+        return due(run)
+
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "save_is_due", die)
+            resume = ["--resume"] if Path("runs/killed").exists() else []
+            arguments = ["--resume", "killed"] if resume else flags(pets, "--name", "killed")
+            assert run_in_fork(lambda arguments=arguments: cross_validate.main(arguments), 2)[0] == -signal.SIGKILL
+    assert cross_validate.main(["--resume", "killed"]) == 0
+    assert files_of(Path("runs/killed")) == files_of(Path("runs/undisturbed"))
+    (Path("runs/killed/label_issues.csv")).write_text("my verdicts")
+    assert cross_validate.main(["--resume", "killed"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert Path("runs/killed/label_issues.csv").read_text() == "my verdicts"
+
+
+def test_stop_names_the_command_to_resume(pets, capsys, monkeypatch):
+    steps, due = itertools.count(), Run.save_is_due
+    monkeypatch.setattr(
+        Run, "save_is_due", lambda run: (next(steps) == 9 and os.kill(os.getpid(), signal.SIGTERM)) or due(run)
+    )
+    assert cross_validate.main(flags(pets)) == 143
+    assert "to resume: python cross_validate.py --resume runs/cross_validation" in capsys.readouterr().err
+    assert cross_validate.main(["--resume"]) == 0
+
+
+def test_two_ranks(pets):
+    assert run_ranks(2, lambda: cross_validate.main(flags(pets))) == [0, 0]
+    assert len(read_csv(Path("runs/cross_validation/out_of_fold.csv"))) == 22
+
+
+def test_repeats_are_averaged(pets):
+    assert cross_validate.main(flags(pets, "--repeats", "2", "--folds", "2")) == 0
+    folder = Path("runs/cross_validation")
+    rows = read_csv(folder / "out_of_fold.csv")
+    assert len(rows) == 22
+    for row in rows:
+        first, second = map(int, row["fold"].split())
+        assert first in (0, 1)
+        assert second in (2, 3)
+    assert len({row["fold"] for row in rows}) > 2
+    assert len(json.loads((folder / "report.json").read_text())["folds"]["accuracy"]["values"]) == 4
+
+
+def test_weights_trained_on_the_same_images_are_refused(pets, capsys):
+    training = flags(pets)
+    del training[2:4]  # --folds
+    assert train.main([*training, "--name", "before"]) == 0
+    status = cross_validate.main(flags(pets, "--weights", "runs/before/weights/best.pth"))
+    assert status == 1
+    assert "were trained on 21 of these images" in capsys.readouterr().err
+    assert not Path("runs/cross_validation").exists()
+
+
+def test_corrections_are_applied(pets, tmp_path):
+    (tmp_path / "v.csv").write_text(
+        f"path,verdict\n{pets / 'cat' / 'cat 01.png'},dog\n{pets / 'cat' / 'cat 02.png'},drop\n"
+    )
+    assert cross_validate.main(flags(pets, "--corrections", str(tmp_path / "v.csv"))) == 0
+    labels = {Path(row["path"]).name: row["label"] for row in read_csv(Path("runs/cross_validation/out_of_fold.csv"))}
+    assert labels["cat 01.png"] == "dog"
+    assert "cat 02.png" not in labels
+    assert "cat 02.png': dropped by the corrections" in Path("runs/cross_validation/skipped_files.txt").read_text()
+
+
+def test_time_budget_is_shared(pets):
+    assert cross_validate.main([*flags(pets)[:4], *flags(pets)[6:], "--time-budget", "0.2"]) == 0
+    shares = [json.loads(path.read_text())["flags"]["time_budget"] for path in Path("runs").glob("*/fold-*/args.json")]
+    assert len(shares) == FOLDS
+    assert sum(shares) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--val-rate", "0.3"], "--val-rate has no effect"),
+        (["--find-lr"], "--find-lr: not supported"),
+        (["--folds", "1"], "must be at least 2"),
+        (["--patience", "3"], "--patience has no effect with --best-metric last"),
+    ],
+)
+def test_flags_without_effect_are_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        cross_validate.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_resume_refuses_other_flags(pets, capsys):
+    assert cross_validate.main(flags(pets)) == 0
+    assert cross_validate.main(["--resume", "--folds", "7"]) == 1
+    assert "--folds: runs/cross_validation was started with 3" in capsys.readouterr().err
+    assert cross_validate.main(["--resume", "nothing"]) == 1
+    assert "--resume nothing: no cross_validation.json to resume from" in capsys.readouterr().err
