@@ -303,8 +303,8 @@ def write_results(args: argparse.Namespace, folder: Path, device: torch.device, 
     report = build_report(results) | describe_spread(folds)
     report["uncalibrated_calibration_error"] = reliability["uncalibrated"].calibration_error
     issues = rank_labels(results.evaluation.probabilities, results.labels)
-    low, high = estimate_wrong_labels(results.evaluation.probabilities, results.labels)
-    report["wrong_labels"] = {"interval": [low, high]}
+    estimate = estimate_wrong_labels(results.evaluation.probabilities, results.labels)
+    report["wrong_labels"] = estimate and [round(limit * len(results.labels)) for limit in estimate]
 
     write_json(report, folder / "report.json")
     columns = ("path", "label", "predicted", "probability", "loss", "fold")
@@ -399,15 +399,19 @@ def print_results(report: dict[str, Any], results: Results, issues: LabelIssues,
         f"\naccuracy per fold  {min(accuracy['values']):.4f} to {max(accuracy['values']):.4f}, mean "
         f"{accuracy['mean']:.4f}, standard deviation {accuracy['standard_deviation']:.4f}"
     )
-    images, (low, high) = len(results.labels), report["wrong_labels"]["interval"]
-    print(f"wrong labels       about {round(low * images)} to {round(high * images)} of {images} (estimate)")
+    if report["wrong_labels"] is None:
+        estimate = "no estimate, as the networks are too often wrong themselves"
+    else:
+        low, high = report["wrong_labels"]
+        estimate = f"{low} to {high} of {report['images']} (estimate)"
+    print(f"wrong labels       {estimate}; the most suspicious ones:")
     for index in issues.order[:10].tolist():
         suggested = results.class_names[issues.suggested[index]]
         print(printable(f"  {results.files[index].path}: {suggested}?"))
     table = folder / ISSUES_FILE
-    print(f"all labels, the most suspicious first: {printable(str(table))}, drawn in label_issues.png")
+    print(f"all labels         {printable(str(table))}; the first {WORST} are drawn in label_issues.png")
     command = quote_command(["python", "train.py", "--corrections", str(table)])
-    print(f"fill in its column verdict with a class, ok or drop, and use it: {command}", flush=True)
+    print(f"next: fill in the column verdict with a class, ok or drop, and train with it: {command}", flush=True)
 
 
 # --- program ------------------------------------------------------------------------------------------------------

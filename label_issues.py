@@ -1,26 +1,26 @@
-"""Find probably wrong labels, given predictions by networks that were not trained on the images."""
+"""Find labels that are probably wrong, given predictions by networks that were not trained on the images."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from metrics import Interval, wilson_interval
 
-CONFIDENT = 0.25  # the fraction of the images, those with the highest confidence, that the number of issues is based on
+CONFIDENT = 0.25  # the fraction of the images, the most confident ones, that the number of wrong labels is based on
+MAX_FRACTION = 0.2  # of wrong labels; above it, the network is too often wrong itself to tell
 
 
 class LabelIssues(NamedTuple):
-    """The suspicion against each label.
+    """A ranking of labels.
 
     Attributes:
-        order: (N,) int64, the images' indices, the most suspicious first.
-        suggested: (N,) int64, the most probable class other than the label.
-        scores: (N,) float32 in 0..1, the lower the more suspicious.
+        order: (N,) int64, the indices of the images, the most suspicious label first.
+        suggested: (N,) int64, for each image the most probable class other than its label.
     """
 
     order: Tensor
     suggested: Tensor
-    scores: Tensor
 
 
 def rank_labels(probabilities: Tensor, labels: Tensor) -> LabelIssues:
@@ -30,13 +30,31 @@ def rank_labels(probabilities: Tensor, labels: Tensor) -> LabelIssues:
         probabilities: (N, classes) float32, out-of-fold.
         labels: (N,) int64.
     """
-    scores = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
-    others = probabilities.scatter(1, labels.unsqueeze(1), -1.0)
-    return LabelIssues(scores.argsort(stable=True), others.argmax(dim=1), scores)
+    columns = labels.unsqueeze(1)
+    scores = probabilities.gather(1, columns).squeeze(1)
+    return LabelIssues(scores.argsort(stable=True), probabilities.scatter(1, columns, -1.0).argmax(dim=1))
 
 
-def estimate_wrong_labels(probabilities: Tensor, labels: Tensor) -> Interval:
-    """Estimate the fraction of wrong labels, as a 95% interval."""
+def estimate_wrong_labels(probabilities: Tensor, labels: Tensor) -> Interval | None:
+    """Estimate the fraction of wrong labels, as a range; None if the network is too often wrong itself.
+
+    The confidence of an out-of-fold prediction does not depend on the image's own label. Where it is high, the network
+    is nearly always right, so a label that differs is nearly always wrong. This assumes that labels are wrong there as
+    often as elsewhere. If clearly more labels differ in their second half than in the first, where the
+    confidence is even higher, the network is wrong too, and the range extends downwards.
+
+    Args:
+        probabilities: (N, classes) float32, out-of-fold.
+        labels: (N,) int64.
+    """
     confidences, predicted = probabilities.max(dim=1)
-    chosen = confidences.argsort(descending=True, stable=True)[: max(1, int(CONFIDENT * len(labels)))]
-    return wilson_interval(int((predicted[chosen] != labels[chosen]).sum()), len(chosen))
+    most_confident = confidences.argsort(descending=True, stable=True)[: int(CONFIDENT * len(labels))]
+    differs = (predicted != labels)[most_confident]
+    first, second = differs.tensor_split(2)
+    if not len(first):
+        return None
+    rates = [half.double().mean().item() for half in (first, second)]
+    deviation = math.sqrt(sum(rate * (1 - rate) for rate in rates) / len(first))
+    low = wilson_interval(int(first.sum()), len(first))[0] - max(0.0, rates[1] - rates[0] - deviation)
+    high = wilson_interval(int(differs.sum()), len(differs))[1]
+    return None if high > MAX_FRACTION else (max(0.0, low), high)
