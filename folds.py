@@ -1,6 +1,7 @@
-"""Divide the images of a dataset into folds for cross-validation."""
+"""Divide the images of a dataset into folds for cross-validation, and list the trainings that this takes."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,38 @@ import numpy as np
 from cli_utils import DataError, number_of_workers
 from duplicates import find_duplicates, read_pictures
 from file_utils import write_csv
+from learning_curve import DIVISORS
 from prepare_data import Data, prepare_data
+
+
+class Part(NamedTuple):
+    """A training of the cross-validation.
+
+    Attributes:
+        fold: the number of the fold that it predicts; those of the second repeat follow those of the first.
+        divisor: it uses 1 / `divisor` of the other images.
+    """
+
+    fold: int
+    divisor: int = 1
+
+    def __str__(self) -> str:
+        return f"fold {self.fold}" + ("" if self.divisor == 1 else f", 1/{self.divisor} of the training images")
+
+    @property
+    def name(self) -> str:
+        """The name of its run's folder."""
+        return f"fold-{self.fold}" + ("" if self.divisor == 1 else f"-1of{self.divisor}")
+
+    def table(self, folder: Path) -> Path:
+        """Return the table of its training and validation images."""
+        return folder / f"{self.name}.csv"
+
+
+def list_parts(args: argparse.Namespace) -> list[Part]:
+    """List the trainings, in order."""
+    divisors = DIVISORS if args.learning_curve else (1,)
+    return [Part(fold, divisor) for fold in range(args.folds * args.repeats) for divisor in divisors]
 
 
 class Images(NamedTuple):
@@ -80,14 +112,36 @@ def require_divisible(images: Images, folds: np.ndarray) -> None:
             raise DataError(f"class {name}: needs at least two images that show different pictures")
 
 
-def write_fold(images: Images, folds: np.ndarray, fold: int, path: Path) -> None:
+def draw_subset(labels: Sequence[int], divisor: int, seed: int) -> np.ndarray:
+    """Draw a stratified subset of images at random; that of a larger `divisor` is contained in it.
+
+    Returns:
+        (N,) bool, whether each image is among the first `1 / divisor` of its class, rounded up.
+    """
+    labels = np.asarray(labels)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        drawn[members[: math.ceil(len(members) / divisor)]] = True
+    return drawn
+
+
+def write_fold(images: Images, folds: np.ndarray, fold: int, path: Path, divisor: int = 1, seed: int = 0) -> None:
     """Write the table of a fold for --data-path: the images of `fold` for validation, the others for training.
+
+    Args:
+        divisor, seed: list only a subset of the training images, see `draw_subset`.
 
     Raises:
         DataError: a name is not possible in a table.
     """
     rows = []
-    for image, label, own in zip(images.paths, images.labels, folds.tolist(), strict=True):
+    is_training = folds != fold
+    is_training[is_training] = draw_subset(np.asarray(images.labels)[is_training], divisor, seed)
+    for image, label, own, training in zip(images.paths, images.labels, folds, is_training, strict=True):
+        if own != fold and not training:
+            continue
         image = str(Path(image).absolute())
         for text in (image, images.class_names[label]):
             if text.encode(errors="ignore").decode() != text.strip():

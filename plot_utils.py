@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from figure_text import fitting_font_size, legible, shorten_middle, text_style, text_width
 
@@ -259,6 +259,40 @@ def reliability(
     lower.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
+    return figure
+
+
+def learning_curve(
+    sizes: np.ndarray,
+    accuracies: np.ndarray,
+    grid: np.ndarray,
+    fitted: np.ndarray,
+    interval: tuple[float, float],
+    figure: Figure | None = None,
+) -> Figure:
+    """Plot the accuracy over the number of training images, the fitted curve, and the range at its end.
+
+    Args:
+        sizes, accuracies: (S,) measured.
+        grid, fitted: (G,) the curve.
+        interval: of the accuracy at the largest number of `grid`.
+    """
+    figure = figure or Figure(dpi=DPI)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot(xlabel="training images", ylabel="accuracy", title="Learning curve", xscale="log")
+    axes.plot(grid, fitted, color=FIRST, linestyle="--", label="fitted power law")
+    axes.plot(sizes, accuracies, "o", color=FIRST, label="measured")
+    middle = fitted[-1]
+    errors = [[middle - interval[0]], [interval[1] - middle]]
+    axes.errorbar(
+        grid[-1:], [middle], np.maximum(errors, 0), color=SECOND, marker="s", capsize=4, label="expected, 95%"
+    )
+    ticks = [*sizes, grid[-1]]
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     return figure
 
 

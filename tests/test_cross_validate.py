@@ -163,6 +163,33 @@ def test_corrections_are_applied(pets, tmp_path):
     assert "cat 02.png': dropped by the corrections" in Path("runs/cross_validation/skipped_files.txt").read_text()
 
 
+def test_learning_curve(pets, capsys):
+    assert cross_validate.main(flags(pets, "--folds", "2", "--epochs", "1", "--learning-curve")) == 0
+    folder = Path("runs/cross_validation")
+    rows = {path.stem: read_csv(path) for path in folder.glob("fold-*.csv")}
+    assert len(rows) == 8
+    for fold in range(2):
+        held_out = {row["path"] for row in rows[f"fold-{fold}"] if row["split"] == "val"}
+        larger = None
+        for name in (f"fold-{fold}", f"fold-{fold}-1of2", f"fold-{fold}-1of4", f"fold-{fold}-1of8"):
+            assert {row["path"] for row in rows[name] if row["split"] == "val"} == held_out
+            training = {row["path"] for row in rows[name] if row["split"] == "train"}
+            assert larger is None or training < larger
+            larger = training
+    curve = json.loads((folder / "report.json").read_text())["learning_curve"]
+    sizes = [np.mean([sum(row["split"] == "train" for row in rows[f"fold-{fold}{end}"]) for fold in range(2)])
+             for end in ("-1of8", "-1of4", "-1of2", "")]  # fmt: skip
+    assert curve["training_images"] == [round(size) for size in sizes]
+    out_of_fold = read_csv(folder / "out_of_fold.csv")
+    accuracy = np.mean([row["predicted"] == row["label"] for row in out_of_fold])
+    assert curve["accuracies"][-1] == pytest.approx(accuracy)
+    low, high = curve["twice_as_many"]["interval"]
+    assert 0 <= low <= high <= 1
+    assert set(curve["classes"]) == {"cat", "dog"}
+    assert (folder / "learning_curve.png").exists()
+    assert "expected with twice as many" in capsys.readouterr().out
+
+
 def test_time_budget_is_shared(pets):
     assert cross_validate.main([*flags(pets)[:4], *flags(pets)[6:], "--time-budget", "0.2"]) == 0
     shares = [json.loads(path.read_text())["flags"]["time_budget"] for path in Path("runs").glob("*/fold-*/args.json")]

@@ -1,5 +1,6 @@
 """The folds of a cross-validation."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from conftest import write_classes
 
 from cli_utils import DataError
 from cross_validate import parse_args
-from folds import draw_folds, find_images, require_divisible, write_fold
+from folds import draw_folds, draw_subset, find_images, require_divisible, write_fold
 from tables import read_table
 
 
@@ -52,6 +53,16 @@ def test_folds_depend_on_the_seed_only():
     other = draw_folds(labels, groups, 5, seed=1)
     assert (first == again).all()
     assert (first != other).any()
+
+
+def test_subsets_are_nested_and_stratified():
+    labels = np.repeat([0, 1, 2], [80, 33, 3])
+    subsets = [draw_subset(labels, divisor, seed=4) for divisor in (1, 2, 4, 8)]
+    assert subsets[0].all()
+    for larger, smaller in itertools.pairwise(subsets):
+        assert (larger | ~smaller).all()
+    assert [np.bincount(labels[subset]).tolist() for subset in subsets[1:]] == [[40, 17, 2], [20, 9, 1], [10, 5, 1]]
+    assert (draw_subset(labels, 2, seed=5) != subsets[1]).any()
 
 
 def test_tables_of_the_folds_cover_each_image_once(tmp_path):
