@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TextIO
 
 import config
 from cli_utils import UsageError, checked, printable, run_program, silence_other_ranks
+from data_loading import FeatureStore
 from distributed import Distributed
 from file_utils import read_json, write_json
 from folds import Images, Part, draw_folds, find_images, list_parts, require_divisible, write_fold
@@ -30,6 +31,7 @@ from run_utils import (
     remove_unstarted_run,
     write_skipped,
 )
+from tables import read_table
 from train import setup_device, train
 
 REPORT_FRACTION = 0.03  # of a time budget, kept for the final predictions
@@ -47,7 +49,7 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
     Raises:
         StopRequest: a signal has arrived, and the run of the fold has been saved.
     """
-    start = time.perf_counter()
+    start, stores = time.perf_counter(), {}
     for part in list_parts(args):
         spent = time.perf_counter() - start
         part_args, is_new = dist.broadcast_from_main(functools.partial(build_part_args, args, folder, part, spent))
@@ -60,12 +62,22 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
             part_args = argparse.Namespace(**vars(saved) | changed)
         print(f"\n--- {part} ---\n")
         dist.restart_clock()
-        train(part_args, dist, run)
+        repeat = part.fold // args.folds  # its seed initialises the backbone, if there are no weights
+        if repeat not in stores:
+            stores = {repeat: build_feature_store(folder)}
+        train(part_args, dist, run, stores[repeat])
     device, amp_dtype, _ = setup_device(args, dist)
     dist.broadcast_from_main(lambda: write_results(args, folder, device, amp_dtype), no_timeout=True)
 
 
 # --- folds --------------------------------------------------------------------------------------------------------
+
+
+def build_feature_store(folder: Path) -> FeatureStore:
+    """Create a store for the features of all images, for --freeze-layers."""
+    rows = read_table(Part(0).table(folder))
+    names = sorted({row.label for row in rows})
+    return FeatureStore([row.path for row in rows], [names.index(row.label) for row in rows])
 
 
 def build_part_args(

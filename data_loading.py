@@ -310,6 +310,32 @@ def load_evenly_spaced(data_set: MyDataSet, number: int, transform: EvalTransfor
     return stack_images([readable[index][0] for index in indices])
 
 
+class FeatureStore:
+    """The features of a frozen backbone for a dataset, computed by the first of several runs on parts of it.
+
+    Args:
+        paths, labels: all images of the runs, with the labels of their classes.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
+        self.paths, self.labels = list(paths), list(labels)
+        self.features: Features | None = None
+
+
+class Features(NamedTuple):
+    """The features of images for training and for evaluation, and the positions of the image files in them.
+
+    Attributes:
+        views: see `CachedFeatures`.
+        val: the labels are the images' indices.
+    """
+
+    views: list[tuple[Tensor, Tensor]]
+    train_rows: dict[str, int]
+    val: Outputs
+    val_rows: dict[str, int]
+
+
 def cache_features(
     args: argparse.Namespace,
     model: ResNet,
@@ -319,31 +345,71 @@ def cache_features(
     dist: Distributed,
     amp_dtype: torch.dtype | None = None,
     after_batch: Callable[[], None] | None = None,
+    store: FeatureStore | None = None,
 ) -> Loaders:
     """Compute the features of a frozen backbone, and create the loaders to train and validate `fc` on them.
 
     Args:
         loaders: the loaders of the images.
         amp_dtype, after_batch: see `run_inference`.
+        store: keeps the features for the next run on images of the same dataset.
     """
+    train_set, val_set = loaders.train.dataset.images, loaders.val.dataset.images
+    options = {"amp_dtype": amp_dtype, "feature_stride": 1, "after_batch": after_batch}
+    compute = functools.partial(compute_features, args, model, img_size, device, dist, **options)
+    if store is None:
+        features = compute(train_set, val_set)
+    else:
+        all_images = [with_images(images, store.paths, store.labels) for images in (train_set, val_set)]
+        features = store.features = store.features or compute(*all_images)
+    rows = [features.train_rows[path] for path in train_set.images_path]
+    views = [(values[rows], labels[rows]) for values, labels in features.views]
+    train_loader = DataLoader(CachedFeatures(views), batch_sampler=loaders.batches, generator=torch.Generator())
+    kept = [index for index, path in enumerate(val_set.images_path) if path in features.val_rows]
+    rows = [features.val_rows[val_set.images_path[index]] for index in kept]
+    val_batches = rank_share(range(len(kept)), 1024, dist)
+    val_images = TensorDataset(features.val.features[rows], torch.tensor(kept))
+    val_loader = DataLoader(val_images, batch_sampler=val_batches)
+    return Loaders(train_loader, val_loader, val_layer1=features.val.layer1[rows])
 
-    def compute(loader: DataLoader) -> Outputs:
-        options = {"amp_dtype": amp_dtype, "feature_stride": 1, "after_batch": after_batch}
+
+def compute_features(
+    args: argparse.Namespace,
+    model: ResNet,
+    img_size: int,
+    device: torch.device,
+    dist: Distributed,
+    train_set: MyDataSet,
+    val_set: MyDataSet,
+    **options: Any,
+) -> Features:
+    """Compute the features of several augmented views of the training images, and those of the validation images.
+
+    Args:
+        options: keyword arguments for `run_inference`.
+    """
+    workers = number_of_workers(args.workers, dist.local_world_size)
+
+    def compute(images: SafeImages, items: Sequence[Any]) -> Outputs:
+        loader = make_loader(images, rank_share(items, args.batch_size, dist), workers, device)
         return gather_outputs(functools.partial(run_inference, model, loader, device, **options), dist)
 
-    order, items = loaders.batches.order, []
+    order, items = EpochSampler(len(train_set), args.seed), []
     for view in range(args.recipe.feature_views):
         order.set_epoch(view, img_size=training_sizes(args.recipe, img_size)[1])
         items += sorted(order)  # sorted by image index
-    workers = number_of_workers(args.workers, dist.local_world_size)
-    batches = rank_share(items, args.batch_size, dist)
-    train = compute(make_loader(loaders.train.dataset, batches, workers, device))
+    train = compute(SafeImages(train_set, replace=True), items)
     views = list(zip(train.features.split(order.size), train.labels.split(order.size), strict=True))
-    train_loader = DataLoader(CachedFeatures(views), batch_sampler=loaders.batches, generator=torch.Generator())
-    val = compute(loaders.val)
-    val_batches = rank_share(range(len(val.labels)), 1024, dist)
-    val_loader = DataLoader(TensorDataset(val.features, val.labels), batch_sampler=val_batches)
-    return Loaders(train_loader, val_loader, val_layer1=val.layer1)
+    val = compute(SafeImages(val_set, replace=False, return_index=True), range(len(val_set)))
+    val_rows = {val_set.images_path[index]: row for row, index in enumerate(val.labels.tolist())}
+    return Features(views, {path: row for row, path in enumerate(train_set.images_path)}, val, val_rows)
+
+
+def with_images(data_set: MyDataSet, paths: Sequence[str], labels: Sequence[int]) -> MyDataSet:
+    """Return a dataset of other images, without a cache."""
+    images = copy.copy(data_set)
+    images.images_path, images.images_class, images.cache = list(paths), list(labels), None
+    return images
 
 
 def make_loader(dataset: Dataset, batches: Iterable[Sequence[Any]], workers: int, device: torch.device) -> DataLoader:

@@ -25,7 +25,7 @@ from cli_utils import (
     silence_other_ranks,
 )
 from config import flags_to_save, parse_args, resume_args, uses_cached_features
-from data_loading import Loaders, build_loaders, cache_features
+from data_loading import FeatureStore, Loaders, build_loaders, cache_features
 from distributed import Distributed
 from evaluation_report import Results, build_report, classify_labelled
 from file_utils import write_json
@@ -65,13 +65,15 @@ from weights_io import load_initial_weights
 PROJECTOR_IMAGES = 1000  # approximate number of validation images in TensorBoard's projector
 
 
-def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None = None) -> None:
+def train(
+    args: argparse.Namespace, dist: Distributed, folder: RunFolder | None = None, store: FeatureStore | None = None
+) -> None:
     """Train a model, or resume a run.
 
     Args:
-        args: the flags.
         dist: the process group. All ranks take the same path through this function.
         folder: the run to resume, with its checkpoint; None to start a new one.
+        store: shares the features of a frozen backbone with other runs.
 
     Raises:
         StopRequest: a signal has arrived, and the run has been saved.
@@ -85,10 +87,8 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
     model, weights_description = build_model(args, data.class_names, device, dist, load_weights=is_new)
     optimizer = build_optimizer(args, model, device, amp_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    if is_new:
-        img_size, evaluation_seconds = choose_img_size(args, model, data, device, amp_dtype, dist)
-    else:
-        img_size, evaluation_seconds = folder.checkpoint["img_size"], 0.0
+    checkpoint = None if is_new else folder.checkpoint
+    img_size, evaluation_seconds = choose_img_size(args, model, data, device, amp_dtype, dist, checkpoint)
     loaders = build_loaders(args, data, img_size, device, dist)
     class_weights = build_class_weights(args, data.counts, device)
     schedule = build_schedule(args, len(loaders.batches.steps()), img_size, dist)
@@ -121,7 +121,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder | None 
             learner, eval_model = model, run.eval_model
             if uses_cached_features(args):  # train only fc, on features that are computed once
                 learner = eval_model = model.fc
-                loaders = cache_features(args, model, loaders, img_size, device, dist, amp_dtype, stop.check)
+                loaders = cache_features(args, model, loaders, img_size, device, dist, amp_dtype, stop.check, store)
             learner = dist.wrap_ddp(learner, device, sync_bn=args.sync_bn)
             options |= {"label_smoothing": args.label_smoothing, "callback": callback, "keep_bar": False}
             while not run.finished:

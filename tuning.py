@@ -4,7 +4,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,8 +145,9 @@ def choose_img_size(
     device: torch.device,
     amp_dtype: torch.dtype | None,
     dist: Distributed,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> tuple[int, float]:
-    """Return --img-size, or by default 224 pixels or the size that fits --time-budget.
+    """Return --img-size, or by default 224 pixels or the size that fits --time-budget; on resume, the stored size.
 
     For a time budget, measure the speed of a few training steps, and choose the largest size that leaves time for
     the recipe's epochs.
@@ -154,6 +155,8 @@ def choose_img_size(
     Returns:
         The size, and for a time budget the seconds that an evaluation will take, else 0.
     """
+    if checkpoint is not None:
+        return checkpoint["img_size"], 0.0
     if not args.time_budget:
         return args.img_size or DEFAULT_SIZE, 0.0
     seconds = 60 * args.time_budget

@@ -15,7 +15,9 @@ from conftest import read_events, run_in_fork, write_classes
 from ranks import run_ranks
 
 import cross_validate
+import data_loading
 import train
+from model import MODELS
 from run_state import Run
 
 pytestmark = [pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")]
@@ -114,12 +116,22 @@ def test_kill_and_resume_are_bit_identical(pets, capsys):
     assert Path("runs/killed/label_issues.csv").read_text() == "my verdicts"
 
 
-def test_stop_names_the_command_to_resume(pets, capsys, monkeypatch):
+def stopped_after(number: int, arguments: list[str]) -> int:
+    """Run cross_validate.py, and send SIGTERM after a number of training steps."""
     steps, due = itertools.count(), Run.save_is_due
-    monkeypatch.setattr(
-        Run, "save_is_due", lambda run: (next(steps) == 9 and os.kill(os.getpid(), signal.SIGTERM)) or due(run)
-    )
-    assert cross_validate.main(flags(pets)) == 143
+
+    def stop(run: Run) -> bool:
+        if next(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return due(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save_is_due", stop)
+        return cross_validate.main(arguments)
+
+
+def test_stop_names_the_command_to_resume(pets, capsys):
+    assert stopped_after(9, flags(pets)) == 143
     assert "to resume: python cross_validate.py --resume runs/cross_validation" in capsys.readouterr().err
     assert cross_validate.main(["--resume"]) == 0
 
@@ -188,6 +200,20 @@ def test_learning_curve(pets, capsys):
     assert set(curve["classes"]) == {"cat", "dog"}
     assert (folder / "learning_curve.png").exists()
     assert "expected with twice as many" in capsys.readouterr().out
+
+
+def test_frozen_features_are_computed_once(pets, monkeypatch):
+    backbone = Path("backbone.pth")
+    torch.save(MODELS["resnet18"](num_classes=1000).state_dict(), backbone)
+    passes = []
+    run_inference = data_loading.run_inference
+    monkeypatch.setattr(data_loading, "run_inference", lambda *a, **k: passes.append(1) or run_inference(*a, **k))
+    frozen = ["--recipe", "finetune", "--freeze-layers", "--weights", str(backbone)]
+    assert cross_validate.main(flags(pets, *frozen, "--name", "once")) == 0
+    assert len(passes) == 2  # for training and for evaluation
+    assert run_in_fork(lambda: stopped_after(9, flags(pets, *frozen, "--name", "stopped")), 2)[0] == 143
+    assert cross_validate.main(["--resume", "stopped"]) == 0
+    assert files_of(Path("runs/stopped")) == files_of(Path("runs/once"))
 
 
 def test_time_budget_is_shared(pets):
