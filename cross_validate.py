@@ -7,6 +7,7 @@ python cross_validate.py --resume                                               
 
 import argparse
 import functools
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,12 +18,13 @@ from cli_utils import UsageError, checked, printable, run_program, silence_other
 from data_loading import FeatureStore
 from distributed import Distributed
 from file_utils import read_json, write_json
-from folds import Images, Part, draw_folds, find_images, list_parts, require_divisible, write_fold
-from image_folders import CHECK_CACHE, read_run_checksums
+from folds import Images, Part, draw_folds, find_images, list_parts, require_divisible, require_listable, write_fold
+from image_folders import CHECK_CACHE, count_skipped, read_run_checksums
 from out_of_fold import ISSUES_FILE, write_results
 from run_utils import (
     FOLDS_FILE,
     LAUNCH_FILE,
+    SKIPPED_FILE,
     StopRequest,
     create_free_folder,
     find_launched_run,
@@ -64,7 +66,7 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
         dist.restart_clock()
         repeat = part.fold // args.folds  # its seed initialises the backbone, if there are no weights
         if repeat not in stores:
-            stores = {repeat: build_feature_store(folder)}
+            stores = {repeat: dist.broadcast_from_main(lambda: build_feature_store(folder))}
         train(part_args, dist, run, stores[repeat])
     device, amp_dtype, _ = setup_device(args, dist)
     dist.broadcast_from_main(lambda: write_results(args, folder, device, amp_dtype), no_timeout=True)
@@ -94,7 +96,7 @@ def build_part_args(
     is_new = remove_unstarted_run(folder / part.name)
     train_flags = vars(config.parse_args([])).keys()
     flags = {flag: value for flag, value in vars(args).items() if flag in train_flags}
-    flags |= {"data_path": str(part.table(folder)), "name": f"{folder.name}/{part.name}", "resume": None}
+    flags |= {"data_path": str(part.table(folder)), "name": os.path.relpath(folder / part.name, "runs"), "resume": None}
     flags |= {"val_path": None, "test_rate": 0.0, "download": False, "corrections": None}  # applied in the table
     flags["seed"] = args.seed + part.fold // args.folds
     if args.time_budget:
@@ -116,13 +118,14 @@ class Prepared(NamedTuple):
     args: argparse.Namespace
     folder: Path
     lock: TextIO | None
+    is_complete: bool = False
 
 
 def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     """Find the images, draw the folds, and write their tables to a new folder in runs/.
 
     Raises:
-        DataError: there are too few images of a class.
+        DataError: there are too few images of a class, or a table cannot list an image.
         UsageError: --weights were trained on these images.
     """
     known = Path("runs") / CHECK_CACHE
@@ -131,6 +134,7 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     drawn = [draw_folds(images.labels, images.groups, args.folds, args.seed + repeat) for repeat in range(args.repeats)]
     for folds in drawn:
         require_divisible(images, folds)
+    require_listable(images)
     folder = create_free_folder(args.name)
     lock = lock_run(folder)
     for part in list_parts(args):
@@ -155,7 +159,9 @@ def describe_folds(args: argparse.Namespace, images: Images, folder: Path) -> No
         print(f"duplicates   {grouped} images are in the same fold as another one that shows the same picture")
     if images.data.test_images:
         print(f"test images  {len(images.data.test_images)}, which no fold contains")
-    print(f"results      {printable(str(folder))}")
+    if skipped := images.data.skipped:
+        print(f"skipped      {printable(count_skipped(skipped))}; listed in {printable(str(folder / SKIPPED_FILE))}")
+    print(f"results      {printable(str(folder))}", flush=True)
 
 
 def require_unused(weights: str, images: Images) -> None:
@@ -194,7 +200,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
             name = f"--{flag.replace('_', '-')}"
             raise UsageError(f"{name}: {folder} was started with {value}; omit the flag to resume it")
-    return Prepared(args, folder, lock)
+    return Prepared(args, folder, lock, is_complete=(folder / ISSUES_FILE).exists())
 
 
 # --- program ------------------------------------------------------------------------------------------------------
@@ -205,8 +211,8 @@ def parse_args(argv: list[str] | None = None, saved: dict[str, Any] | None = Non
     parser = config.build_parser("cross_validate.py", __doc__)
     add = parser.add_argument_group("cross-validation").add_argument
     two, positive = checked(int, lambda n: n >= 2, "at least 2"), checked(int, lambda n: n >= 1, "at least 1")
-    add("--folds", type=two, default=5, help="parts of the data, each predicted by another network (default: 5)")
-    add("--repeats", type=positive, default=1, help="repeat with other folds, and average (default: %(default)s)")
+    add("--folds", type=two, default=5, help="number of folds (default: %(default)s)")
+    add("--repeats", type=positive, default=1, help="draw the folds this often, and average (default: %(default)s)")
     curve_help = "also train on parts of the data, to predict the accuracy with twice as many images"
     add("--learning-curve", action="store_true", help=curve_help)
     parser.set_defaults(name="cross_validation", best_metric="last")
@@ -225,15 +231,15 @@ def run_cross_validation(argv: list[str]) -> int:
     with Distributed(args.timeout) as dist, silence_other_ranks(dist):
         lock = None
 
-        def prepare() -> tuple[argparse.Namespace, Path]:
+        def prepare() -> Prepared:
             nonlocal lock
             name = find_launched_run(dist.launch_ids, needed=FOLDS_FILE) or args.resume
             prepared = start(args, dist.launch_ids) if name is None else reopen(argv, name)
-            lock = prepared.lock  # held until the end
-            return prepared.args, prepared.folder
+            lock = prepared.lock  # held until the end; cannot be sent to other ranks
+            return prepared._replace(lock=None)
 
-        args, folder = dist.broadcast_from_main(prepare, no_timeout=True)
-        if (folder / ISSUES_FILE).exists():
+        args, folder, _, is_complete = dist.broadcast_from_main(prepare, no_timeout=True)
+        if is_complete:
             print(f"{printable(str(folder))} is complete")
             return 0
         try:

@@ -112,6 +112,14 @@ def require_divisible(images: Images, folds: np.ndarray) -> None:
             raise DataError(f"class {name}: needs at least two images that show different pictures")
 
 
+def require_listable(images: Images) -> None:
+    """Raise DataError if a name is not valid Unicode, or starts or ends with a space: a table cannot list it."""
+    for path, label in zip(images.paths, images.labels, strict=True):
+        for text in (str(Path(path).absolute()), images.class_names[label]):
+            if text.encode(errors="ignore").decode() != text.strip():
+                raise DataError(f"{path}: a table cannot list this name; rename the file or its folder")
+
+
 def draw_subset(labels: Sequence[int], divisor: int, seed: int) -> np.ndarray:
     """Draw a stratified subset of images at random; that of a larger `divisor` is contained in it.
 
@@ -132,9 +140,6 @@ def write_fold(images: Images, folds: np.ndarray, fold: int, path: Path, divisor
 
     Args:
         divisor, seed: list only a subset of the training images, see `draw_subset`.
-
-    Raises:
-        DataError: a name is not possible in a table.
     """
     rows = []
     is_training = folds != fold
@@ -142,10 +147,6 @@ def write_fold(images: Images, folds: np.ndarray, fold: int, path: Path, divisor
     for image, label, own, training in zip(images.paths, images.labels, folds, is_training, strict=True):
         if own != fold and not training:
             continue
-        image = str(Path(image).absolute())
-        for text in (image, images.class_names[label]):
-            if text.encode(errors="ignore").decode() != text.strip():
-                raise DataError(f"{image}: a table cannot list this name; rename the file or its folder")
         subset = "val" if own == fold else "train"
-        rows.append({"path": image, "label": images.class_names[label], "split": subset})
+        rows.append({"path": str(Path(image).absolute()), "label": images.class_names[label], "split": subset})
     write_csv(rows, path)

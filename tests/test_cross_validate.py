@@ -130,10 +130,13 @@ def stopped_after(number: int, arguments: list[str]) -> int:
         return cross_validate.main(arguments)
 
 
-def test_stop_names_the_command_to_resume(pets, capsys):
+def test_stop_names_the_command_to_resume(pets, capsys, tmp_path, monkeypatch):
     assert stopped_after(9, flags(pets)) == 143
     assert "to resume: python cross_validate.py --resume runs/cross_validation" in capsys.readouterr().err
-    assert cross_validate.main(["--resume"]) == 0
+    folder = Path("runs/cross_validation").absolute()
+    monkeypatch.chdir(tmp_path)
+    assert cross_validate.main(["--resume", str(folder)]) == 0
+    assert (folder / "label_issues.csv").exists()
 
 
 def test_two_ranks(pets):
