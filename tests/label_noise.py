@@ -4,7 +4,10 @@
 python tests/label_noise.py flip FOLDER noisy.csv            # FOLDER has one sub-folder per class; 5% are flipped
 python cross_validate.py --data-path noisy.csv --name noisy
 python tests/label_noise.py score noisy.csv runs/noisy/label_issues.csv
-python tests/label_noise.py fix noisy.csv runs/noisy/label_issues.csv verdicts.csv     # for --corrections
+python tests/label_noise.py fix noisy.csv runs/noisy/label_issues.csv found.csv
+
+Both tables serve as --corrections. The column `verdict` of noisy.csv is the true class of each image; in found.csv, it is
+filled in for the flipped labels at the top of the list.
 """
 
 import argparse
@@ -33,16 +36,16 @@ def flip(folder: Path, table: Path, rate: float, seed: int) -> None:
     """Write a table of all images, with the fraction `rate` of the labels replaced by another class."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     images = [(name, image) for name in names for image in sorted((folder.resolve() / name).iterdir())]
-    rows = [{"path": str(image), "label": name, "true": name} for name, image in images]
+    rows = [{"path": str(image), "label": name, "verdict": name} for name, image in images]
     generator = random.Random(seed)
     for row in generator.sample(rows, round(rate * len(rows))):
-        row["label"] = generator.choice([name for name in names if name != row["true"]])
+        row["label"] = generator.choice([name for name in names if name != row["verdict"]])
     write(rows, table)
 
 
 def score(table: Path, issues: Path) -> None:
     """Print how many of the flipped labels are at the top of the list, and the area under the ROC curve."""
-    true = {row["path"]: row["true"] for row in read(table)}
+    true = {row["path"]: row["verdict"] for row in read(table)}
     flipped = np.array([row["label"] != true[row["path"]] for row in read(issues)])
     wrong, ranks = int(flipped.sum()), np.arange(len(flipped))
     area = 1 - (ranks[flipped].sum() - wrong * (wrong - 1) / 2) / (wrong * (len(flipped) - wrong))
@@ -52,8 +55,8 @@ def score(table: Path, issues: Path) -> None:
 
 def fix(table: Path, issues: Path, verdicts: Path) -> None:
     """Copy a label_issues.csv with a verdict on each flipped label among as many first rows as were flipped."""
-    true, rows = {row["path"]: row["true"] for row in read(table)}, read(issues)
-    flipped = sum(row["label"] != row["true"] for row in read(table))
+    true, rows = {row["path"]: row["verdict"] for row in read(table)}, read(issues)
+    flipped = sum(row["label"] != row["verdict"] for row in read(table))
     for row in rows[:flipped]:
         if row["label"] != true[row["path"]]:
             row["verdict"] = true[row["path"]]
