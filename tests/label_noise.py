@@ -6,8 +6,8 @@ python cross_validate.py --data-path noisy.csv --name noisy
 python tests/label_noise.py score noisy.csv runs/noisy/label_issues.csv
 python tests/label_noise.py fix noisy.csv runs/noisy/label_issues.csv found.csv
 
-Both tables serve as --corrections. The column `verdict` of noisy.csv is the true class of each image; in found.csv, it is
-filled in for the flipped labels at the top of the list.
+Both tables serve as --corrections. The column `verdict` of noisy.csv is the true class of each image; found.csv has it
+for the flipped labels at the top of the list.
 """
 
 import argparse
