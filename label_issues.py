@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from metrics import Interval, wilson_interval
@@ -24,14 +25,20 @@ class LabelIssues(NamedTuple):
 
 
 def rank_labels(probabilities: Tensor, labels: Tensor) -> LabelIssues:
-    """Rank labels by self-confidence.
+    """Rank labels by their probability, divided by the mean of that over the images with the same label.
+
+    That mean is the per-class threshold of confident learning (Northcutt et al. 2021,
+    https://arxiv.org/abs/1911.00068), which allows for classes that are difficult to learn.
 
     Args:
         probabilities: (N, classes) float32, out-of-fold.
         labels: (N,) int64.
     """
     columns = labels.unsqueeze(1)
-    scores = probabilities.gather(1, columns).squeeze(1)
+    own = probabilities.gather(1, columns).squeeze(1)
+    sums = torch.zeros(probabilities.shape[1]).index_add(0, labels, own)
+    thresholds = sums / labels.bincount(minlength=probabilities.shape[1]).clamp(min=1)
+    scores = own / thresholds[labels]
     return LabelIssues(scores.argsort(stable=True), probabilities.scatter(1, columns, -1.0).argmax(dim=1))
 
 

@@ -54,8 +54,16 @@ def test_no_estimate_by_a_weak_network():
     assert estimate_wrong_labels(probabilities[:3], labels[:3]) is None
 
 
-def test_confidence_in_the_label_decides():
-    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]])
-    issues = rank_labels(probabilities, torch.tensor([1, 0, 1]))
-    assert issues.order.tolist() == [0, 1, 2]
-    assert issues.suggested.tolist() == [0, 1, 0]
+def test_label_with_the_lowest_probability_comes_first():
+    probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    issues = rank_labels(probabilities, torch.tensor([0, 0, 0]))
+    assert issues.order.tolist() == [2, 1, 0]
+    assert issues.suggested.tolist() == [1, 1, 1]
+
+
+def test_probability_is_relative_to_that_of_the_class():
+    probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.3, 0.1, 0.6], [0.3, 0.0, 0.7], [0.3, 0.0, 0.7]])
+    issues = rank_labels(probabilities, torch.tensor([0, 0, 2, 0, 2]))
+    assert issues.order.tolist()[0] == 3  # its class has 0.43 on average
+    rare = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.55, 0.45], [0.55, 0.45]])
+    assert rank_labels(rare, torch.tensor([0, 0, 0, 1, 1])).order.tolist()[0] == 2  # 1 is a difficult class
