@@ -105,7 +105,7 @@ FLAG_DEFAULTS = {  # for the flags that depend on the recipe
 
 MAY_CHANGE = {  # flags that may change on resume
     *("epochs", "patience", "data_path", "val_path", "device", "workers", "save_every", "histograms"),
-    *("strict", "timeout"),
+    *("strict", "timeout", "corrections"),
 }
 NOT_SAVED = {"resume", "download", "allow_changed_data"}  # flags that apply to a single launch only
 

@@ -1,6 +1,7 @@
 """The results of a cross-validation: out-of-fold predictions, label issues and the learning curve."""
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,27 +81,29 @@ def combine(folds: Sequence[Fold], per_repeat: int, class_names: list[str]) -> O
     Args:
         per_repeat: the number of folds of a repeat.
     """
-    calibrated: dict[str, list[Tensor]] = {}
-    raw: dict[str, list[Tensor]] = {}
-    numbers: dict[str, list[int]] = {}
-    found: dict[str, tuple[ImageFile, int]] = {}
+    files = [file for fold in folds for file in fold.files]
+    labels = torch.cat([fold.labels for fold in folds])
+    numbers = [number for number, fold in enumerate(folds) for _ in fold.files]
+    calibrated = []
     for number, fold in enumerate(folds):
         first = number // per_repeat * per_repeat
         others = [folds[other] for other in range(first, first + per_repeat) if other != number]
-        temperature = fit_temperature(
-            torch.cat([other.logits for other in others]), torch.cat([other.labels for other in others])
-        )
-        for file, logits, label in zip(fold.files, fold.logits, fold.labels.tolist(), strict=True):
-            found[file.path] = file, label
-            calibrated.setdefault(file.path, []).append((logits / temperature).softmax(dim=0))
-            raw.setdefault(file.path, []).append(logits.softmax(dim=0))
-            numbers.setdefault(file.path, []).append(number)
-    paths = sorted(found)
-    logits = torch.stack([torch.stack(calibrated[path]).mean(dim=0) for path in paths]).log()
-    labels = torch.tensor([found[path][1] for path in paths])
-    results = Results([found[path][0] for path in paths], logits, labels, class_names)
-    uncalibrated = torch.stack([torch.stack(raw[path]).mean(dim=0) for path in paths])
-    return OutOfFold(results, [numbers[path] for path in paths], uncalibrated)
+        logits, targets = (torch.cat(column) for column in zip(*(other[1:] for other in others), strict=True))
+        calibrated.append((fold.logits / fit_temperature(logits, targets)).log_softmax(dim=1))
+    rows: dict[str, list[int]] = {}
+    for row, file in enumerate(files):
+        rows.setdefault(file.path, []).append(row)
+    groups = [rows[path] for path in sorted(rows)]
+    first = [group[0] for group in groups]
+
+    def average(log_probabilities: list[Tensor]) -> Tensor:
+        """Return the logarithms of the mean probabilities of each image."""
+        every = torch.cat(log_probabilities)
+        return torch.stack([every[group].logsumexp(dim=0) - math.log(len(group)) for group in groups])
+
+    results = Results([files[row] for row in first], average(calibrated), labels[first], class_names)
+    uncalibrated = average([fold.logits.log_softmax(dim=1) for fold in folds]).exp()
+    return OutOfFold(results, [[numbers[row] for row in group] for group in groups], uncalibrated)
 
 
 def write_results(args: argparse.Namespace, folder: Path, device: torch.device, amp_dtype: torch.dtype | None) -> None:
@@ -160,18 +163,17 @@ def extrapolate(folder: Path, predicted: dict[Part, Fold], class_names: list[str
         Plain values for JSON, and the figure.
     """
     correct, labels, folds = [], [], []
-    for part, full in predicted.items():
-        if part.divisor > 1:
-            continue
-        columns = []
+    for part in (part for part in predicted if part.divisor == 1):
+        hits = []
         for divisor in sorted(DIVISORS, reverse=True):  # from the smallest subset to all images
             fold = predicted[Part(part.fold, divisor)]
             right = (fold.logits.argmax(dim=1) == fold.labels).tolist()
-            columns.append({file.path: is_right for file, is_right in zip(fold.files, right, strict=True)})
-        readable = [file.path for file in full.files if all(file.path in column for column in columns)]
-        correct += [[column[path] for column in columns] for path in readable]
-        labels += [class_names.index(file.label) for file in full.files if file.path in set(readable)]
-        folds += [part.fold] * len(readable)
+            hits.append({file.path: is_right for file, is_right in zip(fold.files, right, strict=True)})
+        for path, label in ((file.path, class_names.index(file.label)) for file in predicted[part].files):
+            if all(path in column for column in hits):  # it is still readable
+                correct.append([column[path] for column in hits])
+                labels.append(label)
+                folds.append(part.fold)
     sizes = {}
     for part in predicted:
         rows = [row for row in read_table(part.table(folder)) if row.subset == "train"]
@@ -283,8 +285,8 @@ def print_results(report: dict[str, Any], results: Results, issues: LabelIssues,
         estimate = f"{low} to {high} of {report['images']} (estimate)"
     print(f"wrong labels       {estimate}; the most suspicious ones:")
     for index in issues.order[:10].tolist():
-        suggested = results.class_names[issues.suggested[index]]
-        print(printable(f"  {results.files[index].path}: {suggested}?"))
+        file, suggested = results.files[index], results.class_names[issues.suggested[index]]
+        print(printable(f"  {file.path}: {file.label}, perhaps {suggested}"))
     table = folder / ISSUES_FILE
     print(f"all labels         {printable(str(table))}; the first {WORST} are drawn in label_issues.png")
     command = quote_command(["python", "train.py", "--corrections", str(table)])
