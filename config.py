@@ -137,7 +137,7 @@ def parse_args(
     if args.time_budget and uses_cached_features(args):
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
     if args.patience and args.best_metric == "last":
-        parser.error("--patience has no effect with --best-metric last: pass only one of them")
+        parser.error("--patience has no effect with --best-metric last: omit it, or pass another --best-metric")
     if args.batch_size == 1 and needs_two_images(args):
         parser.error("--batch-size must be at least 2 for training images of 32 pixels")
     if args.find_lr and args.accumulate > 1:
@@ -203,7 +203,7 @@ def _add_training_flags(parser: FlagParser) -> None:
     add("--recipe", choices=RECIPES, default="tutorial", help=recipe_help)
     add("--epochs", type=POSITIVE_COUNT, help="passes over the training images " + default_help("epochs"))
     add("--time-budget", type=POSITIVE, metavar="MINUTES", help="train for this long instead of --epochs")
-    best_help = "metric that decides which epoch is the best, or last for the last epoch (default: %(default)s)"
+    best_help = "metric that selects the best epoch; last: always use the last epoch (default: %(default)s)"
     add("--best-metric", choices=BEST_METRICS, default="accuracy", help=best_help)
     patience_help = "stop after N epochs without improvement in --best-metric (default: never)"
     add("--patience", type=COUNT, default=0, metavar="N", help=patience_help)

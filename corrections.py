@@ -37,8 +37,9 @@ class Corrections:
         self.path = Path(path)
         self.verdicts: dict[str, Verdict] = {}
         for where, row in read_rows(path, ("path", "verdict"), ("path",)):
-            if row["verdict"]:
-                self.verdicts[os.path.realpath(self.path.parent / row["path"])] = Verdict(row["verdict"], where)
+            file = os.path.realpath(self.path.parent / row["path"])
+            if row["verdict"] and row["verdict"] != self.verdicts.setdefault(file, Verdict(row["verdict"], where)).text:
+                raise DataError(f"{where}: another verdict on {row['path']} than in {self.verdicts[file].where}")
         if not self.verdicts:
             raise DataError(f"{self.path}: contains no verdict; fill in the column verdict with a class, ok or drop")
         self.used: set[str] = set()

@@ -1,4 +1,4 @@
-"""Cross-validate: predict each image with a network that was not trained on it, measure accuracy, find wrong labels.
+"""Cross-validate: predict each image with a network that was not trained on it, measure accuracy and find wrong labels.
 
 python cross_validate.py --data-path my_photos --recipe scratch --time-budget 60    # five folds in an hour
 python cross_validate.py --data-path my_photos --folds 10 --name ten_folds          # takes the flags of train.py
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, TextIO
 
 import config
 from cli_utils import UsageError, checked, printable, run_program, silence_other_ranks
+from corrections import Corrections
 from data_loading import FeatureStore
 from distributed import Distributed
 from file_utils import read_json, write_json
-from folds import Images, Part, draw_folds, find_images, list_parts, require_divisible, require_listable, write_fold
+from folds import FoldRun, Images, draw_folds, find_images, list_runs, require_divisible, require_listable, write_fold
 from image_folders import CHECK_CACHE, count_skipped, read_run_checksums
 from out_of_fold import ISSUES_FILE, write_results
 from run_utils import (
@@ -36,7 +37,7 @@ from run_utils import (
 from tables import read_table
 from train import setup_device, train
 
-REPORT_FRACTION = 0.03  # of a time budget, kept for the final predictions
+REPORT_FRACTION = 0.03  # fraction of a time budget kept for the final predictions
 MAY_CHANGE = {"resume", "device", "workers", "timeout"}  # flags that may change on resume
 
 
@@ -51,23 +52,24 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
     Raises:
         StopRequest: a signal has arrived, and the run of the fold has been saved.
     """
-    start, stores = time.perf_counter(), {}
-    for part in list_parts(args):
-        spent = time.perf_counter() - start
-        part_args, is_new = dist.broadcast_from_main(functools.partial(build_part_args, args, folder, part, spent))
-        run = None if is_new else open_run(str(folder / part.name), dist)
+    started_at, stores = time.perf_counter(), {}
+    for fold_run in list_runs(args):
+        spent = time.perf_counter() - started_at
+        build = functools.partial(build_run_args, args, folder, fold_run, spent)
+        run_args, is_new = dist.broadcast_from_main(build)
+        run = None if is_new else open_run(str(folder / fold_run.name), dist)
         if run is not None:
             if run.checkpoint["resume"].get("finished"):
                 continue
             saved = config.resume_args([], run.checkpoint["resume"].get("flags"), run.path)
             changed = {flag: getattr(args, flag) for flag in MAY_CHANGE - {"resume"}}
-            part_args = argparse.Namespace(**vars(saved) | changed)
-        print(f"\n--- {part} ---\n")
+            run_args = argparse.Namespace(**vars(saved) | changed)
+        print(f"\n--- {fold_run} ---\n")
         dist.restart_clock()
-        repeat = part.fold // args.folds  # its seed initialises the backbone, if there are no weights
+        repeat = fold_run.fold // args.folds  # its seed initialises the backbone, if there are no weights
         if repeat not in stores:
             stores = {repeat: dist.broadcast_from_main(lambda: build_feature_store(folder))}
-        train(part_args, dist, run, stores[repeat])
+        train(run_args, dist, run, stores[repeat])
     device, amp_dtype, _ = setup_device(args, dist)
     dist.broadcast_from_main(lambda: write_results(args, folder, device, amp_dtype), no_timeout=True)
 
@@ -77,15 +79,15 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
 
 def build_feature_store(folder: Path) -> FeatureStore:
     """Create a store for the features of all images, for --freeze-layers."""
-    rows = read_table(Part(0).table(folder))
+    rows = read_table(FoldRun(0).table(folder))
     names = sorted({row.label for row in rows})
     return FeatureStore([row.path for row in rows], [names.index(row.label) for row in rows])
 
 
-def build_part_args(
-    args: argparse.Namespace, folder: Path, part: Part, spent: float
+def build_run_args(
+    args: argparse.Namespace, folder: Path, fold_run: FoldRun, spent: float
 ) -> tuple[argparse.Namespace, bool]:
-    """Build the flags of train.py for a training.
+    """Build the flags of train.py for a training run.
 
     Args:
         spent: seconds since the start or the resume.
@@ -93,22 +95,25 @@ def build_part_args(
     Returns:
         The flags, and whether its run still has to be created.
     """
-    is_new = remove_unstarted_run(folder / part.name)
+    is_new = remove_unstarted_run(folder / fold_run.name)
     train_flags = vars(config.parse_args([])).keys()
     flags = {flag: value for flag, value in vars(args).items() if flag in train_flags}
-    flags |= {"data_path": str(part.table(folder)), "name": os.path.relpath(folder / part.name, "runs"), "resume": None}
-    flags |= {"val_path": None, "test_rate": 0.0, "download": False, "corrections": None}  # applied in the table
-    flags["seed"] = args.seed + part.fold // args.folds
+    flags |= {
+        "data_path": str(fold_run.table(folder)),
+        "name": os.path.relpath(folder / fold_run.name, "runs"),
+        "seed": args.seed + fold_run.fold // args.folds,
+    }
+    flags |= {"resume": None, "val_path": None, "corrections": None, "test_rate": 0.0, "download": False}
     if args.time_budget:
-        parts = list_parts(args)
-        before = parts[: parts.index(part)]
-        runs = [read_json(folder / earlier.name / "args.json") for earlier in before]
-        used = sum(run.get("flags", {}).get("time_budget", 0.0) for run in runs)
+        runs = list_runs(args)
+        before = runs[: runs.index(fold_run)]
+        earlier = [read_json(folder / each.name / "args.json") for each in before]
+        used = sum(run.get("flags", {}).get("time_budget", 0.0) for run in earlier)
         left = (1 - REPORT_FRACTION) * args.time_budget - max(spent / 60, used)
-        share = 1 / part.divisor / sum(1 / each.divisor for each in parts[len(before) :])
+        share = 1 / fold_run.divisor / sum(1 / each.divisor for each in runs[len(before) :])
         flags["time_budget"] = max(left, args.time_budget / 100) * share
-        if runs and not args.img_size:  # the size that the first training has chosen
-            flags["img_size"] = runs[0].get("network", {}).get("img_size")
+        if earlier and not args.img_size:  # the size that the first run chose
+            flags["img_size"] = earlier[0].get("network", {}).get("img_size")
     return argparse.Namespace(**flags), is_new
 
 
@@ -137,16 +142,19 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     require_listable(images)
     folder = create_free_folder(args.name)
     lock = lock_run(folder)
-    for part in list_parts(args):
-        folds, fold = drawn[part.fold // args.folds], part.fold % args.folds
-        write_fold(images, folds, fold, part.table(folder), part.divisor, seed=args.seed + part.fold)
+    for run in list_runs(args):
+        folds, fold = drawn[run.fold // args.folds], run.fold % args.folds
+        write_fold(images, folds, fold, run.table(folder), run.divisor, seed=args.seed + run.fold)
     write_json(images.data.known, known)
     write_skipped(images.data.skipped, folder)
     if launch_ids:
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     flags = vars(args) | {"recipe": args.recipe.name}
     flags |= {flag: str(Path(flags[flag]).absolute()) for flag in ("weights",) if Path(flags[flag]).is_file()}
-    write_json({"flags": flags}, folder / FOLDS_FILE)
+    verdicts = Corrections(args.corrections).verdicts if args.corrections else {}
+    write_json(
+        {"flags": flags, "verdicts": {path: verdict.text for path, verdict in verdicts.items()}}, folder / FOLDS_FILE
+    )
     describe_folds(args, images, folder)
     return Prepared(args, folder, lock)
 
@@ -156,9 +164,9 @@ def describe_folds(args: argparse.Namespace, images: Images, folder: Path) -> No
     grouped = len(images.paths) - len(set(images.groups.tolist()))
     print(f"images       {len(images.paths)} in {len(images.class_names)} classes, {args.folds} folds")
     if grouped:
-        print(f"duplicates   {grouped} images are in the same fold as another one that shows the same picture")
+        print(f"duplicates   {grouped} images show the same picture as another one, and are in its fold")
     if images.data.test_images:
-        print(f"test images  {len(images.data.test_images)}, which no fold contains")
+        print(f"test images  {len(images.data.test_images)}, in no fold")
     if skipped := images.data.skipped:
         print(f"skipped      {printable(count_skipped(skipped))}; listed in {printable(str(folder / SKIPPED_FILE))}")
     print(f"results      {printable(str(folder))}", flush=True)
@@ -172,7 +180,7 @@ def require_unused(weights: str, images: Images) -> None:
     checksums = {checksum for versions in images.data.files.values() for _, checksum in versions}
     if known := len(checksums & used.keys()):
         raise UsageError(
-            f"--weights {weights}: were trained on {known} of these images, so their predictions would be too good; "
+            f"--weights {weights}: their run used {known} of these images, so the results would be too good; "
             f"use other weights, or train from scratch"
         )
 
@@ -189,7 +197,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
         found = sorted(Path("runs").glob(f"*/{FOLDS_FILE}"), key=lambda path: -path.stat().st_mtime)
         found = [path.parent for path in found]
     if not found:
-        raise UsageError(f"--resume {name}: no {FOLDS_FILE} to resume from".replace("  ", " "))
+        raise UsageError(f"{f'--resume {name}'.rstrip()}: no {FOLDS_FILE} to resume from")
     folder = found[0]
     lock = lock_run(folder)
     saved = read_json(folder / FOLDS_FILE).get("flags", {})
@@ -212,8 +220,10 @@ def parse_args(argv: list[str] | None = None, saved: dict[str, Any] | None = Non
     add = parser.add_argument_group("cross-validation").add_argument
     two, positive = checked(int, lambda n: n >= 2, "at least 2"), checked(int, lambda n: n >= 1, "at least 1")
     add("--folds", type=two, default=5, help="number of folds (default: %(default)s)")
-    add("--repeats", type=positive, default=1, help="draw the folds this often, and average (default: %(default)s)")
-    curve_help = "also train on parts of the data, to predict the accuracy with twice as many images"
+    add(
+        "--repeats", type=positive, default=1, help="draw the folds this many times, and average (default: %(default)s)"
+    )
+    curve_help = "also train on subsets of the data, to predict the accuracy with twice as many images"
     add("--learning-curve", action="store_true", help=curve_help)
     parser.set_defaults(name="cross_validation", best_metric="last")
     args = config.parse_args(argv, saved, parser)

@@ -311,7 +311,7 @@ def load_evenly_spaced(data_set: MyDataSet, number: int, transform: EvalTransfor
 
 
 class FeatureStore:
-    """The features of a frozen backbone for a dataset, computed by the first of several runs on parts of it.
+    """Features of a frozen backbone, computed once and shared by several runs on subsets of a dataset.
 
     Args:
         paths, labels: all images of the runs, with the labels of their classes.
@@ -406,7 +406,7 @@ def compute_features(
 
 
 def with_images(data_set: MyDataSet, paths: Sequence[str], labels: Sequence[int]) -> MyDataSet:
-    """Return a dataset of other images, without a cache."""
+    """Return a copy of a dataset with other images and without a cache."""
     images = copy.copy(data_set)
     images.images_path, images.images_class, images.cache = list(paths), list(labels), None
     return images

@@ -1,4 +1,4 @@
-"""Divide the images of a dataset into folds for cross-validation, and list the trainings that this takes."""
+"""Divide the images of a dataset into folds for cross-validation, and list the training runs."""
 
 import argparse
 import math
@@ -15,12 +15,12 @@ from learning_curve import DIVISORS
 from prepare_data import Data, prepare_data
 
 
-class Part(NamedTuple):
-    """A training of the cross-validation.
+class FoldRun(NamedTuple):
+    """A training run of the cross-validation.
 
     Attributes:
-        fold: the number of the fold that it predicts; those of the second repeat follow those of the first.
-        divisor: it uses 1 / `divisor` of the other images.
+        fold: the number of the predicted fold; numbering continues across repeats.
+        divisor: the run trains on 1 / `divisor` of the other images.
     """
 
     fold: int
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its run's folder."""
+        """The name of the run's folder."""
         return f"fold-{self.fold}" + ("" if self.divisor == 1 else f"-1of{self.divisor}")
 
     def table(self, folder: Path) -> Path:
@@ -39,10 +39,10 @@ class Part(NamedTuple):
         return folder / f"{self.name}.csv"
 
 
-def list_parts(args: argparse.Namespace) -> list[Part]:
-    """List the trainings, in order."""
+def list_runs(args: argparse.Namespace) -> list[FoldRun]:
+    """List the training runs, in order."""
     divisors = DIVISORS if args.learning_curve else (1,)
-    return [Part(fold, divisor) for fold in range(args.folds * args.repeats) for divisor in divisors]
+    return [FoldRun(fold, divisor) for fold in range(args.folds * args.repeats) for divisor in divisors]
 
 
 class Images(NamedTuple):
@@ -51,7 +51,7 @@ class Images(NamedTuple):
     Attributes:
         labels: indices into `class_names`.
         groups: (N,) int64, equal for images that show the same picture.
-        data: all images as training images, and the test images, which no fold contains.
+        data: the images, checked; the test images are in no fold.
     """
 
     paths: list[str]
@@ -67,7 +67,7 @@ def find_images(args: argparse.Namespace, known_images: Path) -> Images:
     Args:
         known_images: see `prepare_data`.
     """
-    data = prepare_data(argparse.Namespace(**vars(args) | {"val_rate": 0.0}), known_images)
+    data = prepare_data(args, known_images)
     paths = data.train_set.images_path + data.val_set.images_path
     labels = data.train_set.images_class + data.val_set.images_class
     workers = number_of_workers(args.workers)
@@ -105,7 +105,7 @@ def draw_folds(labels: Sequence[int], groups: np.ndarray, folds: int, seed: int)
 
 
 def require_divisible(images: Images, folds: np.ndarray) -> None:
-    """Raise DataError if a class is in one fold only, so that the network for that fold could not learn it."""
+    """Raise DataError if a class is in only one fold: the network for that fold could not learn it."""
     labels = np.asarray(images.labels)
     for label, name in enumerate(images.class_names):
         if len(np.unique(folds[labels == label])) < 2:

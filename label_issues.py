@@ -8,8 +8,8 @@ from torch import Tensor
 
 from metrics import Interval, wilson_interval
 
-CONFIDENT = 0.25  # the fraction of the images, the most confident ones, that the number of wrong labels is based on
-MAX_FRACTION = 0.2  # of wrong labels; above it, the network is too often wrong itself to tell
+CONFIDENT = 0.25  # the fraction of images, the most confident ones, from which the estimate is made
+MAX_FRACTION = 0.2  # largest estimate to report; above it, the network's own mistakes may dominate
 
 
 class LabelIssues(NamedTuple):
@@ -43,12 +43,12 @@ def rank_labels(probabilities: Tensor, labels: Tensor) -> LabelIssues:
 
 
 def estimate_wrong_labels(probabilities: Tensor, labels: Tensor) -> Interval | None:
-    """Estimate the fraction of wrong labels, as a range; None if the network is too often wrong itself.
+    """Estimate the fraction of wrong labels, as a range; None if it is too uncertain.
 
-    The confidence of an out-of-fold prediction does not depend on the image's own label. Where it is high, the network
+    The confidence of an out-of-fold prediction hardly depends on the image's own label. Where it is high, the network
     is nearly always right, so a label that differs is nearly always wrong. This assumes that labels are wrong there as
-    often as elsewhere. If clearly more labels differ in their second half than in the first, where the
-    confidence is even higher, the network is wrong too, and the range extends downwards.
+    often as elsewhere. If clearly more labels differ in the less confident half of these images, the network is wrong
+    there too, and the range extends downwards.
 
     Args:
         probabilities: (N, classes) float32, out-of-fold.

@@ -32,16 +32,17 @@ class LearningCurve(NamedTuple):
 
 
 def fit_learning_curve(sizes: Sequence[int], correct: np.ndarray, folds: np.ndarray, seed: int = 0) -> LearningCurve:
-    """Fit a power law with a floor, error(n) = a * n ** -b + c, and extrapolate it to twice as many images.
+    """Fit power laws, error(n) = a * n ** -b + c, with and without the floor c, to extrapolate to 2 n images.
 
     Power laws describe most learning curves (Viering & Loog 2022, https://arxiv.org/abs/2103.10948), but extrapolations
     far beyond the data are unreliable (Mahmood et al. 2022, https://arxiv.org/abs/2207.01725). The range covers the
-    choice of the images and of the folds (bootstrap), the variation between trainings (the spread over the folds), and
-    the shape of the curve: half of the fits have no floor.
+    sampling of the predicted images (bootstrap), the variation between training runs (the spread over the folds), and
+    the shape of the curve.
 
     Args:
         sizes: (S,) numbers of training images, ascending.
-        correct: (N, S) bool, whether the network that was trained on that many images is right about each image.
+        correct: (N, S) bool, or float for means of several networks: whether the network that was trained on that many
+            images is right about each image.
         folds: (N,) the fold of each image.
     """
     sizes = np.asarray(sizes, dtype=float)

@@ -2,8 +2,9 @@
 
 import argparse
 import math
+import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,14 +18,15 @@ from calibration import Reliability, fit_temperature, measure_reliability
 from classifier import Classifier
 from cli_utils import DataError, printable, quote_command
 from evaluation_report import Results, build_report, classify_labelled, format_report, prediction_rows
-from file_utils import save_png, write_csv, write_json
-from folds import Part, list_parts
+from file_utils import read_json, save_png, write_csv, write_json
+from folds import FoldRun, list_runs
 from image_io import ImageError, read_image
 from label_issues import LabelIssues, estimate_wrong_labels, rank_labels
 from labelled_images import ErrorLog, ImageFile
 from learning_curve import DIVISORS, LearningCurve, fit_learning_curve
 from metrics import Evaluation
 from my_dataset import EvalTransform, to_pixels
+from run_utils import FOLDS_FILE
 from tables import read_table
 
 if TYPE_CHECKING:
@@ -48,27 +50,29 @@ class OutOfFold(NamedTuple):
     Attributes:
         results: the probabilities are calibrated; with --repeats, they are averaged.
         folds: (N,) the folds that contain each image.
-        uncalibrated: (N, classes) float32, the probabilities without temperatures.
+        uncalibrated: (N, classes) float32, the probabilities before temperature scaling.
+        temperatures: of each fold.
     """
 
     results: Results
     folds: list[list[int]]
     uncalibrated: Tensor
+    temperatures: list[float]
 
 
-def predict_part(
-    folder: Path, part: Part, device: torch.device, amp_dtype: torch.dtype | None, workers: int | None, log: ErrorLog
+def predict_fold(
+    folder: Path, run: FoldRun, device: torch.device, amp_dtype: torch.dtype | None, workers: int | None, log: ErrorLog
 ) -> tuple[Fold, Classifier]:
     """Classify the images of a fold with the network that was not trained on them.
 
     Raises:
         DataError: no image is readable.
     """
-    classifier = Classifier(folder / part.name / "weights" / "best.pth", device, amp_dtype, workers=workers)
-    rows = [row for row in read_table(part.table(folder)) if row.subset == "val"]
+    classifier = Classifier(folder / run.name / "weights" / "best.pth", device, amp_dtype, workers=workers)
+    rows = [row for row in read_table(run.table(folder)) if row.subset == "val"]
     images = classify_labelled(classifier, [ImageFile(row.path, row.label, row.path) for row in rows], log)
     if not images:
-        raise DataError(f"none of the {len(rows)} images of {part.name} is readable")
+        raise DataError(f"none of the {len(rows)} images of {run.name} is readable")
     results = Results.collect(images, classifier)
     return Fold(results.files, results.logits, results.labels), classifier
 
@@ -76,7 +80,7 @@ def predict_part(
 def combine(folds: Sequence[Fold], per_repeat: int, class_names: list[str]) -> OutOfFold:
     """Combine the predictions of all folds.
 
-    The temperature of a fold is fitted to the other folds, so that no image influences its own probabilities.
+    The temperature of a fold is fitted to the other folds, not to the images that it is applied to.
 
     Args:
         per_repeat: the number of folds of a repeat.
@@ -84,12 +88,13 @@ def combine(folds: Sequence[Fold], per_repeat: int, class_names: list[str]) -> O
     files = [file for fold in folds for file in fold.files]
     labels = torch.cat([fold.labels for fold in folds])
     numbers = [number for number, fold in enumerate(folds) for _ in fold.files]
-    calibrated = []
+    calibrated, temperatures = [], []
     for number, fold in enumerate(folds):
         first = number // per_repeat * per_repeat
         others = [folds[other] for other in range(first, first + per_repeat) if other != number]
         logits, targets = (torch.cat(column) for column in zip(*(other[1:] for other in others), strict=True))
-        calibrated.append((fold.logits / fit_temperature(logits, targets)).log_softmax(dim=1))
+        temperatures.append(fit_temperature(logits, targets))
+        calibrated.append((fold.logits / temperatures[-1]).log_softmax(dim=1))
     rows: dict[str, list[int]] = {}
     for row, file in enumerate(files):
         rows.setdefault(file.path, []).append(row)
@@ -103,15 +108,15 @@ def combine(folds: Sequence[Fold], per_repeat: int, class_names: list[str]) -> O
 
     results = Results([files[row] for row in first], average(calibrated), labels[first], class_names)
     uncalibrated = average([fold.logits.log_softmax(dim=1) for fold in folds]).exp()
-    return OutOfFold(results, [[numbers[row] for row in group] for group in groups], uncalibrated)
+    return OutOfFold(results, [[numbers[row] for row in group] for group in groups], uncalibrated, temperatures)
 
 
 def write_results(args: argparse.Namespace, folder: Path, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Predict all images, and write and print the report and the label issues."""
     log, predicted = ErrorLog("cross_validate.py"), {}
-    for part in list_parts(args):
-        predicted[part], classifier = predict_part(folder, part, device, amp_dtype, args.workers, log)
-    folds = [fold for part, fold in predicted.items() if part.divisor == 1]
+    for run in list_runs(args):
+        predicted[run], classifier = predict_fold(folder, run, device, amp_dtype, args.workers, log)
+    folds = [fold for run, fold in predicted.items() if run.divisor == 1]
     predictions = combine(folds, args.folds, classifier.class_names)
     results = predictions.results
     reliability = {
@@ -119,6 +124,7 @@ def write_results(args: argparse.Namespace, folder: Path, device: torch.device, 
         "calibrated": measure_reliability(results.evaluation.probabilities, results.labels),
     }
     report = build_report(results) | describe_spread(folds)
+    report["temperature"] = predictions.temperatures
     report["uncalibrated_calibration_error"] = reliability["uncalibrated"].calibration_error
     issues = rank_labels(results.evaluation.probabilities, results.labels)
     estimate = estimate_wrong_labels(results.evaluation.probabilities, results.labels)
@@ -137,8 +143,9 @@ def write_results(args: argparse.Namespace, folder: Path, device: torch.device, 
     write_csv(rows, folder / "out_of_fold.csv", columns)
     write_figures(folder, figures)
     if not (folder / ISSUES_FILE).exists():  # it may contain verdicts
-        write_csv(issue_rows(results, issues), folder / ISSUES_FILE)
-    print_results(report, results, issues, folder)
+        verdicts = read_json(folder / FOLDS_FILE).get("verdicts", {})
+        write_csv(issue_rows(results, issues, verdicts), folder / ISSUES_FILE)
+    print_results(report, results, issues, folder, args.data_path)
 
 
 def describe_spread(folds: Sequence[Fold]) -> dict[str, Any]:
@@ -156,30 +163,34 @@ def describe_spread(folds: Sequence[Fold]) -> dict[str, Any]:
     }
 
 
-def extrapolate(folder: Path, predicted: dict[Part, Fold], class_names: list[str]) -> tuple[dict[str, Any], "Figure"]:
+def extrapolate(
+    folder: Path, predicted: dict[FoldRun, Fold], class_names: list[str]
+) -> tuple[dict[str, Any], "Figure"]:
     """Extrapolate the accuracy, overall and per class, to twice as many images.
 
     Returns:
         Plain values for JSON, and the figure.
     """
-    correct, labels, folds = [], [], []
-    for part in (part for part in predicted if part.divisor == 1):
-        hits = []
+    hits: dict[str, list[list[bool]]] = {}  # by image, for each repeat
+    labels, folds = {}, {}
+    for run in (run for run in predicted if run.divisor == 1):
+        columns = []
         for divisor in sorted(DIVISORS, reverse=True):  # from the smallest subset to all images
-            fold = predicted[Part(part.fold, divisor)]
+            fold = predicted[FoldRun(run.fold, divisor)]
             right = (fold.logits.argmax(dim=1) == fold.labels).tolist()
-            hits.append({file.path: is_right for file, is_right in zip(fold.files, right, strict=True)})
-        for path, label in ((file.path, class_names.index(file.label)) for file in predicted[part].files):
-            if all(path in column for column in hits):  # it is still readable
-                correct.append([column[path] for column in hits])
-                labels.append(label)
-                folds.append(part.fold)
+            columns.append({file.path: is_right for file, is_right in zip(fold.files, right, strict=True)})
+        for file in predicted[run].files:
+            if all(file.path in column for column in columns):  # it is still readable
+                hits.setdefault(file.path, []).append([column[file.path] for column in columns])
+                labels[file.path] = class_names.index(file.label)
+                folds.setdefault(file.path, run.fold)
     sizes = {}
-    for part in predicted:
-        rows = [row for row in read_table(part.table(folder)) if row.subset == "train"]
-        sizes.setdefault(part.divisor, []).append(len(rows))
+    for run in predicted:
+        rows = [row for row in read_table(run.table(folder)) if row.subset == "train"]
+        sizes.setdefault(run.divisor, []).append(len(rows))
     sizes = [round(statistics.mean(sizes[divisor])) for divisor in sorted(sizes, reverse=True)]
-    correct, labels, folds = np.array(correct), np.array(labels), np.array(folds)
+    correct = np.array([np.mean(repeats, axis=0) for repeats in hits.values()])
+    labels, folds = np.array([labels[path] for path in hits]), np.array([folds[path] for path in hits])
     curve = fit_learning_curve(sizes, correct, folds)
     content = describe_curve(curve) | {"classes": {}}
     for label, name in enumerate(class_names):
@@ -208,23 +219,30 @@ def format_curves(curves: dict[str, Any]) -> Iterator[str]:
         accuracies = "".join(f"{accuracy:9.3f}" for accuracy in curve["accuracies"])
         twice, (low, high) = curve["twice_as_many"]["value"], curve["twice_as_many"]["interval"]
         yield f"{printable(name):{width}}{accuracies}  {twice:.3f} ({low:.3f} to {high:.3f})"
-    yield "The range is not valid beyond twice as many images."
+    yield "Do not extrapolate beyond twice as many images."
 
 
-def issue_rows(results: Results, issues: LabelIssues) -> list[dict[str, str]]:
-    """Return the rows of label_issues.csv, the most suspicious label first."""
-    probabilities, names = results.evaluation.probabilities, results.class_names
-    return [
-        {
-            "path": results.files[index].path,
-            "label": results.files[index].label,
-            "suggested": names[suggested],
-            "probability of label": f"{probabilities[index, results.labels[index]]:.6f}",
-            "probability of suggested": f"{probabilities[index, suggested]:.6f}",
-            "verdict": "",
-        }
-        for index, suggested in zip(issues.order.tolist(), issues.suggested[issues.order].tolist(), strict=True)
-    ]
+def issue_rows(results: Results, issues: LabelIssues, verdicts: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the rows of label_issues.csv, the most suspicious label first, and then the images that were dropped.
+
+    Args:
+        verdicts: the earlier corrections, see `Corrections`.
+    """
+    probabilities, names, rows = results.evaluation.probabilities, results.class_names, []
+    left = dict(verdicts)
+    for index, suggested in zip(issues.order.tolist(), issues.suggested[issues.order].tolist(), strict=True):
+        file = results.files[index]
+        rows.append(
+            {
+                "path": file.path,
+                "label": file.label,
+                "suggested": names[suggested],
+                "probability of label": f"{probabilities[index, results.labels[index]]:.6f}",
+                "probability of suggested": f"{probabilities[index, suggested]:.6f}",
+                "verdict": left.pop(os.path.realpath(file.path), ""),
+            }
+        )
+    return rows + [{"path": path, "verdict": verdict} for path, verdict in left.items()]
 
 
 def draw_figures(
@@ -266,7 +284,9 @@ def write_figures(folder: Path, figures: dict[str, "Figure"]) -> None:
             writer.add_figure(name.replace("_", " "), figure)
 
 
-def print_results(report: dict[str, Any], results: Results, issues: LabelIssues, folder: Path) -> None:
+def print_results(
+    report: dict[str, Any], results: Results, issues: LabelIssues, folder: Path, data_path: str | None
+) -> None:
     """Print the report, the most suspicious labels, and what to do with them."""
     print("\n--- all folds ---\n")
     for line in format_report(report):
@@ -279,15 +299,16 @@ def print_results(report: dict[str, Any], results: Results, issues: LabelIssues,
     if "learning_curve" in report:
         print("", *format_curves(report["learning_curve"]), "", sep="\n")
     if report["wrong_labels"] is None:
-        estimate = "no estimate, as the networks are too often wrong themselves"
+        estimate = "no estimate: too few images, or too many mistakes by the networks"
     else:
         low, high = report["wrong_labels"]
         estimate = f"{low} to {high} of {report['images']} (estimate)"
-    print(f"wrong labels       {estimate}; the most suspicious ones:")
+    print(f"wrong labels       {estimate}; most suspicious labels:")
     for index in issues.order[:10].tolist():
         file, suggested = results.files[index], results.class_names[issues.suggested[index]]
-        print(printable(f"  {file.path}: {file.label}, perhaps {suggested}"))
+        print(printable(f"  {file.path}: labelled {file.label}, suggested {suggested}"))
     table = folder / ISSUES_FILE
-    print(f"all labels         {printable(str(table))}; the first {WORST} are drawn in label_issues.png")
-    command = quote_command(["python", "train.py", "--corrections", str(table)])
-    print(f"next: fill in the column verdict with a class, ok or drop, and train with it: {command}", flush=True)
+    print(f"all labels         {printable(str(table))}; the first {WORST} are shown in label_issues.png")
+    data = ["--data-path", data_path] if data_path else []
+    command = quote_command(["python", "train.py", *data, "--corrections", str(table)])
+    print(f"next: fill in the column verdict with a class, ok or drop, and train with the table: {command}", flush=True)

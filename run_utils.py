@@ -113,7 +113,7 @@ def create_free_folder(name: str, root: str | os.PathLike = "runs") -> Path:
 
 
 def remove_unstarted_run(folder: Path) -> bool:
-    """Remove a run's folder if it has no checkpoint to resume from. Returns whether there is no run in the end."""
+    """Remove a run's folder if it has no checkpoint to resume from. Return whether no run is left."""
     if (folder / "weights" / "last.pth").exists():
         return False
     if folder.exists():
@@ -147,7 +147,7 @@ def find_run(run: str) -> Path:
 def find_launched_run(
     launch_ids: set[str], root: str | os.PathLike = "runs", needed: str = "weights/last.pth"
 ) -> str | None:
-    """Return the folder of the run that one of these launches started, or None without the file that resuming needs."""
+    """Return the folder of the run that one of these launches started, or None if it lacks the file `needed`."""
     for file in Path(root).glob(f"*/{LAUNCH_FILE}") if launch_ids else ():
         started_by = file.read_text(encoding="utf-8").splitlines()
         if not launch_ids.isdisjoint(started_by) and (file.parent / needed).exists():

@@ -6,8 +6,8 @@ python cross_validate.py --data-path noisy.csv --name noisy
 python tests/label_noise.py score noisy.csv runs/noisy/label_issues.csv
 python tests/label_noise.py fix noisy.csv runs/noisy/label_issues.csv found.csv
 
-Both tables serve as --corrections. The column `verdict` of noisy.csv is the true class of each image; found.csv has it
-for the flipped labels at the top of the list.
+Both tables can be passed to --corrections. The column `verdict` of noisy.csv is the true class of each image; found.csv
+has it for the flipped labels at the top of the list.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def score(table: Path, issues: Path) -> None:
 
 
 def fix(table: Path, issues: Path, verdicts: Path) -> None:
-    """Copy a label_issues.csv with a verdict on each flipped label among as many first rows as were flipped."""
+    """Copy a label_issues.csv; of K flipped labels, fill in the verdicts of those in its first K rows."""
     true, rows = {row["path"]: row["verdict"] for row in read(table)}, read(issues)
     flipped = sum(row["label"] != row["verdict"] for row in read(table))
     for row in rows[:flipped]:

@@ -102,3 +102,10 @@ def test_programs_apply_corrections(pets, sample, weights, tmp_path, capsys, mon
         report |= json.loads(capsys.readouterr().out.splitlines()[-1])
     counts = {name: after["classes"][name]["images"] - before["classes"][name]["images"] for name in NAMES}
     assert counts == dict.fromkeys(NAMES, 0) | {"roses": -1, "tulips": 1}
+
+
+def test_contradicting_verdicts_are_an_error(pets, tmp_path):
+    cat = pets / "cat" / "cat 00.png"
+    (tmp_path / "v.csv").write_text(f"path,verdict\n{cat},dog\n{cat},dog\n{cat},ok\n")
+    with pytest.raises(DataError, match=r"line 4: another verdict on .*cat 00.png than in .*v.csv, line 2"):
+        Corrections(tmp_path / "v.csv")

@@ -17,6 +17,7 @@ from ranks import run_ranks
 import cross_validate
 import data_loading
 import train
+from dataset_split import find_split
 from model import MODELS
 from run_state import Run
 
@@ -163,7 +164,7 @@ def test_weights_trained_on_the_same_images_are_refused(pets, capsys):
     assert train.main([*training, "--name", "before"]) == 0
     status = cross_validate.main(flags(pets, "--weights", "runs/before/weights/best.pth"))
     assert status == 1
-    assert "were trained on 21 of these images" in capsys.readouterr().err
+    assert "their run used 21 of these images" in capsys.readouterr().err
     assert not Path("runs/cross_validation").exists()
 
 
@@ -176,6 +177,21 @@ def test_corrections_are_applied(pets, tmp_path):
     assert labels["cat 01.png"] == "dog"
     assert "cat 02.png" not in labels
     assert "cat 02.png': dropped by the corrections" in Path("runs/cross_validation/skipped_files.txt").read_text()
+    issues = read_csv(Path("runs/cross_validation/label_issues.csv"))  # it contains them, for the next round
+    verdicts = {Path(row["path"]).name: row["verdict"] for row in issues if row["verdict"]}
+    assert verdicts == {"cat 01.png": "dog", "cat 02.png": "drop"}
+    assert len(issues) == 22
+    arguments = flags(pets, "--corrections", "runs/cross_validation/label_issues.csv", "--name", "second")
+    assert cross_validate.main(arguments) == 0
+    assert len(read_csv(Path("runs/second/out_of_fold.csv"))) == 21
+
+
+def test_test_images_are_those_of_train(pets):
+    assert cross_validate.main(flags(pets, "--test-rate", "0.3")) == 0
+    split, _ = find_split(pets, test_rate=0.3)
+    paths = {row["path"] for row in read_csv(Path("runs/cross_validation/out_of_fold.csv"))}
+    assert paths == {*split.train_paths, *split.val_paths}
+    assert len(split.test_paths) == 6
 
 
 def test_learning_curve(pets, capsys):
