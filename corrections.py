@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from class_files import normalise
-from cli_utils import DataError, printable
+from cli_utils import DataError, print_note, printable
 from dataset_split import Split, require_usable_images
 from image_folders import Skipped, likely_class
 from labelled_images import ImageFile
@@ -87,18 +87,18 @@ class Corrections:
                 else:
                     kept_paths.append(path)
                     kept_labels.append(names.index(name))
-        self.report()
+        print(self.describe(), flush=True)
         require_usable_images(split, corrected, lambda path: f"see {self.path}")
         return corrected.drop(dropped)
 
     def correct_files(self, files: Iterable[ImageFile], class_names: Iterable[str]) -> list[ImageFile]:
         """Return labelled images with the corrected labels, without the dropped ones; see `correct_split`."""
         labels = [(file, self.label(file.path, file.label, class_names)) for file in files]
-        self.report()
+        print_note(self.describe())
         return [file._replace(label=label) for file, label in labels if label is not None]
 
-    def report(self) -> None:
-        """Print what has been corrected.
+    def describe(self) -> str:
+        """Describe what has been corrected.
 
         Raises:
             DataError: no image has a verdict.
@@ -108,4 +108,4 @@ class Corrections:
         missing = len(self.verdicts) - len(self.used)
         others = f"; {missing} images with a verdict are not in the data" if missing else ""
         counts = f"{self.changed} labels changed, {self.dropped} images dropped"
-        print(f"corrections  {counts} ({printable(str(self.path))}){others}")
+        return f"corrections  {counts} ({printable(str(self.path))}){others}"
