@@ -6,15 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BINS = 15  # of the reliability diagram
+BINS = 15  # in the reliability diagram
 MAX_LOG_TEMPERATURE = math.log(10)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Fit the temperature T, 0.1 to 10, that minimises the cross-entropy of softmax(logits / T).
 
-    Guo et al. 2017, https://arxiv.org/abs/1706.04599. As in Platt scaling (Platt 1999), the target probability of the
-    label is (N + 1) / (N + 2) instead of 1: otherwise T would approach 0 if there are no mistakes.
+    Guo et al. 2017, https://arxiv.org/abs/1706.04599. As in Platt scaling (Platt 1999), the targets are smoothed, here
+    by label smoothing of 1 / (N + 2): otherwise T would approach 0 if there are no mistakes.
 
     Args:
         logits: (N, classes), of images that the network was not trained on.
@@ -25,7 +25,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     label_logits = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     target = (1 - smoothing) * label_logits + smoothing * logits.mean(dim=1)
     low, high = -MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE
-    while high - low > 1e-4:  # bisection on the derivative by log T
+    while high - low > 1e-4:  # bisection on d(loss) / d(log T)
         middle = (low + high) / 2
         expected = (logits * (logits / math.exp(middle)).softmax(dim=1)).sum(dim=1)
         low, high = (middle, high) if target.mean() < expected.mean() else (low, middle)
@@ -33,7 +33,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 class Reliability(NamedTuple):
-    """The images in bins of equal width by confidence, (BINS,) each; the means of an empty bin are NaN."""
+    """Images in confidence bins of equal width, (BINS,) each; the means of an empty bin are NaN."""
 
     counts: Tensor
     confidences: Tensor  # mean confidence
@@ -41,7 +41,7 @@ class Reliability(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error: the mean of |accuracy - confidence| over the images (Guo et al. 2017)."""
+        """The expected calibration error: mean |accuracy - confidence| of the bins, weighted by their counts."""
         gaps = (self.accuracies - self.confidences).abs().nan_to_num()
         return ((gaps * self.counts).sum() / self.counts.sum()).item()
 
@@ -64,7 +64,7 @@ def measure_reliability(probabilities: Tensor, labels: Tensor) -> Reliability:
 
 
 def reliability_curves(logits: Tensor, labels: Tensor, temperature: float | None) -> dict[str, Reliability]:
-    """Return the reliability with and without the temperature, if any, by a description for a legend."""
+    """Return the reliability without and with the temperature, if any, keyed by legend label."""
     temperatures = {"uncalibrated": 1.0} | ({} if temperature is None else {"calibrated": temperature})
     curves = {}
     for name, value in temperatures.items():

@@ -293,7 +293,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-rate", type=rate, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
     test_help = "fraction of each class to hold out for testing (default: %(default)g)"
     add("--test-rate", type=rate, default=0.0, help=test_help)
-    corrections_help = "table of verdicts on labels to apply, such as label_issues.csv of cross_validate.py"
+    corrections_help = "apply the verdicts in this table, such as label_issues.csv of cross_validate.py"
     add("--corrections", type=checked(str, bool, "the name of a table"), metavar="CSV", help=corrections_help)
     count = checked(int, lambda n: n >= 0, "at least 0")
     add("--workers", type=count, help="worker processes that read images (default: one per core, at most 8)")

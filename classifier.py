@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         image: (3, img_size, img_size) uint8, the network's input.
-        subset: "train" or "val" if the run of the weights used the image for it; else "new".
+        subset: "train" or "val", as the run of the weights used the image; "new" if not.
         logits: (classes,) float32.
         is_unfamiliar: whether the image is unlike the validation images, see `Familiarity`.
     """
@@ -83,7 +83,7 @@ class Classifier:
         """Classify image files in order. An unreadable one yields its error.
 
         Args:
-            with_subset: find out whether the run of the weights was trained on an image; otherwise it counts as new.
+            with_subset: find out how the run of the weights used each image; otherwise `subset` is "new".
             description: the label of a progress bar on the terminal; None for no bar.
         """
         transform = EvalTransform(self.info["img_size"], self.info["resize"])
@@ -116,7 +116,7 @@ def add_classifier_flags(parser: FlagParser) -> None:
     """Add the flags that `build_classifier` reads."""
     add = parser.add_argument_group("network").add_argument
     add("--weights", help="weights file (default: best.pth of the most recent run)")
-    add("--model", choices=MODELS, help="architecture (default: the stored one, or else by the shapes)")
+    add("--model", choices=MODELS, help="architecture (default: stored, or inferred from the shapes)")
     add("--class-indices", metavar="JSON", help="class_indices.json for a weights file without class names")
     size = checked(int, lambda n: 32 <= n <= 10_000, "from 32 to 10000")
     add("--img-size", type=size, help="input size in pixels (default: the stored one, or else 224)")
@@ -126,7 +126,7 @@ def add_classifier_flags(parser: FlagParser) -> None:
 
 
 def build_classifier(args: argparse.Namespace, weights: str | os.PathLike) -> Classifier:
-    """Load a classifier as the flags say."""
+    """Build a classifier from the flags."""
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits
@@ -155,7 +155,7 @@ def describe_model(info: Mapping[str, Any]) -> str:
 def read_or_error(
     path: str, transform: EvalTransform, pixel_range: PixelRange | None, with_checksum: bool
 ) -> tuple[Tensor, str | None] | ImageError:
-    """Read an image as uint8 (3, H, W), and its file's checksum. Returns an error instead of raising it."""
+    """Return an image as uint8 (3, H, W) and its file's checksum, or the error if it is unreadable."""
     try:
         image = transform(read_image(path, transform.min_side, pixel_range))
     except ImageError as error:

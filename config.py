@@ -175,7 +175,7 @@ def _add_data_and_model_flags(parser: FlagParser) -> None:
     add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
     test_rate_help = "fraction of each class held out for a test after the training (default: %(default)g)"
     add("--test-rate", type=FRACTION, default=0.0, help=test_rate_help)
-    corrections_help = "table of verdicts on labels to apply, such as label_issues.csv of cross_validate.py"
+    corrections_help = "apply the verdicts in this table, such as label_issues.csv of cross_validate.py"
     add("--corrections", type=FILE, metavar="CSV", help=corrections_help)
     add("--download", action="store_true", help="first download the flower photographs (218 MB) to --data-path")
     resize_help = "how to make images square: cut off the ends, add borders, or distort (default: %(default)s)"

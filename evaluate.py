@@ -48,7 +48,7 @@ WORST = 12  # images in the figure of the worst mistakes
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Evaluate the weights. Returns the exit status, which is 1 if an image is unreadable."""
+    """Evaluate the weights. Returns the exit status, which is 1 if an input is unreadable."""
     output = output_folder(args.output) if args.output else None
     weights = args.weights or newest_weights()
     classifier = build_classifier(args, weights)
@@ -107,7 +107,7 @@ def find_test_images(weights: str | Path, class_names: list[str]) -> list[ImageF
             f"{path.parent} has no test images: name a folder of labelled images, or train with --test-rate 0.2"
         )
     if not {*map(str, labels.values())} <= {*class_names}:
-        raise DataError(f"{path}: lists other classes than the weights")
+        raise DataError(f"{path}: lists classes that the weights lack")
     if not any(map(os.path.lexists, labels)):
         raise DataError(f"none of the {len(labels)} images in {path} exists; if they were moved, name their folder")
     return [ImageFile(image, label, str(path)) for image, label in labels.items()]
@@ -148,7 +148,7 @@ def describe_subsets(by_subset: Mapping[str, Sequence[Classified]], classifier: 
 
 
 def load_other(args: argparse.Namespace, first: Classifier) -> Classifier:
-    """Load the weights of --compare; if they have no class names, with those of --class-indices.
+    """Load the weights of --compare. If they lack class names, use those of --class-indices.
 
     Raises:
         UsageError: they have other classes.
@@ -275,7 +275,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     images_help = "a folder with one sub-folder per class, or a CSV table (default: the test images of the run)"
     add("images", nargs="*", metavar="IMAGES", help=images_help)
-    corrections_help = "table of verdicts on labels to apply, such as label_issues.csv of cross_validate.py"
+    corrections_help = "apply the verdicts in this table, such as label_issues.csv of cross_validate.py"
     add("--corrections", type=checked(str, bool, "the name of a table"), metavar="CSV", help=corrections_help)
     output_help = 'folder for the report, the predictions and the figures; "" for none (default: %(default)s)'
     add("--output", metavar="DIR", default="evaluation", help=output_help)

@@ -21,7 +21,7 @@ INTERVALS = "95% intervals: Wilson for proportions, bootstrap over the images fo
 
 
 class Classified(NamedTuple):
-    """A labelled image, its logits (classes,), and how the run of the weights has used it, see `classifier.Outcome`."""
+    """A labelled image, its logits (classes,), and its subset, see `classifier.Outcome`."""
 
     file: ImageFile
     logits: Tensor
@@ -58,7 +58,7 @@ class Results:
 
     @classmethod
     def collect(cls, images: Sequence[Classified], classifier: Classifier) -> "Results":
-        """Collect the results of `classify_labelled`, at least one."""
+        """Collect the results of `classify_labelled`; not empty."""
         files, logits, _ = zip(*images, strict=True)
         labels = torch.tensor([classifier.class_names.index(file.label) for file in files])
         return cls(list(files), torch.stack(logits), labels, classifier.class_names, classifier.temperature)
@@ -162,7 +162,7 @@ def format_report(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'mean confidence':18}  {report['mean_confidence']:.4f}"
     yield INTERVALS
     yield ""
-    yield "at most    answer from confidence  answered"
+    yield "at most    --min-confidence        answered"
     for row in report["thresholds"]:
         if row["errors"] is None:
             yield f"{row['error_rate']:.0%} errors  not reached at any confidence"
@@ -174,12 +174,12 @@ def format_report(report: Mapping[str, Any]) -> Iterator[str]:
 def format_comparison(comparison: Mapping[str, Any], other: object) -> Iterator[str]:
     """Yield the lines of a comparison with the weights `other`."""
     low, high = (100 * limit for limit in comparison["difference"]["interval"])
-    significance = "the difference may be chance" if comparison["p_value"] >= 0.05 else "significant at 5%"
+    significance = "not significant at 5%" if comparison["p_value"] >= 0.05 else "significant at 5%"
     yield f"compared with {printable(str(other))} on {comparison['images']} images:"
     yield f"{'accuracy':18}  {comparison['accuracy']:.4f}, the other {comparison['other_accuracy']:.4f}"
     yield f"{'difference':18}  {100 * comparison['difference']['value']:+.2f} points ({low:+.2f} to {high:+.2f})"
     yield f"{'only one right':18}  this {comparison['only_this_right']}, the other {comparison['only_other_right']}"
-    yield f"{'McNemar exact test':18}  p = {comparison['p_value']:.4g}: {significance}"
+    yield f"{'exact McNemar test':18}  p = {comparison['p_value']:.4g}: {significance}"
 
 
 def _format_metric(metric: Mapping[str, Any] | None, digits: int = 4) -> str:

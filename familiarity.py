@@ -1,7 +1,7 @@
 """Flag images unlike those that a network was validated on.
 
-The confidence of a network says little about images of no class: it may be high for a page of text. Its first layers
-respond to colours and textures, and these responses are unusual for such images.
+The confidence of a network says little about other images: it may be high for a page of text. Its first layers
+respond to colours and textures, and these are often unusual for such images.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MIN_IMAGES = 50
-QUANTILE = 0.99  # of the validation images are familiar
+QUANTILE = 0.99  # fraction treated as familiar
 RIDGE = 0.01  # added to the variances, as a fraction of them
 
 
@@ -39,8 +39,8 @@ class Familiarity(NamedTuple):
 def fit_familiarity(features: Tensor) -> Familiarity | None:
     """Fit the distribution to the features (N, F) of validation images; None if there are fewer than 50.
 
-    The threshold is the 99th percentile of the distances, each to the distribution of the other images. These follow
-    from the distances to the distribution of all images by the Sherman-Morrison formula.
+    The threshold is the 99th percentile of the leave-one-out distances, computed from the distances to the full
+    distribution by the Sherman-Morrison formula.
     """
     images = len(features)
     if images < MIN_IMAGES:

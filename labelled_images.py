@@ -79,7 +79,7 @@ def find_images(argument: str, class_names: list[str], skipped: list[Skipped]) -
 
 
 def require_outside(flag: str, folder: Path, files: Iterable[str]) -> None:
-    """Raise a UsageError if an output folder, or one of its parents, contains the images or is among them.
+    """Raise a UsageError if an output folder contains one of `files`, is one of them, or is inside one.
 
     Args:
         files: the images, or the folders that are searched for them.
@@ -120,7 +120,7 @@ def describe_unlabelled(files: list[ImageFile], class_names: list[str]) -> list[
     """Describe the images outside class folders, one line per folder, or those with unknown labels in a table.
 
     Returns:
-        The lines to print; none if no folder has the name of a class or a similar one, or no row has a class as label.
+        The lines to print; for a folder, none if no sub-folder's name is a class or resembles one.
     """
     if files and is_table(files[0].argument):
         labels = Counter(file.unknown_label for file in files if file.unknown_label)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Z = 1.959964  # the 97.5th percentile of the normal distribution, for 95% intervals
-RESAMPLES = 2000  # of the bootstrap
+RESAMPLES = 2000  # bootstrap samples
 
 Interval = tuple[float, float]
 
@@ -103,7 +103,7 @@ class Evaluation:
 
 
 def wilson_interval(successes: int, trials: int) -> Interval:
-    """Return Wilson's 95% score interval of a proportion, in 0..1.
+    """Return Wilson's 95% score interval for a proportion.
 
     Wilson 1927; recommended by Brown, Cai & DasGupta 2001, https://doi.org/10.1214/ss/1009213286
     """
@@ -117,7 +117,7 @@ def wilson_interval(successes: int, trials: int) -> Interval:
 
 
 def bootstrap_f1(confusion: Tensor, seed: int = 0) -> tuple[Interval, np.ndarray]:
-    """Bootstrap 95% percentile intervals of the F1 scores, by resampling the images (Efron 1979).
+    """Bootstrap 95% percentile intervals for the F1 scores, by resampling the images (Efron 1979).
 
     Args:
         confusion: (classes, classes) int64, see `Evaluation.confusion`.
@@ -153,7 +153,7 @@ class Threshold(NamedTuple):
 
 
 def confidence_threshold(confidences: Tensor, correct: Tensor, error_rate: float) -> Threshold | None:
-    """Return the threshold that answers most images while at most `error_rate` of them are wrong, or None.
+    """Return the threshold that accepts the most images with an error rate up to `error_rate`, or None.
 
     Selective classification by the softmax response: Geifman & El-Yaniv 2017, https://arxiv.org/abs/1705.08500
 
@@ -194,7 +194,7 @@ class Comparison:
 
     @property
     def interval(self) -> Interval:
-        """The 95% interval of the difference: Wald's for paired proportions, with the adjustment of Agresti & Min 2005.
+        """The 95% Wald interval for the difference of paired proportions, adjusted as in Agresti & Min 2005.
 
         https://doi.org/10.1002/sim.1781
         """
@@ -205,6 +205,6 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """The p-value of McNemar's exact test (McNemar 1947): two-sided binomial, on the images only one gets right."""
+        """The p-value of the exact McNemar test: two-sided binomial, on the images that only one gets right."""
         trials, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
         return min(1.0, 2 * sum(math.comb(trials, k) for k in range(fewer + 1)) / 2**trials)

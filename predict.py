@@ -215,7 +215,7 @@ def print_prediction(prediction: Prediction, as_json: bool) -> None:
 
 
 def csv_row(prediction: Prediction) -> dict[str, str]:
-    """Return the row for --csv: image, predicted class, label if known, flags, and the other top classes."""
+    """Return the --csv row: image, class, probability, label if known, flags, and the other top classes."""
     (path, label, *_), (first, *others) = prediction.file, prediction.top
     row = {"image": path, "class": first[0], "probability": f"{first[1]:.6f}", "label": label or ""}
     row["flags"] = " ".join(prediction.flags)
@@ -250,7 +250,7 @@ class Sorter:
                 raise UsageError(f"--sort-into: the class name {shorten(repr(name))} cannot be the name of a folder")
 
     def copy(self, prediction: Prediction) -> None:
-        """Copy an image, under another name if there is another image of that name. Skips an identical one."""
+        """Copy an image, adding a number if the name is taken. Skip it if an identical copy exists."""
         source, name = Path(prediction.file.path), (prediction.flags or [prediction.name])[-1]
         target = self.folder / name / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unsure_help = "mark an image as unsure if its highest probability is below P (default: %(default)g)"
     probability = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
     add("--min-confidence", type=probability, default=0.0, metavar="P", help=unsure_help)
-    sort_help = "copy each image into a sub-folder of DIR named after its class, or unsure"
+    sort_help = "copy each image into DIR/CLASS, DIR/unsure or DIR/unfamiliar"
     add("--sort-into", type=checked(str, bool, "the name of a folder"), metavar="DIR", help=sort_help)
     add("--json", action="store_true", help="print one JSON object per line")
     add("--csv", metavar="OUT.csv", help="also write the predictions to a CSV file")

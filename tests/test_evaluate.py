@@ -179,7 +179,7 @@ def test_comparison_of_two_networks(capsys, weights, sample):
     difference = comparison["accuracy"] - comparison["other_accuracy"]
     assert comparison["difference"]["value"] == pytest.approx(difference)
     assert (comparison["only_this_right"] - comparison["only_other_right"]) / 100 == pytest.approx(difference)
-    assert lines[-1].startswith(f"McNemar exact test  p = {comparison['p_value']:.4g}: ")
+    assert lines[-1].startswith(f"exact McNemar test  p = {comparison['p_value']:.4g}: ")
     with open("evaluation/differences.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert sum(row["right"] == "this" for row in rows) == comparison["only_this_right"]
