@@ -65,8 +65,8 @@ class Group(NamedTuple):
 def check_data(args: argparse.Namespace) -> int:
     """Run all checks and return the exit status."""
     folders = (args.folder, args.val_path)
-    plot_path = output_outside_data("--save-plot", args.save_plot, FIGURE_FORMATS, folders)
-    csv_path = output_outside_data("--csv", args.csv, (".csv",), folders)
+    plot_path = output_outside_data("--save-plot", args.save_plot, FIGURE_FORMATS, [*folders, args.corrections])
+    csv_path = output_outside_data("--csv", args.csv, (".csv",), [*folders, args.corrections])
     split, val_source = find_split(args.folder, args.val_path, args.val_rate, args.test_rate)
     if args.corrections:
         split = Corrections(args.corrections).correct_split(split)
@@ -114,12 +114,12 @@ def output_outside_data(
     The working directory is allowed even if it is a data folder.
 
     Raises:
-        UsageError: the path is inside the data folders, or is a table. For other errors, see `output_path`.
+        UsageError: the path is inside the data folders, or is one of the tables. For other errors, see `output_path`.
     """
     path = output_path(flag, name, formats)
     if path is not None:
         if any(folder and path.resolve() == Path(folder).resolve() for folder in folders):
-            raise UsageError(f"{flag} {path}: would overwrite the table of the images; choose another name")
+            raise UsageError(f"{flag} {path}: would overwrite the table; choose another name")
         parent = path.parent.resolve()
         for data in (Path(folder).resolve() for folder in folders if folder):
             if parent.is_relative_to(data) and not parent == data == Path.cwd().resolve():

@@ -37,12 +37,13 @@ class Corrections:
         self.path = Path(path)
         self.verdicts: dict[str, Verdict] = {}
         for where, row in read_rows(path, ("path", "verdict"), ("path",)):
-            file = os.path.realpath(self.path.parent / row["path"])
+            file = image_key(self.path.parent / row["path"])
             if row["verdict"] and row["verdict"] != self.verdicts.setdefault(file, Verdict(row["verdict"], where)).text:
                 raise DataError(f"{where}: another verdict on {row['path']} than in {self.verdicts[file].where}")
         if not self.verdicts:
             raise DataError(f"{self.path}: contains no verdict; fill in the column verdict with a class, ok or drop")
         self.used: set[str] = set()
+        self.ambiguous: set[str] = set()  # verdicts that are also the name of a class
         self.changed = self.dropped = 0
 
     def label(self, path: str, label: str, class_names: Iterable[str]) -> str | None:
@@ -51,13 +52,17 @@ class Corrections:
         Raises:
             DataError: the verdict is invalid.
         """
-        file = os.path.realpath(path)
+        file = image_key(path)
         verdict = self.verdicts.get(file)
         if verdict is None:
             return label
         self.used.add(file)
         names = {normalise(name): name for name in class_names}
         text = normalise(verdict.text)
+        if text.lower() in (OK, DROP):
+            same = [name for name in names if name.lower() == text.lower()]
+            self.ambiguous.update(same)
+            text = same[0] if same and text not in names else text
         if text in names:
             self.changed += names[text] != label
             return names[text]
@@ -87,25 +92,36 @@ class Corrections:
                 else:
                     kept_paths.append(path)
                     kept_labels.append(names.index(name))
-        print(self.describe(), flush=True)
+        print(*self.describe(), sep="\n", flush=True)
         require_usable_images(split, corrected, lambda path: f"see {self.path}")
         return corrected.drop(dropped)
 
     def correct_files(self, files: Iterable[ImageFile], class_names: Iterable[str]) -> list[ImageFile]:
         """Return labelled images with the corrected labels, without the dropped ones; see `correct_split`."""
         labels = [(file, self.label(file.path, file.label, class_names)) for file in files]
-        print_note(self.describe())
-        return [file._replace(label=label) for file, label in labels if label is not None]
+        for line in self.describe():
+            print_note(line)
+        kept = [file._replace(label=label) for file, label in labels if label is not None]
+        if not kept:
+            raise DataError(f"{self.path}: drops all of the images")
+        return kept
 
-    def describe(self) -> str:
-        """Describe what has been corrected.
+    def describe(self) -> list[str]:
+        """Return lines that describe what has been corrected.
 
         Raises:
             DataError: no image has a verdict.
         """
         if not self.used:
             raise DataError(f"{self.path}: none of its {len(self.verdicts)} images with a verdict is in the data")
-        missing = len(self.verdicts) - len(self.used)
-        others = f"; {missing} images with a verdict are not in the data" if missing else ""
-        counts = f"{self.changed} labels changed, {self.dropped} images dropped"
-        return f"corrections  {counts} ({printable(str(self.path))}){others}"
+        lines = [f"corrections  {self.changed} labels changed, {self.dropped} images dropped ({self.path})"]
+        if missing := [verdict.where for file, verdict in self.verdicts.items() if file not in self.used]:
+            places = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            lines.append(f"             {len(missing)} verdicts are on images that are not in the data: {places}")
+        lines += [f"             the verdict {name} means the class {name}" for name in sorted(self.ambiguous)]
+        return [printable(line) for line in lines]
+
+
+def image_key(path: str | os.PathLike) -> str:
+    """Return the absolute path of an image, with links to folders resolved, but not a link to the image itself."""
+    return str(Path(path).parent.resolve() / Path(path).name)

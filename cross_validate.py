@@ -19,7 +19,17 @@ from corrections import Corrections
 from data_loading import FeatureStore
 from distributed import Distributed
 from file_utils import read_json, write_json
-from folds import FoldRun, Images, draw_folds, find_images, list_runs, require_divisible, require_listable, write_fold
+from folds import (
+    FoldRun,
+    Images,
+    draw_folds,
+    find_images,
+    list_runs,
+    require_divisible,
+    require_listable,
+    require_subsets,
+    write_fold,
+)
 from image_folders import CHECK_CACHE, count_skipped, read_run_checksums
 from out_of_fold import ISSUES_FILE, write_results
 from run_utils import (
@@ -138,7 +148,9 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     require_unused(args.weights, images)
     drawn = [draw_folds(images.labels, images.groups, args.folds, args.seed + repeat) for repeat in range(args.repeats)]
     for folds in drawn:
-        require_divisible(images, folds)
+        require_divisible(images, folds, args.folds)
+        if args.learning_curve:
+            require_subsets(images, folds)
     require_listable(images)
     folder = create_free_folder(args.name)
     lock = lock_run(folder)

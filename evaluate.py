@@ -202,15 +202,17 @@ def compare(results: Results, other: Classifier, log: ErrorLog) -> tuple[dict[st
 
 
 def output_folder(name: str) -> Path:
-    """Return the output folder, which may hold an earlier evaluation only.
+    """Return the output folder, which may hold only an earlier evaluation.
 
     Raises:
         UsageError: it holds anything else, or cannot be written to.
     """
     folder = Path(name)
     require_writable("--output", folder)
-    if folder.is_dir() and list_visible(folder) and "confusion_matrix" not in read_json(folder / REPORT_FILE):
-        raise UsageError(f"--output {folder}: holds other files; name a new folder")
+    report = read_json(folder / REPORT_FILE)
+    is_evaluation = "confusion_matrix" in report and "folds" not in report  # not a cross-validation
+    if folder.is_dir() and list_visible(folder) and not is_evaluation:
+        raise UsageError(f"--output {folder}: contains other files; pass a new folder")
     return folder
 
 

@@ -38,7 +38,7 @@ def rank_labels(probabilities: Tensor, labels: Tensor) -> LabelIssues:
     own = probabilities.gather(1, columns).squeeze(1)
     sums = torch.zeros(probabilities.shape[1]).index_add(0, labels, own)
     thresholds = sums / labels.bincount(minlength=probabilities.shape[1]).clamp(min=1)
-    scores = own / thresholds[labels]
+    scores = own / thresholds[labels].clamp(min=1e-12)  # 0 for a class that was never learnt
     return LabelIssues(scores.argsort(stable=True), probabilities.scatter(1, columns, -1.0).argmax(dim=1))
 
 

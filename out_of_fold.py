@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import plot_utils
 from calibration import Reliability, fit_temperature, measure_reliability
 from classifier import Classifier
 from cli_utils import DataError, printable, quote_command
+from corrections import image_key
 from evaluation_report import Results, build_report, classify_labelled, format_report, prediction_rows
 from file_utils import read_json, save_png, write_csv, write_json
 from folds import FoldRun, list_runs
@@ -239,7 +239,7 @@ def issue_rows(results: Results, issues: LabelIssues, verdicts: Mapping[str, str
                 "suggested": names[suggested],
                 "probability of label": f"{probabilities[index, results.labels[index]]:.6f}",
                 "probability of suggested": f"{probabilities[index, suggested]:.6f}",
-                "verdict": left.pop(os.path.realpath(file.path), ""),
+                "verdict": left.pop(image_key(file.path), ""),
             }
         )
     return rows + [{"path": path, "verdict": verdict} for path, verdict in left.items()]

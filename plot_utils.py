@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 from figure_text import fitting_font_size, legible, shorten_middle, text_style, text_width
 
 MAX_COLUMNS = 8
+TITLE_WIDTH = 32  # of a class name above an image
 # Blue, vermilion and bluish green, safe for colour-blind readers (Okabe & Ito 2008).
 FIRST, SECOND, THIRD = "#0072B2", "#D55E00", "#009E73"
 HEAT = "inferno"
@@ -292,7 +293,7 @@ def learning_curve(
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -450,10 +451,10 @@ def _write(axes: Axes, text: str, x: float, y: float, **style: object) -> None:
 
 def _title(guess: str, probability: float, label: str | None) -> tuple[str, str]:
     """Return the title of a prediction and its colour."""
-    title = f"{legible(guess)}, {probability * 100:.2f}%"
+    title = f"{shorten_middle(guess, TITLE_WIDTH)}, {probability * 100:.2f}%"
     if label is None:
         return title, "black"
-    return f"{title}\n(label: {legible(label)})", "green" if guess == label else "red"
+    return f"{title}\n(label: {shorten_middle(label, TITLE_WIDTH)})", "green" if guess == label else "red"
 
 
 def _mark(correct: bool) -> str:

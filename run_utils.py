@@ -188,10 +188,13 @@ def write_metadata(
     if args.resume is None:
         flags = vars(args) | {"recipe": str(args.recipe)}
         content = {"flags": flags, "recipe": asdict(args.recipe), "network": network, "versions": versions()}
-        if args.corrections:
-            content["corrections_checksum"] = file_checksum(args.corrections)
-        (folder / "args.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
         write_class_indices(data.class_names, folder / "class_indices.json")
+    else:
+        content = read_json(folder / "args.json")
+    if args.corrections:
+        content["corrections_checksum"] = file_checksum(args.corrections)
+    if args.corrections or args.resume is None:
+        (folder / "args.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
     if launch_ids:
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     write_json(data.files, folder / "files.json")
@@ -240,16 +243,26 @@ def describe_run(args: argparse.Namespace, counts: Mapping[str, Count], hardware
     return "\n".join(lines)
 
 
-def check_same_data(folder: RunFolder, data: Data, allow_changed: bool) -> None:
+def check_same_data(folder: RunFolder, data: Data, corrections: str | None, allow_changed: bool) -> None:
     """Compare the data with those that the run was trained on, and print each difference to standard error.
 
+    Args:
+        corrections: the table of corrected labels.
+
     Raises:
-        UsageError: the classes differ; files differ and not `allow_changed`; images that the run has used are now test
-            images; or the run's files.json is corrupt.
+        UsageError: the classes differ; files or corrections differ and not `allow_changed`; images that the run has
+            used are now test images; or the run's files.json is corrupt.
     """
     if data.class_names != [normalise(name) for name in folder.checkpoint["class_names"]]:
         names = ", ".join(data.class_names)
         raise UsageError(f"the data has the classes {names}, but the run was trained on other classes")
+    if corrections and not allow_changed:
+        checksum = read_json(folder.path / "args.json").get("corrections_checksum")
+        if checksum not in (None, file_checksum(corrections)):
+            raise UsageError(
+                f"--corrections {corrections}: the table has changed since the run started; restore it, or pass "
+                f"--allow-changed-data to resume with the current one"
+            )
     before, now = read_json(folder.path / "files.json"), data.files
     if not all(_is_list_of_pairs(versions) for versions in before.values()):
         raise UsageError(f"{folder.path / 'files.json'}: corrupt; remove it and pass --allow-changed-data")

@@ -78,7 +78,8 @@ def read_rows(
             header = file.readline()
             delimiter = max(DELIMITERS, key=header.count)
             file.seek(0)
-            rows = list(_parse_rows(csv.reader(file, delimiter=delimiter), os.fspath(path), columns, filled))
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = list(_parse_rows(reader, os.fspath(path), columns, filled))
     except (UnicodeDecodeError, csv.Error) as error:
         advice = 'save it as "CSV UTF-8" in the spreadsheet'
         raise DataError(f"{os.fspath(path)}: not a CSV table in UTF-8: {error}; {advice}") from error
@@ -97,11 +98,12 @@ def _parse_rows(
     if repeated := [name for name in (*required, "label", "split") if columns.count(name) > 1]:
         raise DataError(f"{path}: has several columns {repeated[0]!r}; keep one of them")
     for cells in reader:
-        if not any(cells):
+        if not any(map(str.strip, cells)):
             continue
         where = f"{path}, line {reader.line_num}"
-        if len(cells) != len(columns):
+        if len(cells) > len(columns):
             raise DataError(f"{where}: has {len(cells)} fields instead of {len(columns)}")
+        cells += [""] * (len(columns) - len(cells))  # some spreadsheets omit empty fields at the end of a row
         row = {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
         if empty := [name for name in filled if not row[name]]:
             raise DataError(f"{where}: the {empty[0]} is empty")

@@ -349,7 +349,7 @@ def start_run(
     )
     dist.sync_max()  # synchronises the elapsed time
     if folder is not None:
-        dist.broadcast_from_main(lambda: check_same_data(folder, data, args.allow_changed_data))
+        dist.broadcast_from_main(lambda: check_same_data(folder, data, args.corrections, args.allow_changed_data))
         run.load(folder.checkpoint)
         folder.checkpoint = None  # frees its memory
     return run

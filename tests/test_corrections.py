@@ -1,6 +1,7 @@
 """--corrections: verdicts on labels."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import write_classes
@@ -12,6 +13,7 @@ import train
 from cli_utils import DataError
 from corrections import Corrections
 from dataset_split import find_split
+from labelled_images import ImageFile
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -74,7 +76,37 @@ def test_class_without_images_is_an_error(pets, tmp_path):
 def test_unused_verdicts_are_reported(pets, tmp_path, capsys):
     table = write_verdicts(tmp_path / "v.csv", {pets / "cat" / "cat 00.png": "dog", "elsewhere.png": "cat"})
     Corrections(table).correct_split(find_split(pets)[0])
-    assert "1 images with a verdict are not in the data" in capsys.readouterr().out
+    assert "1 verdicts are on images that are not in the data: " in (output := capsys.readouterr().out)
+    assert output.rstrip().endswith("v.csv, line 3")
+
+
+def test_verdict_that_is_a_class_means_the_class(tmp_path, capsys):
+    root = write_classes(tmp_path / "parts", {"OK": 3, "defect": 3})
+    verdicts = {root / "defect" / "defect 00.png": "ok", root / "OK" / "OK 00.png": "defect"}
+    verdicts[root / "OK" / "OK 01.png"] = "OK"
+    split = Corrections(write_verdicts(tmp_path / "v.csv", verdicts)).correct_split(find_split(root)[0])
+    names = dict(zip(split.train_paths + split.val_paths, split.train_labels + split.val_labels, strict=True))
+    expected = {"defect 00.png": 0, "OK 00.png": 1, "OK 01.png": 0}
+    assert {path.name: names[str(path)] for path in verdicts} == expected
+    assert "2 labels changed" in (output := capsys.readouterr().out)
+    assert "the verdict OK means the class OK" in output
+
+
+def test_verdict_on_a_link_leaves_other_links_alone(tmp_path):
+    root = write_classes(tmp_path / "pets", {"cat": 3, "dog": 3})
+    (root / "dog" / "link.png").symlink_to(root / "cat" / "cat 00.png")
+    (tmp_path / "moved").symlink_to(root)
+    table = write_verdicts(tmp_path / "v.csv", {"moved/dog/link.png": "drop"})
+    split = Corrections(table).correct_split(find_split(root)[0])
+    assert [Path(file.path).name for file in split.skipped] == ["link.png"]
+    assert len(split.train_paths + split.val_paths) == 6
+
+
+def test_dropping_all_images_is_an_error(pets, tmp_path):
+    files = [ImageFile(str(path), "cat", str(pets)) for path in (pets / "cat").iterdir()]
+    table = write_verdicts(tmp_path / "v.csv", {file.path: "drop" for file in files})
+    with pytest.raises(DataError, match="drops all of the images"):
+        Corrections(table).correct_files(files, ["cat", "dog"])
 
 
 def test_programs_apply_corrections(pets, sample, weights, tmp_path, capsys, monkeypatch, no_figures, small_network):
@@ -91,7 +123,15 @@ def test_programs_apply_corrections(pets, sample, weights, tmp_path, capsys, mon
     assert len(content["corrections_checksum"]) == 32
     table.write_text(table.read_text().replace('"drop"', '"dog"'))
     assert train.main(["--resume", "a", "--epochs", "2"]) == 1
-    assert "restore them" in capsys.readouterr().err
+    assert "the table has changed since the run started; restore it" in capsys.readouterr().err
+    assert train.main(["--resume", "a", "--epochs", "2", "--allow-changed-data"]) == 0
+    now = json.loads((tmp_path / "here" / "runs" / "a" / "args.json").read_text())
+    assert now["corrections_checksum"] != content["corrections_checksum"]
+    assert now | {"corrections_checksum": content["corrections_checksum"]} == content
+    before = table.read_text()
+    assert check_data.main([str(pets), "--corrections", str(table), "--csv", str(table), "--save-plot", ""]) == 2
+    assert table.read_text() == before
+    capsys.readouterr()
 
     rose = next((sample / "roses").iterdir())
     table = write_verdicts(tmp_path / "w.csv", {rose: "tulips"})

@@ -221,6 +221,21 @@ def test_learning_curve(pets, capsys):
     assert "expected with twice as many" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--folds", "9"], "--folds 9: there are only 8 different pictures; pass --folds 8"),
+        (["--folds", "2", "--learning-curve"], "too few images for --learning-curve"),
+    ],
+)
+def test_too_few_images_are_an_error_before_the_training(tmp_path, capsys, arguments, message):
+    pets = write_classes(tmp_path / "pets", {"cat": 4, "dog": 4})
+    shutil.copy(pets / "cat" / "cat 00.png", pets / "cat" / "copy.png")
+    assert cross_validate.main(flags(pets, *arguments)) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_frozen_features_are_computed_once(pets, monkeypatch):
     backbone = Path("backbone.pth")
     torch.save(MODELS["resnet18"](num_classes=1000).state_dict(), backbone)

@@ -203,11 +203,14 @@ def test_errors_are_one_line_and_write_nothing(capsys, weights, sample, tmp_path
     torch.save(torch.load(weights, weights_only=True) | {"class_names": ["a", "b", "c", "d", "e"]}, "other.pth")
     Path("mine").mkdir()
     Path("mine/report.json").write_text("{}")
+    Path("cross").mkdir()
+    Path("cross/report.json").write_text('{"confusion_matrix": [], "folds": {}}')
     for flags, message in (
         (["photos"], "no labelled images in 'photos': it needs sub-folders named after the classes (daisy, "),
         ([], "has no test images: name a folder of labelled images, or train with --test-rate 0.2"),
         ([sample, "--compare", "other.pth"], "--compare other.pth: has other classes: a, b, c, d, e"),
-        ([sample, "--output", "mine"], "--output mine: holds other files; name a new folder"),
+        ([sample, "--output", "mine"], "--output mine: contains other files; pass a new folder"),
+        ([sample, "--output", "cross"], "--output cross: contains other files; pass a new folder"),
         ([sample, "--output", "other.pth"], "--output other.pth: other.pth is not a writable folder; choose another"),
         ([sample, "--output", "other.pth/out"], "--output other.pth/out: "),
         (["photos", sample, "--output", "photos/cat/out"], "--output photos/cat/out: must not contain photos or lie"),

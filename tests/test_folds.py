@@ -87,7 +87,7 @@ def test_class_in_one_fold_only_is_an_error(tmp_path):
     (root / "dog" / "copy.png").write_bytes((root / "dog" / "dog 00.png").read_bytes())
     images = find_images(parse_args(["--data-path", str(root), "--workers", "0"]), tmp_path / "known.json")
     with pytest.raises(DataError, match="class dog: needs at least two images that show different pictures"):
-        require_divisible(images, draw_folds(images.labels, images.groups, 3, seed=0))
+        require_divisible(images, draw_folds(images.labels, images.groups, 3, seed=0), 3)
 
 
 @pytest.mark.parametrize("name", ["cat/a\udcff.png", "cat /a.png"])

@@ -65,3 +65,9 @@ def test_probability_is_relative_to_that_of_the_class():
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.5, 0.5], [0.55, 0.45], [0.55, 0.45]])
     issues = rank_labels(probabilities, torch.tensor([0, 0, 0, 1, 1]))  # class 1 is difficult
     assert issues.order.tolist()[0] == 2
+
+
+def test_class_that_was_never_learnt_comes_first():
+    probabilities = torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.8, 0.0], [0.3, 0.7, 0.0], [0.0, 1.0, 0.0]])
+    issues = rank_labels(probabilities, torch.tensor([1, 0, 1, 2]))
+    assert issues.order[0] == 3

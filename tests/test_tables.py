@@ -127,7 +127,7 @@ def test_rows_outside_the_split_are_reported(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
     decomposed = unicodedata.normalize("NFD", "rosé")
-    rows = [["Path ", "LABEL", "note"], ["b.png", decomposed, "x"], ["", "", ""], [" a.png ", "rosé", ""]]
+    rows = [["Path ", "LABEL", "note"], ["b.png", decomposed, "x"], ["", " ", ""], [" a.png ", "rosé"]]
     table = write_table(tmp_path / "a.CSV", rows, delimiter, encoding)
     assert is_table(table)
     assert [(Path(row.path).name, row.label, row.subset) for row in read_table(table)] == [
@@ -147,7 +147,9 @@ def test_spreadsheet_dialects(tmp_path, delimiter, encoding):
         ("path,label\na.png,cat\n,dog\n", "line 3: the path is empty"),
         ("path,label\n\na.png,\n", "line 3: the label is empty"),
         ("path,label\na\0.png,cat\n", "not a CSV table in UTF-8: line contains NUL"),
-        ("path,label\na.png\n", "line 2: has 1 fields instead of 2"),
+        ("path,label\na.png\n", "line 2: the label is empty"),
+        ("path,label\na.png,cat,b.png,dog\n", "line 2: has 4 fields instead of 2"),
+        ('path,label\na.png,"cat\nb.png,dog\n', "not a CSV table in UTF-8: unexpected end of data"),
         ("path,label,split\na.png,cat,tain\n", "line 2: the split is 'tain'; it must be train, val or test"),
         ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "line 4: 'a.png' is already listed in line 2"),
         ("path,label\na.png,cat\n", "needs training images of at least two labels; found only one, cat"),
