@@ -325,7 +325,7 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
         UsageError: a flag contradicts how the run was started, or `saved` is corrupt.
     """
     defaults = flags_to_save(parse_args([]))
-    is_valid = _same_schema(saved, defaults) and _same_schema(saved["recipe"], defaults["recipe"])
+    is_valid = same_schema(saved, defaults) and same_schema(saved["recipe"], defaults["recipe"])
     if not is_valid or saved["recipe"]["name"] not in RECIPES or saved["model"] not in MODELS:
         raise UsageError(f"{run / 'weights' / 'last.pth'}: corrupt, or written by another version: unknown flags")
     recipe = Recipe(**saved["recipe"])
@@ -345,7 +345,7 @@ def _conflict(flag: str, run: Path, value: Any, advice: str) -> str:
     return f"--{flag.replace('_', '-')}: the run {run} was started with {value}; {advice}"
 
 
-def _same_schema(values: Any, defaults: Mapping[str, Any]) -> bool:
+def same_schema(values: Any, defaults: Mapping[str, Any]) -> bool:
     """Return whether `values` is a dict with the keys of `defaults` and values of the same types."""
     if not isinstance(values, dict) or values.keys() != defaults.keys():
         return False

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import config
-from cli_utils import UsageError, checked, printable, run_program, silence_other_ranks
+from cli_utils import UsageError, checked, printable, run_program, shorten, silence_other_ranks
 from corrections import Corrections
 from data_loading import FeatureStore
 from distributed import Distributed
@@ -30,7 +30,8 @@ from folds import (
     require_subsets,
     write_fold,
 )
-from image_folders import CHECK_CACHE, count_skipped, read_run_checksums
+from image_folders import CHECK_CACHE, count_skipped, file_checksum, read_run_checksums
+from model import MODELS
 from out_of_fold import ISSUES_FILE, write_results
 from run_utils import (
     FOLDS_FILE,
@@ -46,6 +47,7 @@ from run_utils import (
 )
 from tables import read_table
 from train import setup_device, train
+from weights_io import load_initial_weights
 
 REPORT_FRACTION = 0.03  # fraction of a time budget kept for the final predictions
 MAY_CHANGE = {"resume", "device", "workers", "timeout"}  # flags that may change on resume
@@ -70,6 +72,7 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
         run = None if is_new else open_run(str(folder / fold_run.name), dist)
         if run is not None:
             if run.checkpoint["resume"].get("finished"):
+                require_weights(run.path)
                 continue
             saved = config.resume_args([], run.checkpoint["resume"].get("flags"), run.path)
             changed = {flag: getattr(args, flag) for flag in MAY_CHANGE - {"resume"}}
@@ -127,6 +130,13 @@ def build_run_args(
     return argparse.Namespace(**flags), is_new
 
 
+def require_weights(run: Path) -> None:
+    """Raise UsageError if the weights of a finished run are missing."""
+    weights = run / "weights" / "best.pth"
+    if not weights.is_file() or not weights.stat().st_size:
+        raise UsageError(f"{weights}: missing or empty; remove the folder {run} to train this fold again")
+
+
 class Prepared(NamedTuple):
     """A cross-validation that has been started or reopened, and its lock."""
 
@@ -146,6 +156,9 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     known = Path("runs") / CHECK_CACHE
     images = find_images(args, known)
     require_unused(args.weights, images)
+    if args.weights:  # invalid ones are an error before anything is written
+        model = MODELS[args.model](num_classes=len(images.class_names))
+        load_initial_weights(model, args.weights, args.model, images.class_names)
     drawn = [draw_folds(images.labels, images.groups, args.folds, args.seed + repeat) for repeat in range(args.repeats)]
     for folds in drawn:
         require_divisible(images, folds, args.folds)
@@ -161,14 +174,32 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     write_skipped(images.data.skipped, folder)
     if launch_ids:
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
-    flags = vars(args) | {"recipe": args.recipe.name}
-    flags |= {flag: str(Path(flags[flag]).absolute()) for flag in ("weights",) if Path(flags[flag]).is_file()}
+    flags = vars(args) | {"recipe": args.recipe.name, "weights": absolute_weights(args.weights)}
     verdicts = Corrections(args.corrections).verdicts if args.corrections else {}
-    write_json(
-        {"flags": flags, "verdicts": {path: verdict.text for path, verdict in verdicts.items()}}, folder / FOLDS_FILE
-    )
+    content = {
+        "flags": flags,
+        "verdicts": {path: verdict.text for path, verdict in verdicts.items()},
+        "checksums": {str(Path(path).absolute()): file_checksum(path) for path in images.paths},
+    }
+    write_json(content, folder / FOLDS_FILE)
     describe_folds(args, images, folder)
     return Prepared(args, folder, lock)
+
+
+def absolute_weights(weights: str) -> str:
+    """Return --weights independently of the working directory."""
+    return str(Path(weights).absolute()) if Path(weights).is_file() else weights
+
+
+def require_same_images(folder: Path, checksums: dict[str, str]) -> None:
+    """Raise UsageError if images have changed since the cross-validation was started."""
+    changed = [path for path, checksum in checksums.items() if file_checksum(path) != checksum]
+    if changed:
+        names = shorten(", ".join(changed))
+        raise UsageError(
+            f"{folder}: {len(changed)} images have changed since the start, or are missing; restore them, or start a "
+            f"new cross-validation: {names}"
+        )
 
 
 def describe_folds(args: argparse.Namespace, images: Images, folder: Path) -> None:
@@ -201,7 +232,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
     """Open the cross-validation that --resume names, with its flags.
 
     Raises:
-        UsageError: there is none, another process is running it, or a flag differs.
+        UsageError: there is none, another process is running it, or a flag or an image differs.
     """
     if name:
         found = [folder for folder in (Path(name), Path("runs", name)) if (folder / FOLDS_FILE).is_file()]
@@ -209,18 +240,24 @@ def reopen(argv: list[str], name: str) -> Prepared:
         found = sorted(Path("runs").glob(f"*/{FOLDS_FILE}"), key=lambda path: -path.stat().st_mtime)
         found = [path.parent for path in found]
     if not found:
-        raise UsageError(f"{f'--resume {name}'.rstrip()}: no {FOLDS_FILE} to resume from")
+        raise UsageError(f"{f'--resume {name}'.rstrip()}: no {FOLDS_FILE} to resume from; start it again")
     folder = found[0]
     lock = lock_run(folder)
-    saved = read_json(folder / FOLDS_FILE).get("flags", {})
-    if saved.keys() != vars(parse_args([])).keys():
+    content = read_json(folder / FOLDS_FILE)
+    saved, defaults = content.get("flags"), vars(parse_args([]))
+    is_valid = config.same_schema(saved, defaults | {"recipe": ""}) and saved["recipe"] in config.RECIPES
+    if not is_valid or saved["model"] not in MODELS or not isinstance(content.get("checksums"), dict):
         raise UsageError(f"{folder / FOLDS_FILE}: corrupt, or written by another version")
     before, args = parse_args([], saved), parse_args(argv, saved)
+    args.weights = absolute_weights(args.weights)
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
             name = f"--{flag.replace('_', '-')}"
             raise UsageError(f"{name}: {folder} was started with {value}; omit the flag to resume it")
-    return Prepared(args, folder, lock, is_complete=(folder / ISSUES_FILE).exists())
+    is_complete = (folder / ISSUES_FILE).exists()
+    if not is_complete:
+        require_same_images(folder, content["checksums"])
+    return Prepared(args, folder, lock, is_complete)
 
 
 # --- program ------------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def describe_subsets(by_subset: Mapping[str, Sequence[Classified]], classifier: 
     lines = [f"{len(by_subset[used])} {names[used] if known else 'images'}"]
     if not known:
         lines[0] += "; which images the network was trained on is unknown"
-    if used == "val":
+    flags = read_json(Path(classifier.weights).absolute().parent.parent / "args.json").get("flags", {})
+    if used == "val" and flags.get("best_metric") != "last":
         lines[0] += ": the epoch was chosen on them, so the metrics are slightly too good"
     if used == "train":
         lines[0] += ": the network was trained on them, so the metrics are far too good"
@@ -249,6 +250,9 @@ def draw_mistakes(results: Results, classifier: Classifier) -> "Figure | None":
     """Draw the misclassified images with the highest loss, with Grad-CAM; None if there are none."""
     from plot_utils import mistakes
 
+    if classifier.model is None:
+        print_note("mistakes.png: not drawn, as an ONNX file has no feature maps for Grad-CAM")
+        return None
     evaluation, names = results.evaluation, results.class_names
     positions = evaluation.worst_mistakes(WORST)
     outcomes = list(classifier.classify([results.files[position].path for position in positions]))

@@ -13,9 +13,7 @@ from file_utils import read_json
 from image_folders import UNREADABLE, UNSUPPORTED, Skipped, file_checksum, unreadable
 from image_io import ImageError, PixelRange, merge_pixel_ranges, read_image, read_pixel_range
 from my_dataset import EXTREME, MyDataSet, is_extreme
-from sample_flowers import draw_sample
-
-SAMPLE = Path(__file__).resolve().parent / "data" / "sample_flowers"
+from sample_flowers import SAMPLE, draw_sample
 
 Files = dict[str, list[list[str]]]  # the checksums of the image files, see `describe_files`
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 GOLDEN_ANGLE = np.pi * (3 - np.sqrt(5))  # between successive seeds or petals of a growing plant (Vogel 1979)
+SAMPLE = Path(__file__).resolve().parent / "data" / "sample_flowers"
 SUPERSAMPLE = 2  # draw larger, then scale down: Pillow's polygons have hard edges
 
 # A flower is a sequence of filled outlines in painter's order, in units of its radius: (points (N, 2), colour).

@@ -110,8 +110,7 @@ def train(
     with logger, StopSignals(dist) as stop:
         options = {"amp_dtype": amp_dtype, "scaler": scaler, "class_weights": class_weights}
         if args.find_lr:
-            logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))
-            return
+            return logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))
         callback = RunCallback(run, stop, logger)
         try:
             if is_new:
@@ -145,6 +144,7 @@ def train(
             raise
 
     print_result(run, data, report)
+    stop.sync()  # a signal may have arrived after the last step
 
 
 class RunCallback(Callback):

@@ -140,6 +140,60 @@ def test_stop_names_the_command_to_resume(pets, capsys, tmp_path, monkeypatch):
     assert (folder / "label_issues.csv").exists()
 
 
+def test_signal_after_the_last_step_of_a_fold_stops(pets, capsys):
+    finish_epoch = Run.finish_epoch
+
+    def finish_and_signal(run):
+        finish_epoch(run)
+        if run.finished:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish_epoch", finish_and_signal)
+        assert cross_validate.main(flags(pets)) == 143
+    assert not Path("runs/cross_validation/fold-1").exists()
+    assert cross_validate.main(["--resume"]) == 0
+    assert len(read_csv(Path("runs/cross_validation/out_of_fold.csv"))) == 22
+
+
+def test_changes_before_a_resume_are_errors(pets, tmp_path, capsys):
+    data = shutil.copytree(pets, tmp_path / "copy")
+    torch.save(MODELS["resnet18"](num_classes=1000).state_dict(), "backbone.pth")
+    assert stopped_after(9, flags(data, "--weights", "backbone.pth")) == 143
+    folder, image = Path("runs/cross_validation"), data / "dog" / "dog 03.png"
+    state = (folder / "cross_validation.json").read_text()
+    original = image.read_bytes()
+    capsys.readouterr()
+
+    def resume(*more: str) -> tuple[int, str]:
+        return cross_validate.main(["--resume", *more]), capsys.readouterr().err
+
+    image.write_bytes((data / "dog" / "dog 04.png").read_bytes())
+    status, error = resume()
+    assert (status, "1 images have changed since the start" in error, image.name in error) == (1, True, True)
+    image.write_bytes(original)
+    for flag in ({"folds": None}, {"seed": "a"}, {"recipe": "x"}, {"model": "x"}):
+        content = json.loads(state)
+        content["flags"] |= flag
+        (folder / "cross_validation.json").write_text(json.dumps(content))
+        assert resume()[1].endswith("cross_validation.json: corrupt, or written by another version\n"), flag
+    (folder / "cross_validation.json").write_text(state)
+    best = (folder / "fold-0" / "weights" / "best.pth").rename("best.pth")
+    status, error = resume()
+    assert (status, "best.pth: missing or empty; remove the folder" in error) == (1, True)
+    best.rename(folder / "fold-0" / "weights" / "best.pth")
+    assert resume("--weights", "backbone.pth")[0] == 0
+
+
+@pytest.mark.parametrize("content", [None, b"junk"])
+def test_invalid_weights_leave_nothing(pets, capsys, content):
+    if content:
+        Path("a.pth").write_bytes(content)
+    assert cross_validate.main(flags(pets, "--weights", "a.pth")) == 1
+    assert "a.pth" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_two_ranks(pets):
     assert run_ranks(2, lambda: cross_validate.main(flags(pets))) == [0, 0]
     assert len(read_csv(Path("runs/cross_validation/out_of_fold.csv"))) == 22
