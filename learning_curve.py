@@ -36,8 +36,8 @@ def fit_learning_curve(sizes: Sequence[int], correct: np.ndarray, folds: np.ndar
 
     Power laws describe most learning curves (Viering & Loog 2022, https://arxiv.org/abs/2103.10948), but extrapolations
     far beyond the data are unreliable (Mahmood et al. 2022, https://arxiv.org/abs/2207.01725). The range covers the
-    sampling of the predicted images (bootstrap), the variation between training runs (the spread over the folds), and
-    the shape of the curve.
+    sampling of the predicted images (bootstrap), the variation between training runs (the spread over the folds, or
+    around the curve if that is larger), and the shape of the curve.
 
     Args:
         sizes: (S,) numbers of training images, ascending.
@@ -54,9 +54,13 @@ def fit_learning_curve(sizes: Sequence[int], correct: np.ndarray, folds: np.ndar
         per_fold = np.stack([1 - correct[folds == fold].mean(axis=0) for fold in numbers])
         sampling = errors * (1 - errors) * len(numbers) / images  # the variance of a fold's error due to its images
         training = np.maximum(0.0, per_fold.var(axis=0, ddof=1) - sampling).mean() / len(numbers)
+    sampling = errors * (1 - errors) / images
+    if len(sizes) > 2:  # the scatter around the fitted curve may reveal a larger variation
+        residuals = errors - _extrapolate(sizes, errors[None], np.sqrt(sampling) + 1 / images, sizes, floor=False)[0]
+        training = max(training, (residuals**2).sum() / (len(sizes) - 2) - sampling.mean())
     drawn = np.stack([1 - correct[generator.integers(0, images, images)].mean(axis=0) for _ in range(RESAMPLES)])
     drawn += generator.normal(0, np.sqrt(training), drawn.shape)
-    deviations = np.sqrt(errors * (1 - errors) / images + training) + 1 / images
+    deviations = np.sqrt(sampling + training) + 1 / images
     doubled = [_extrapolate(sizes, drawn, deviations, 2 * sizes[-1:], floor)[:, 0] for floor in (True, False)]
     low, high = np.percentile(np.clip(np.concatenate(doubled), 0, 1), PERCENTILES)
     grid = np.geomspace(sizes[0], 2 * sizes[-1], 50)

@@ -36,6 +36,17 @@ def test_range_contains_the_accuracy_with_twice_as_many_images(scale, exponent, 
     assert sum(covered) >= 9
 
 
+def test_scatter_around_the_curve_widens_the_range():
+    widths = []
+    for third in (0.58, 0.72):  # on and off the curve
+        columns = [np.arange(200) < round(200 * accuracy) for accuracy in (0.30, 0.45, third, 0.67)]
+        curve = fit_learning_curve(
+            SIZES, np.stack(columns, axis=1)[np.argsort(np.arange(200) * 7 % 200)], np.zeros(200)
+        )
+        widths.append(curve.interval[1] - curve.interval[0])
+    assert widths[1] > 1.3 * widths[0]
+
+
 def test_curve_ends_at_twice_the_images():
     correct, folds, _ = simulate(0.2, 0.4, 0.0, 0)
     curve = fit_learning_curve(SIZES, correct, folds)
