@@ -90,6 +90,8 @@ def predict(args: argparse.Namespace) -> int:
     csv_path = output_file("--csv", args.csv, args.images)
     classifier = build_classifier(args, args.weights or newest_weights())
     class_names = classifier.class_names
+    if plot_path and classifier.model is None:
+        raise UsageError("--save-plot: an ONNX file has no feature maps for Grad-CAM; pass best.pth or a .pt2 file")
     print_note(str(classifier))
 
     log = ErrorLog("predict.py")

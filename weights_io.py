@@ -19,9 +19,10 @@ from torchvision import models as torchvision_models
 from class_files import normalise
 from cli_utils import UsageError, print_note, shorten
 from distributed import Distributed
+from exported_file import is_exported, is_onnx, read_pt2
 from familiarity import is_valid_familiarity
 from file_utils import read_json
-from model import MODELS, ResNet, to_device
+from model import MODELS, ResNet, fold_batch_norm, to_device
 from my_dataset import RESIZE_MODES
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints store the state_dict
@@ -50,11 +51,13 @@ class WeightsFile(NamedTuple):
         info: those of INFO_KEYS that the file stores; if it states no model, also the entries of its run, see
             `run_network`.
         source: the file that `info` comes from, for messages.
+        is_exported: whether it is a .pt2 file, in which BatchNorm is folded.
     """
 
     state: dict[str, Tensor]
     info: dict[str, Any]
     source: str | os.PathLike
+    is_exported: bool = False
 
 
 def load_pretrained(model: ResNet, weights: str | os.PathLike, model_name: str) -> list[str]:
@@ -102,6 +105,8 @@ def load_initial_weights(model: ResNet, weights: str | os.PathLike, model_name: 
 def _read_pretrained(weights: str | os.PathLike, model_name: str) -> WeightsFile:
     if weights == "imagenet":
         return WeightsFile(_imagenet_state(model_name), {}, weights)
+    if is_exported(weights):
+        raise WeightsError(f"{weights}: an exported file is for prediction; train from the best.pth of its run")
     return _read_weights_file(weights)
 
 
@@ -132,7 +137,8 @@ def load_model(
     """Load a trained model for prediction.
 
     Args:
-        path: a best.pth or last.pth, a model-N.pth in its run's folder, or a `state_dict` from elsewhere.
+        path: a best.pth or last.pth, a model-N.pth in its run's folder, a `state_dict` from elsewhere, or a .pt2 file
+            by export.py; the model for the latter has no BatchNorm, as it is folded into the convolutions.
         model_name: a key of MODELS; by default the stored one, or else the one that the shapes fit.
         class_names: by default the stored ones, or else `default_names`.
         img_size: by default the stored one, or else 224.
@@ -147,15 +153,41 @@ def load_model(
         FileNotFoundError: the file does not exist.
         WeightsError: it is not a weights file, does not fit the model, or lacks class names that were not given.
     """
-    state, stored, source = _read_weights_file(path)
+    file = _read_weights_file(path)
+    info = complete_info(path, file, model_name, class_names, img_size=img_size, default_names=default_names)
+    fc, names = file.state.get("fc.weight"), info["class_names"]
+    if fc is not None and fc.ndim == 2 and len(fc) != len(names):
+        raise WeightsError(f"{path}: fc.weight has {len(fc)} rows, but there are {len(names)} class names")
+    model = MODELS[info["model"]](num_classes=len(names))
+    if file.is_exported:
+        model = fold_batch_norm(model)
+    _load_state(model, file.state, path, info["model"])
+    if info["familiarity"] and len(info["familiarity"]["mean"]) != model.layer2[0].conv1.in_channels:
+        raise WeightsError(f"{path}: its familiarity is for another network than {info['model']}")
+    return to_device(model, device).eval(), info
+
+
+def complete_info(
+    path: str | os.PathLike,
+    file: WeightsFile,
+    model_name: str | None = None,
+    class_names: list[str] | None = None,
+    *,
+    img_size: int | None = None,
+    default_names: list[str] | None = None,
+) -> dict[str, Any]:
+    """Return the metadata of a weights file with defaults and the given values; see `load_model`."""
+    stored, source = file.info, file.source
     stated = stored.get("model")
     if model_name and model_name != stated and isinstance(stated, str) and stated in MODELS:
         raise WeightsError(f"{path}: --model is {model_name}, but {source} states {stated}; omit --model")
     info = DEFAULTS | stored
-    info["model"] = model_name or stated or _fitting_model(state)
+    info["model"] = model_name or stated or _fitting_model(file.state)
     info["class_names"] = class_names or stored.get("class_names") or default_names
     if stored.get("class_names") not in (None, info["class_names"]):
         print_note(f"{path}: --class-indices replaces its class names: {shorten(str(stored['class_names']))}")
+    if file.is_exported and img_size not in (None, info["img_size"]):
+        raise WeightsError(f"{path}: is for images of {info['img_size']} px; omit --img-size, or export another file")
     if img_size is not None:
         info |= {"img_size": img_size, "img_size_source": "--img-size"}
     elif "img_size" not in stored:
@@ -166,14 +198,7 @@ def load_model(
     if info["class_names"] is None:
         raise WeightsError(f"{path}: a {info['model']} without class names; also pass --class-indices")
     check_info(source, info)
-    fc, names = state.get("fc.weight"), info["class_names"]
-    if fc is not None and fc.ndim == 2 and len(fc) != len(names):
-        raise WeightsError(f"{path}: fc.weight has {len(fc)} rows, but there are {len(names)} class names")
-    model = MODELS[info["model"]](num_classes=len(names))
-    _load_state(model, state, path, info["model"])
-    if info["familiarity"] and len(info["familiarity"]["mean"]) != model.layer2[0].conv1.in_channels:
-        raise WeightsError(f"{path}: its familiarity is for another network than {info['model']}")
-    return to_device(model, device).eval(), info
+    return info
 
 
 def run_network(path: str | os.PathLike) -> tuple[dict[str, Any], Path]:
@@ -222,6 +247,8 @@ def _is_list_of_names(names: Any) -> bool:
 
 
 def _read_weights_file(path: str | os.PathLike) -> WeightsFile:
+    if is_exported(path):
+        return _read_exported(path)
     content = read_torch_file(path)
     key = next((key for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
     state_dict, metadata = (content, {}) if key is None else (content[key], content)
@@ -233,6 +260,21 @@ def _read_weights_file(path: str | os.PathLike) -> WeightsFile:
         return WeightsFile(state, info, path)
     network, args_file = run_network(path)
     return WeightsFile(state, network | info, args_file if network else path)
+
+
+def _read_exported(path: str | os.PathLike) -> WeightsFile:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if is_onnx(path):
+        raise WeightsError(f"{path}: ONNX files are only for prediction by predict.py and evaluate.py")
+    state, info = read_pt2(path)
+    tensors = {name.removeprefix("familiarity_"): value for name, value in state.items() if "familiarity_" in name}
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].item()
+    info = {name: info[name] for name in INFO_KEYS if name in info} | {"familiarity": tensors or None}
+    prefix = "network."
+    network = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return WeightsFile(network, info, path, is_exported=True)
 
 
 def _without_prefix(path: str | os.PathLike, state: Mapping[Any, Any]) -> dict[str, Any]:

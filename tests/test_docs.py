@@ -30,6 +30,7 @@ import check_data
 import config
 import cross_validate
 import evaluate
+import export
 import predict
 from model import MODELS
 
@@ -42,6 +43,7 @@ PARSERS = {
     "evaluate.py": evaluate.parse_args,
     "check_data.py": check_data.parse_args,
     "cross_validate.py": cross_validate.parse_args,
+    "export.py": export.parse_args,
 }
 DOCUMENTED_IN = {
     "train.py": "training.md",
@@ -49,6 +51,7 @@ DOCUMENTED_IN = {
     "evaluate.py": "evaluate.md",
     "check_data.py": "data.md",
     "cross_validate.py": "cross-validation.md",
+    "export.py": "deploy.md",
 }
 # Programs of tests/, whose flags occur in prose and tables.
 TOOLS = [ROOT / "tests" / "bench.py", ROOT / "tests" / "faults.py", ROOT / "sample_flowers.py"]
