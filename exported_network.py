@@ -91,7 +91,7 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
 def _crop(image: Tensor, height: int, width: int) -> Tensor:
     """Crop the centre like torchvision, which rounds half a pixel to the nearest even number."""
     top, left = (_round_ratio(own - cropped, 2) for own, cropped in zip(image.shape[-2:], (height, width), strict=True))
-    return image[:, top : top + height, left : left + width]
+    return image.narrow(1, top, height).narrow(2, left, width)
 
 
 def _round_ratio(a: int, b: int) -> int:
