@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from class_files import read_class_indices
 from classifier import Classifier, add_weights_flags
@@ -22,15 +23,17 @@ from exported_network import ExportedNetwork
 from familiarity import Familiarity
 from file_utils import atomic_file, read_json
 from image_folders import file_checksum, list_images
+from image_io import ImageError
 from labelled_images import ErrorLog, ImageFile, find_and_report
 from metrics import wilson_interval
-from my_dataset import MEAN, STD, EvalTransform
+from my_dataset import MEAN, STD, EvalTransform, stack_images
 from sample_flowers import SAMPLE
 from tables import is_table, read_table
 from weights_io import newest_weights
 
 VERSION = "1.0"  # of this project
 MAX_IMAGES = 1000  # in the check
+CALIBRATION_IMAGES = 200  # for --int8
 FORMATS = {"pt2": PT2, "onnx": ONNX}
 
 
@@ -39,17 +42,22 @@ def export(args: argparse.Namespace) -> int:
     weights = args.weights or newest_weights()
     output = output_file(args, Path(weights))
     if output.suffix == ONNX:
-        require_packages(ONNX, ("onnx", "onnxscript", *([] if args.skip_check else ["onnxruntime"])))
+        needs_runtime = args.int8 or not args.skip_check
+        require_packages(ONNX, ("onnx", "onnxscript", *(["onnxruntime"] if needs_runtime else [])))
+    elif args.int8:
+        raise UsageError("--int8: only for --format onnx")
     classifier = build_classifier(args, weights)
     print(printable(f"network   {classifier}"), flush=True)
     log = ErrorLog("export.py")
     files = [] if args.skip_check else find_images(args.images, weights, classifier.class_names, log)
     metadata = describe_network(classifier, args.batch, args.with_resize)
     metadata |= {"unsure_thresholds": measure_thresholds(classifier, files, log)}
+    calibration = read_calibration(classifier, args.batch or 8) if args.int8 else []
     network = build_network(classifier, args.with_resize, with_unfamiliarity=output.suffix == ONNX)
     with atomic_file(output) as unfinished:
-        write_exported(network, classifier.info["img_size"], args.batch, metadata, unfinished)
-        result = check_exported_file(unfinished, classifier, files, args.batch, args.with_resize) if files else None
+        write_exported(network, classifier.info["img_size"], args.batch, metadata, unfinished, calibration)
+        options = {"batch": args.batch, "with_resize": args.with_resize, "int8": args.int8}
+        result = check_exported_file(unfinished, classifier, files, **options) if files else None
         size = unfinished.stat().st_size
     print_result(output, size, metadata, result)
     return 1 if log.failures else 0
@@ -115,21 +123,32 @@ def find_images(folders: list[str], weights: str | Path, class_names: list[str],
     if folders:
         files = [file for folder in folders for file in find_and_report(folder, class_names, log)]
     else:
-        files = find_validation_images(Path(weights).absolute().parent.parent, class_names)
+        files = find_run_images(Path(weights).absolute().parent.parent, "val", class_names)
+    if not files and folders:
+        raise UsageError("--images: there are no images to check the file with")
     if not files:
         raise UsageError(
             f"{weights}: the validation images of its run are unknown, or were moved; pass --images FOLDER to check "
             f"the file with other images, or --skip-check"
         )
-    return files[:: -(-len(files) // MAX_IMAGES)]
+    return evenly_spaced(files, MAX_IMAGES)
 
 
-def find_validation_images(run: Path, class_names: list[str]) -> list[ImageFile]:
-    """Find the validation images of a run by their names and checksums; see `prepare_data.describe_files`."""
+def evenly_spaced(files: list[ImageFile], most: int) -> list[ImageFile]:
+    """Return at most that many of the files, evenly spaced."""
+    return files[:: max(1, -(-len(files) // most))]
+
+
+def find_run_images(run: Path, wanted: str, class_names: list[str]) -> list[ImageFile]:
+    """Find the images of a run by their names and checksums; see `prepare_data.describe_files`.
+
+    Args:
+        wanted: the subset, "train" or "val".
+    """
     labels, names = {}, set()
     for name, versions in read_json(run / "files.json").items():
         for subset, checksum in versions:
-            if subset == "val":
+            if subset == wanted:
                 labels[checksum], _, file_name = name.rpartition("/")
                 names.add(file_name)
     flags = read_json(run / "args.json").get("flags", {})
@@ -146,6 +165,22 @@ def find_validation_images(run: Path, class_names: list[str]) -> list[ImageFile]
             if Path(path).name in names and (label := labels.get(file_checksum(path))) is not None:
                 files[path] = ImageFile(path, label if label in class_names else None, source)
     return [*files.values()]
+
+
+def read_calibration(classifier: Classifier, batch: int) -> list[Tensor]:
+    """Read batches of training images of the run, to calibrate the quantisation with.
+
+    Raises:
+        UsageError: too few of them are found.
+    """
+    run = Path(classifier.weights).absolute().parent.parent
+    files = evenly_spaced(find_run_images(run, "train", classifier.class_names), CALIBRATION_IMAGES)
+    outcomes = [*classifier.classify([file.path for file in files])]
+    images = [outcome.image for outcome in outcomes if not isinstance(outcome, ImageError)]
+    batches = [stack_images(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
+    if not batches:
+        raise UsageError("--int8: is calibrated with training images of the run, but too few of them were found")
+    return batches
 
 
 def measure_thresholds(classifier: Classifier, files: list[ImageFile], log: ErrorLog) -> list[dict[str, Any]] | None:
@@ -243,11 +278,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     batch_help = 'number of images in a batch, or "dynamic" for any number (default: dynamic)'
     add("--batch", type=batch_size, metavar="N", help=batch_help)
     add("--with-resize", action="store_true", help="take one image of any size, and resize it in the graph")
+    int8_help = "quantise an ONNX file to 8-bit integers: smaller and faster, but less exact"
+    add("--int8", action="store_true", help=int8_help)
     images_help = "images to check the file with (default: the validation images of the run)"
     add("--images", nargs="+", default=[], metavar="FOLDER", help=images_help)
     add("--skip-check", action="store_true", help="do not compare the file with the network")
     add_weights_flags(parser)
     args = parser.parse_args(argv)
+    if args.int8 and args.with_resize:
+        parser.error("--int8 cannot be combined with --with-resize")
     if args.with_resize and args.batch:
         parser.error("--batch has no effect with --with-resize, which takes one image at a time")
     if args.skip_check and args.images:

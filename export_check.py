@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from labelled_images import ImageFile
 from my_dataset import EvalTransform, stack_images
 
 TOLERANCE = 1e-3  # largest difference of a probability
+MAX_LOSS = 0.01  # of accuracy, by int8
 TIE = 1e-4  # two classes whose probabilities differ by less are equally probable
 BATCH_SIZE = 8
 ROUNDS = 5  # of the speed measurement
@@ -41,16 +43,34 @@ class CheckResult:
         images: the number of compared images.
         agreeing: those with the same predicted class, except for ties.
         difference: the largest difference of a probability.
+        hits: the numbers of labelled images that the file and the network classify correctly.
+        labelled: the number of labelled images.
         seconds: by batch size, the median times of the file and of the network.
     """
 
     images: int = 0
     agreeing: int = 0
     difference: float = 0.0
+    hits: tuple[int, int] = (0, 0)
+    labelled: int = 0
     seconds: dict[int, tuple[float, float]] = field(default_factory=dict)
 
-    def compare(self, probabilities: Tensor, expected: Tensor) -> None:
-        """Count images: compare the file's probabilities with those of the network, (N, classes)."""
+    @property
+    def lost_accuracy(self) -> float:
+        """The accuracy of the network minus that of the file."""
+        return (self.hits[1] - self.hits[0]) / max(1, self.labelled)
+
+    def compare(self, probabilities: Tensor, expected: Tensor, labels: Tensor) -> None:
+        """Count images: compare the file's probabilities with those of the network, (N, classes).
+
+        Args:
+            labels: (N,) int64, -1 if unknown.
+        """
+        self.hits = tuple(
+            hits + int((each.argmax(dim=1) == labels).sum())
+            for hits, each in zip(self.hits, (probabilities, expected), strict=True)
+        )
+        self.labelled += int((labels >= 0).sum())
         chosen = probabilities.argmax(dim=1, keepdim=True)
         gaps = expected.amax(dim=1) - expected.gather(1, chosen).squeeze(1)
         self.images += len(expected)
@@ -62,6 +82,9 @@ class CheckResult:
         """Yield the lines to print."""
         yield f"check     {self.agreeing} of {self.images} images get the same class, in a fresh process"
         yield f"          largest difference of a probability: {self.difference:.1e}"
+        if self.labelled:
+            own, other = (f"{hits / self.labelled:.4f}" for hits in self.hits)
+            yield f"          accuracy {own}, by the weights file {other}"
         for size, (own, other) in self.seconds.items():
             if size == 1:
                 yield f"speed     1 image: {1000 * own:.1f} ms, by the weights file {1000 * other:.1f} ms"
@@ -70,20 +93,25 @@ class CheckResult:
 
 
 class ExportedProcess:
-    """A fresh process that runs an exported file, see run_exported.py."""
+    """A fresh process that runs an exported file, see run_exported.py.
 
-    def __init__(self, process: subprocess.Popen, errors: "tempfile._TemporaryFileWrapper") -> None:
-        self.process, self.errors = process, errors
+    Attributes:
+        whole: the file takes one whole image instead of a batch.
+    """
 
-    def predict(self, images: Tensor) -> tuple[Tensor, float]:
-        """Return the probabilities of images, uint8 (N, 3, H, W) or (3, H, W), and the seconds that this took.
+    def __init__(self, process: subprocess.Popen, errors: BinaryIO, whole: bool) -> None:
+        self.process, self.errors, self.whole = process, errors, whole
+
+    def predict(self, images: Sequence[Tensor]) -> tuple[Tensor, float]:
+        """Return the probabilities of images, each uint8 (3, H, W), and the seconds that this took.
 
         Raises:
             ExportCheckError: the process has failed.
         """
+        batch = images[0] if self.whole else stack_images(images)
         try:
-            self.process.stdin.write(json.dumps({"shape": [*images.shape]}).encode() + b"\n")
-            self.process.stdin.write(images.contiguous().numpy().tobytes())
+            self.process.stdin.write(json.dumps({"shape": [*batch.shape]}).encode() + b"\n")
+            self.process.stdin.write(batch.contiguous().numpy().tobytes())
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # see the answer
@@ -97,26 +125,33 @@ class ExportedProcess:
 
 
 @contextlib.contextmanager
-def start_process(path: Path) -> Iterator[ExportedProcess]:
+def start_process(path: Path, whole: bool) -> Iterator[ExportedProcess]:
     """Start a process that runs an exported file."""
     program = Path(__file__).with_name("run_exported.py")
     with tempfile.TemporaryFile() as errors:
         command = [sys.executable, str(program), str(path)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
             try:
-                yield ExportedProcess(process, errors)
+                yield ExportedProcess(process, errors, whole)
             finally:
                 process.kill()
 
 
 def check_exported_file(
-    path: Path, classifier: Classifier, files: Sequence[ImageFile], batch: int | None, with_resize: bool
+    path: Path,
+    classifier: Classifier,
+    files: Sequence[ImageFile],
+    *,
+    batch: int | None,
+    with_resize: bool,
+    int8: bool,
 ) -> CheckResult:
     """Compare an exported file with its network on images, and measure the speed of both.
 
     Args:
         batch: the file's batch size; None if any.
         with_resize: whether the file takes one image of any size.
+        int8: accept other predictions, if the accuracy is at most one percentage point lower.
 
     Raises:
         ExportCheckError: the file cannot be run, or the predictions differ.
@@ -127,29 +162,29 @@ def check_exported_file(
     read = functools.partial(
         read_inputs, transform=backend.transform, pixel_range=classifier.info["pixel_range"], whole=with_resize
     )
-    items = map_files(read, [file.path for file in files], None, "checking")
-    with start_process(path) as process:
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for item in items:
-            if isinstance(item, ImageError):  # it has been reported
-                continue
-            pairs.append(item)
-            if len(pairs) == size:
-                compare_batch(result, process, classifier, pairs, size, with_resize)
-                last, pairs = pairs, []
-        if pairs:
-            compare_batch(result, process, classifier, pairs, size, with_resize)
-            last = pairs
+    indices = {name: index for index, name in enumerate(classifier.class_names)}
+    labels = [indices.get(file.label, -1) for file in files]
+    items = zip(map_files(read, [file.path for file in files], None, "checking"), labels, strict=True)
+    readable = ((item, label) for item, label in items if not isinstance(item, ImageError))  # errors were reported
+    with start_process(path, with_resize) as process:
+        while chosen := [*itertools.islice(readable, size)]:
+            pairs = [pair for pair, _ in chosen]
+            compare_batch(result, process, classifier, pairs, torch.tensor([label for _, label in chosen]), size)
         if not result.images:
             raise ExportCheckError(f"none of the {len(files)} images is readable; pass --images FOLDER")
-        if result.difference > TOLERANCE or result.agreeing < result.images:
+        if int8 and (not result.labelled or result.lost_accuracy > MAX_LOSS):
+            raise ExportCheckError(
+                f"--int8 lowers the accuracy by {result.lost_accuracy:.1%} on {result.labelled} labelled images; "
+                f"the file was removed, as at most {MAX_LOSS:.0%} is accepted"
+            )
+        if not int8 and (result.difference > TOLERANCE or result.agreeing < result.images):
             raise ExportCheckError(
                 f"the exported file disagrees with the network, and was removed: {result.images - result.agreeing} of "
                 f"{result.images} images get another class, largest difference of a probability {result.difference:.1e}"
             )
         for count in (size,) if batch or with_resize else (1, BATCH_SIZE):
-            chosen = list(itertools.islice(itertools.cycle(last), count))
-            result.seconds[count] = measure_speed(process, classifier, chosen, with_resize)
+            images = itertools.islice(itertools.cycle(image for image, _ in pairs), count)
+            result.seconds[count] = measure_speed(process, classifier, [*images])
     return result
 
 
@@ -172,30 +207,26 @@ def compare_batch(
     process: ExportedProcess,
     classifier: Classifier,
     pairs: Sequence[tuple[Tensor, Tensor]],
+    labels: Tensor,
     size: int,
-    with_resize: bool,
 ) -> None:
     """Compare the predictions for up to `size` images; fewer are padded."""
     padded = [*pairs, *[pairs[0]] * (size - len(pairs))]
-    probabilities, _ = process.predict(to_input(padded, with_resize))
+    probabilities, _ = process.predict([image for image, _ in padded])
     expected = classifier.probabilities(classifier.backend.predict([image for _, image in padded]).logits)
-    result.compare(probabilities[: len(pairs)], expected[: len(pairs)])
+    result.compare(probabilities[: len(pairs)], expected[: len(pairs)], labels)
 
 
-def to_input(pairs: Sequence[tuple[Tensor, Tensor]], with_resize: bool) -> Tensor:
-    """Return the images of a batch as the exported file takes them."""
-    images = [image for image, _ in pairs]
-    return images[0] if with_resize else stack_images(images)
+def measure_speed(process: ExportedProcess, classifier: Classifier, images: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the median seconds per batch by the exported file and by the network, measured alternately.
 
-
-def measure_speed(
-    process: ExportedProcess, classifier: Classifier, pairs: Sequence[tuple[Tensor, Tensor]], with_resize: bool
-) -> tuple[float, float]:
-    """Return the median seconds per batch by the exported file and by the network, measured alternately."""
-    images, inputs = to_input(pairs, with_resize), [image for _, image in pairs]
+    Args:
+        images: as the file takes them.
+    """
+    backend = classifier.backend
 
     def resize_and_predict() -> None:
-        classifier.backend.predict([classifier.backend.transform(images)] if with_resize else inputs)
+        backend.predict([backend.transform(image) for image in images] if process.whole else images)
 
     own, other = [], []
     for _ in range(ROUNDS + 1):

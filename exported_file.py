@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,12 @@ def require_packages(suffix: str, packages: tuple[str, ...]) -> None:
 
 
 def write_exported(
-    network: ExportedNetwork, img_size: int, batch: int | None, metadata: Mapping[str, Any], path: Path
+    network: ExportedNetwork,
+    img_size: int,
+    batch: int | None,
+    metadata: Mapping[str, Any],
+    path: Path,
+    calibration: Sequence[Tensor] = (),
 ) -> None:
     """Trace the network and write it.
 
@@ -67,14 +73,21 @@ def write_exported(
         batch: the fixed number of images of a batch; None: any number. Ignored if the network resizes.
         metadata: plain values for JSON.
         path: ends with .pt2 or .onnx.
+        calibration: batches of images; with them, an .onnx file is quantised to int8.
     """
     if network.resize is not None:
         example, dynamic = torch.zeros(3, img_size, img_size + 100, dtype=torch.uint8), (1, 2)
     else:
         example, dynamic = torch.zeros(batch or 2, 3, img_size, img_size, dtype=torch.uint8), () if batch else (0,)
-    write = _write_onnx if path.suffix == ONNX else _write_pt2
+    dynamic_shapes = {"images": dict.fromkeys(dynamic, Dim.DYNAMIC)}
     with _quiet():
-        write(network.eval(), example, {"images": dict.fromkeys(dynamic, Dim.DYNAMIC)}, metadata, path)
+        if path.suffix == PT2:
+            _write_pt2(network.eval(), example, dynamic_shapes, metadata, path)
+        else:
+            _write_onnx(network.eval(), example, dynamic_shapes, path)
+            if calibration:
+                _quantise(path, calibration)
+            _add_metadata(metadata, path)
 
 
 def _write_pt2(
@@ -88,9 +101,7 @@ def _write_pt2(
         archive.writestr(f"{root}/{CHECKSUM}", _archive_checksum(archive))
 
 
-def _write_onnx(
-    network: ExportedNetwork, example: Tensor, dynamic_shapes: dict, metadata: Mapping[str, Any], path: Path
-) -> None:
+def _write_onnx(network: ExportedNetwork, example: Tensor, dynamic_shapes: dict, path: Path) -> None:
     outputs = OUTPUTS[: 2 if network.with_unfamiliarity else 1]
     program = torch.onnx.export(
         network,
@@ -101,9 +112,45 @@ def _write_onnx(
         output_names=outputs,
         verbose=False,
     )
-    program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
-    program.model.metadata_props["checksum"] = json.dumps(PLACEHOLDER.decode())
     program.save(path)
+
+
+def _quantise(path: Path, calibration: Sequence[Tensor]) -> None:
+    """Quantise an .onnx file: int8 weights with a scale per channel, uint8 activations with ranges from images.
+
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    """
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader:
+        batches = iter(calibration)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch.contiguous().numpy()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, "prepared.onnx")
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            path,
+            Reader(),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Add", "MaxPool", "Gemm"],
+        )
+
+
+def _add_metadata(metadata: Mapping[str, Any], path: Path) -> None:
+    import onnx
+
+    model = onnx.load(path)
+    properties = {name: json.dumps(value) for name, value in metadata.items()}
+    onnx.helper.set_model_props(model, properties | {"checksum": json.dumps(PLACEHOLDER.decode())})
+    onnx.save(model, path)
     content = path.read_bytes()
     path.write_bytes(content.replace(PLACEHOLDER, b"blake2b:" + _checksum(content).encode()))
 

@@ -7,6 +7,7 @@ python tests/bench.py ceiling --large                       # the same on drawn 
 python tests/bench.py loading                               # loading alone of these JPEGs, cached against decoded
 python tests/bench.py logging --data-path flower_photos     # fraction of an epoch for TensorBoard and checkpoints
 python tests/bench.py predict --data-path flower_photos     # predict.py on one image, and on 500
+python tests/bench.py export                                # exported files against the network, batches of 1 and 8
 python tests/bench.py startup --data-path flower_photos     # train.py up to the end of its first step
 python tests/bench.py memory --data-path flower_photos      # peak memory of training (Linux)
 python tests/bench.py losses --data-path flower_photos      # the first 20 losses, ours and the tutorial's
@@ -59,10 +60,13 @@ from tutorial_loop import (
 )
 
 import checkpoint
-import predict
 import run_state
 import train
+from backends import TorchBackend
+from classifier import Classifier
 from cli_utils import select_device
+from exported_file import write_exported
+from exported_network import ExportedNetwork
 from model import MODELS
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from sample_flowers import CLASS_NAMES, draw_flower
@@ -189,9 +193,7 @@ def bench_predict(args: argparse.Namespace) -> None:
     """Compare predict.py on one image with the import of PyTorch, and on 500 images with evaluation."""
     with subset(args.data_path, args.images or 500) as data, tempfile.TemporaryDirectory() as folder:
         ours = Ours(args, data)
-        weights = Path(folder, "best.pth")
-        content = {"model": args.model, "class_names": ours.split.class_names, "img_size": args.img_size}
-        torch.save(content | {"state_dict": ours.model.state_dict()}, weights)
+        weights = save_network(args, ours.split.class_names, folder)
         paths = ours.split.train_paths + ours.split.val_paths
         command = [sys.executable, str(ROOT / "predict.py"), paths[0], "--weights", str(weights)]
         command += ["--device", args.device, "--amp", args.amp]
@@ -203,24 +205,72 @@ def bench_predict(args: argparse.Namespace) -> None:
         command[2] = str(data)
         dataset = MyDataSet(paths, [0] * len(paths), EvalTransform(args.img_size))
         loader = ours.val_loader(dataset)
-        files = [predict.ImageFile(path, None, path) for path in paths]
-        read = functools.partial(
-            predict.read_or_error, transform=EvalTransform(args.img_size), pixel_range=None, with_checksum=False
-        )
-        predict_files = functools.partial(
-            predict.predict_images, ours.model, files, read, args.img_size, ours.device, ours.amp_dtype
-        )
+        classifier = Classifier(weights, ours.device, ours.amp_dtype)
         ours.evaluate(loader)
         compare(
             Comparison(args, f"prediction of {len(paths)} images", "evaluate", "predict", len(paths)),
             lambda: seconds_of(lambda: ours.evaluate(loader)),
-            lambda: seconds_of(lambda: list(predict_files())),
+            lambda: seconds_of(lambda: list(classifier.classify(paths))),
         )
         compare(
             Comparison(args, f"predict.py on {len(paths)} images, as a program", "evaluate", "predict", len(paths)),
             lambda: seconds_of(lambda: ours.evaluate(loader)),
             lambda: seconds_of_program(command, folder),
         )
+
+
+def bench_export(args: argparse.Namespace) -> None:
+    """Compare exported files with the network in PyTorch, in float32 on the CPU."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        backend = TorchBackend(save_network(args, ["a", "b", "c", "d", "e"], folder), torch.device("cpu"), None)
+        for name, run in exported_files(backend.model, args.img_size, Path(folder)).items():
+            comparison = Comparison(args, f"exported file, {name}", name, "eager")
+            compare(
+                comparison,
+                functools.partial(seconds_of_batches, run, args.img_size),
+                functools.partial(seconds_of_batches, lambda batch: backend.predict([*batch]), args.img_size),
+            )
+
+
+def save_network(args: argparse.Namespace, class_names: list[str], folder: str) -> Path:
+    """Save a best.pth of an untrained network."""
+    path = Path(folder, "best.pth")
+    content = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
+    torch.save(content | {"state_dict": MODELS[args.model](num_classes=len(class_names)).state_dict()}, path)
+    return path
+
+
+def exported_files(model, img_size: int, folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
+    """Export a network in all formats. Returns a function for each that runs it on a batch."""
+    import onnxruntime
+
+    def load_onnx(name: str) -> Callable[[torch.Tensor], object]:
+        session = onnxruntime.InferenceSession(folder / name)
+        return lambda images: session.run(["probabilities"], {"images": images.numpy()})
+
+    network = ExportedNetwork(model)
+    write_exported(network, img_size, None, {}, folder / "a.pt2")
+    write_exported(network, img_size, None, {}, folder / "a.onnx")
+    noise = torch.randint(256, (8, 3, img_size, img_size), dtype=torch.uint8)
+    write_exported(network, img_size, None, {}, folder / "int8.onnx", [noise])
+    files = {"onnx": load_onnx("a.onnx"), "onnx int8": load_onnx("int8.onnx")}
+    files["pt2"] = torch.export.load(folder / "a.pt2").module()
+    program = torch.export.export(network, (noise,), dynamic_shapes={"images": {0: torch.export.Dim.DYNAMIC}})
+    try:
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "compiled.pt2"))
+        files["AOTInductor"] = torch._inductor.aoti_load_package(package)
+    except Exception as error:  # noqa: BLE001 - no C++ compiler
+        print(f"AOTInductor: {error}")
+    return files
+
+
+def seconds_of_batches(run: Callable[[torch.Tensor], object], img_size: int) -> dict[str, float]:
+    """Time a network on batches of 1 and 8 images: the fastest of five passes."""
+    seconds = {}
+    for size in (1, 8):
+        images = torch.randint(256, (size, 3, img_size, img_size), dtype=torch.uint8)
+        seconds[f"batch of {size}"] = min(seconds_of(functools.partial(run, images)) for _ in range(5))
+    return seconds
 
 
 FIRST_STEP = """

@@ -78,6 +78,23 @@ def test_check_compares_the_validation_images(name, sample, capsys):
     assert [threshold["error_rate"] for threshold in metadata["unsure_thresholds"]] == [0.01, 0.02, 0.05]
 
 
+def test_int8_file_is_checked_by_its_accuracy(sample, capsys, monkeypatch):
+    flags = ["--data-path", str(sample), "--model", "resnet18", "--img-size", "32", "--epochs", "1", "--workers", "0"]
+    assert train.main([*flags, "--device", "cpu"]) == 0
+    (folder,) = Path("runs").glob("*/weights")
+    monkeypatch.setattr(export_check, "MAX_LOSS", 0.5)  # the network has hardly been trained
+    assert export.main(["--format", "onnx"]) == 0
+    capsys.readouterr()
+    assert export.main(["--format", "onnx", "--int8", "--output", "small.onnx"]) == 0
+    assert re.search(r"accuracy \S+, by the weights file 0\.", capsys.readouterr().out)
+    assert Path("small.onnx").stat().st_size < 0.5 * (folder / "best.onnx").stat().st_size
+    assert run_predict(capsys, sample, "--weights", "small.onnx")[0] == 0
+    monkeypatch.setattr(export_check, "MAX_LOSS", -2)
+    assert export.main(["--format", "onnx", "--int8", "--output", "other.onnx"]) == 1
+    assert "--int8 lowers the accuracy by " in capsys.readouterr().err
+    assert not Path("other.onnx").exists()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_predict_and_evaluate_work_as_with_the_weights(name, exported, sample, capsys):
     status, expected, _ = run_predict(capsys, sample, "--weights", exported["pth"], "--json", "--amp", "off")
@@ -159,7 +176,7 @@ def test_file_that_disagrees_is_removed(fault, weights, sample, tmp_path, capsys
         def forward(self, images):
             return super().forward(images).flip(1)
 
-    def write_nothing(network, img_size, batch, metadata, path):
+    def write_nothing(network, img_size, batch, metadata, path, calibration):
         path.write_bytes(b"")
 
     if fault == "wrong":
@@ -177,12 +194,13 @@ def test_file_that_disagrees_is_removed(fault, weights, sample, tmp_path, capsys
 def test_ties_are_not_disagreements():
     result = export_check.CheckResult()
     expected = torch.tensor([[0.5, 0.5, 0.0], [0.7, 0.3, 0.0]])
-    result.compare(torch.tensor([[0.49999, 0.50001, 0.0], [0.7, 0.3, 0.0]]), expected)
+    result.compare(torch.tensor([[0.49999, 0.50001, 0.0], [0.7, 0.3, 0.0]]), expected, torch.tensor([0, -1]))
     assert (result.images, result.agreeing) == (2, 2)
-    result.compare(torch.tensor([[0.3, 0.7, 0.0]]), expected[1:])
+    result.compare(torch.tensor([[0.3, 0.7, 0.0]]), expected[1:], torch.tensor([0]))
     assert (result.images, result.agreeing) == (3, 2)
+    assert (result.hits, result.labelled, result.lost_accuracy) == ((0, 2), 2, 1)
     assert result.difference == pytest.approx(0.4)
-    result.compare(torch.full((1, 3), torch.nan), expected[1:])
+    result.compare(torch.full((1, 3), torch.nan), expected[1:], torch.tensor([-1]))
     assert result.difference == float("inf")
 
 
@@ -288,6 +306,10 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (["--output", "nowhere/a.pt2"], 1, "name a .pt2/.onnx file in an existing folder"),
         (["--batch", "0"], 2, 'it must be at least 1, or "dynamic"'),
         (["--batch", "2", "--with-resize"], 2, "--batch has no effect with --with-resize"),
+        (["--int8"], 1, "--int8: only for --format onnx"),
+        (["--images", "."], 1, "--images: there are no images to check the file with"),
+        (["--int8", "--format", "onnx", "--skip-check"], 1, "--int8: is calibrated with training images of the run"),
+        (["--int8", "--with-resize"], 2, "--int8 cannot be combined with --with-resize"),
         (["--images", "a", "--skip-check"], 2, "--images has no effect with --skip-check"),
         ([], 1, "the validation images of its run are unknown, or were moved; pass --images FOLDER"),
     ],

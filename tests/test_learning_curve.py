@@ -31,7 +31,7 @@ def test_range_contains_the_accuracy_with_twice_as_many_images(scale, exponent, 
         curve = fit_learning_curve(SIZES, correct, folds)
         covered.append(curve.interval[0] <= twice <= curve.interval[1])
         assert curve.interval[0] <= curve.expected <= curve.interval[1]
-        assert curve.interval[1] - curve.interval[0] < 0.12
+        assert curve.interval[1] - curve.interval[0] < 0.14
         assert curve.expected == pytest.approx(twice, abs=0.05)
     assert sum(covered) >= 9
 
