@@ -1,4 +1,4 @@
-"""Run a trained network on batches of images, by PyTorch or by onnxruntime."""
+"""Run a trained network on batches of images, with PyTorch or ONNX Runtime."""
 
 import os
 from typing import Any, NamedTuple
@@ -19,14 +19,19 @@ BATCH_SIZE = 8
 
 
 class Predictions(NamedTuple):
-    """Logits (N, classes) float32 on the CPU, and for each image whether it is unfamiliar, see `Familiarity`."""
+    """The predictions for a batch.
+
+    Attributes:
+        logits: (N, classes) float32 on the CPU, up to a constant per image.
+        unfamiliar: whether each image is unfamiliar, see `Familiarity`.
+    """
 
     logits: Tensor
     unfamiliar: list[bool]
 
 
 class TorchBackend:
-    """A network in PyTorch, from any weights file but .onnx.
+    """A network in PyTorch, loaded from any weights file except .onnx.
 
     Attributes:
         model: the network.
@@ -56,7 +61,7 @@ class TorchBackend:
 
 
 class OnnxBackend:
-    """An .onnx file by export.py, run by onnxruntime on the CPU. See `TorchBackend`; there is no `model`.
+    """An .onnx file written by export.py, run by ONNX Runtime on the CPU. See `TorchBackend`; there is no `model`.
 
     Raises:
         UsageError: onnxruntime is not installed.
@@ -70,7 +75,9 @@ class OnnxBackend:
         self.info = complete_info(weights, WeightsFile({}, stored, weights, is_exported=True), **options)
         shape, names = self.session.get_inputs()[0].shape, self.info["class_names"]
         if self.session.get_outputs()[0].shape[1:] != [len(names)]:
-            raise WeightsError(f"{weights}: has {len(names)} class names, but another number of outputs")
+            raise WeightsError(
+                f"{weights}: has {len(names)} class names, but its graph has a different number of classes"
+            )
         self.resizes = len(shape) == 3
         self.batch_size = shape[0] if len(shape) == 4 and isinstance(shape[0], int) else BATCH_SIZE
         self.transform = None if self.resizes else EvalTransform(self.info["img_size"], self.info["resize"])

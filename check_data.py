@@ -119,7 +119,7 @@ def output_outside_data(
     path = output_path(flag, name, formats)
     if path is not None:
         if any(folder and path.resolve() == Path(folder).resolve() for folder in folders):
-            raise UsageError(f"{flag} {path}: would overwrite the table; choose another name")
+            raise UsageError(f"{flag} {path}: would overwrite an input table; choose another name")
         parent = path.parent.resolve()
         for data in (Path(folder).resolve() for folder in folders if folder):
             if parent.is_relative_to(data) and not parent == data == Path.cwd().resolve():

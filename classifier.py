@@ -43,7 +43,7 @@ class Classifier:
 
     Args:
         weights: a weights file, see `load_model`, which also explains the other arguments and `info`; or an .onnx file
-            by export.py, for which `model` is None.
+            written by export.py, for which `model` is None.
         amp_dtype: mixed precision, see `compute_logits`.
         calibrated: use the stored temperature for `probabilities`.
         workers: the number of worker processes that read images (None: one per core, at most 8).
@@ -104,7 +104,7 @@ class Classifier:
 
 
 def add_weights_flags(parser: FlagParser) -> Callable[..., argparse.Action]:
-    """Add the flags that name the weights and what they lack. Returns the group's `add_argument`."""
+    """Add the flags for the weights file and for metadata that it may lack. Returns the group's `add_argument`."""
     add = parser.add_argument_group("network").add_argument
     add("--weights", help="weights file (default: best.pth of the most recent run)")
     add("--model", choices=MODELS, help="architecture (default: stored, or inferred from the shapes)")
@@ -125,7 +125,7 @@ def add_classifier_flags(parser: FlagParser) -> None:
 def build_classifier(args: argparse.Namespace, weights: str | os.PathLike) -> Classifier:
     """Build a classifier from the flags."""
     if is_onnx(weights) and (args.device not in (None, "cpu") or args.amp == "on"):
-        raise UsageError(f"{weights}: is run on the CPU in float32; omit --device and --amp")
+        raise UsageError(f"{weights}: ONNX files run on the CPU, without mixed precision; omit --device and --amp")
     device = select_device(args.device or ("cuda" if torch.cuda.is_available() and not is_onnx(weights) else "cpu"))
     amp_dtype, _ = select_precision(args.amp, device)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision: probabilities are printed to four digits

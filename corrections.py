@@ -103,7 +103,7 @@ class Corrections:
             print_note(line)
         kept = [file._replace(label=label) for file, label in labels if label is not None]
         if not kept:
-            raise DataError(f"{self.path}: drops all of the images")
+            raise DataError(f"{self.path}: its verdicts drop every image")
         return kept
 
     def describe(self) -> list[str]:
@@ -117,11 +117,11 @@ class Corrections:
         lines = [f"corrections  {self.changed} labels changed, {self.dropped} images dropped ({self.path})"]
         if missing := [verdict.where for file, verdict in self.verdicts.items() if file not in self.used]:
             places = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            lines.append(f"             {len(missing)} verdicts are on images that are not in the data: {places}")
+            lines.append(f"             {len(missing)} verdicts refer to images that are not in the data: {places}")
         lines += [f"             the verdict {name} means the class {name}" for name in sorted(self.ambiguous)]
         return [printable(line) for line in lines]
 
 
 def image_key(path: str | os.PathLike) -> str:
-    """Return the absolute path of an image, with links to folders resolved, but not a link to the image itself."""
+    """Return the absolute path of an image, with the links in its folder resolved; a link to the image is kept."""
     return str(Path(path).parent.resolve() / Path(path).name)

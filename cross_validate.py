@@ -156,7 +156,7 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
     known = Path("runs") / CHECK_CACHE
     images = find_images(args, known)
     require_unused(args.weights, images)
-    if args.weights:  # invalid ones are an error before anything is written
+    if args.weights:  # reject invalid weights before anything is written
         model = MODELS[args.model](num_classes=len(images.class_names))
         load_initial_weights(model, args.weights, args.model, images.class_names)
     drawn = [draw_folds(images.labels, images.groups, args.folds, args.seed + repeat) for repeat in range(args.repeats)]
@@ -187,7 +187,7 @@ def start(args: argparse.Namespace, launch_ids: set[str]) -> Prepared:
 
 
 def absolute_weights(weights: str) -> str:
-    """Return --weights independently of the working directory."""
+    """Return --weights as an absolute path if it is a file."""
     return str(Path(weights).absolute()) if Path(weights).is_file() else weights
 
 
@@ -197,8 +197,8 @@ def require_same_images(folder: Path, checksums: dict[str, str]) -> None:
     if changed:
         names = shorten(", ".join(changed))
         raise UsageError(
-            f"{folder}: {len(changed)} images have changed since the start, or are missing; restore them, or start a "
-            f"new cross-validation: {names}"
+            f"{folder}: {len(changed)} images were changed or removed since the start; restore them, or start a new "
+            f"cross-validation: {names}"
         )
 
 
@@ -232,7 +232,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
     """Open the cross-validation that --resume names, with its flags.
 
     Raises:
-        UsageError: there is none, another process is running it, or a flag or an image differs.
+        UsageError: there is none, another process is running it, a flag differs, or an image has changed.
     """
     if name:
         found = [folder for folder in (Path(name), Path("runs", name)) if (folder / FOLDS_FILE).is_file()]
@@ -240,7 +240,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
         found = sorted(Path("runs").glob(f"*/{FOLDS_FILE}"), key=lambda path: -path.stat().st_mtime)
         found = [path.parent for path in found]
     if not found:
-        raise UsageError(f"{f'--resume {name}'.rstrip()}: no {FOLDS_FILE} to resume from; start it again")
+        raise UsageError(f"{f'--resume {name}'.rstrip()}: no {FOLDS_FILE} to resume from; start a new cross-validation")
     folder = found[0]
     lock = lock_run(folder)
     content = read_json(folder / FOLDS_FILE)

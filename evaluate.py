@@ -251,7 +251,7 @@ def draw_mistakes(results: Results, classifier: Classifier) -> "Figure | None":
     from plot_utils import mistakes
 
     if classifier.model is None:
-        print_note("mistakes.png: not drawn, as an ONNX file has no feature maps for Grad-CAM")
+        print_note("mistakes.png: not drawn, as Grad-CAM needs feature maps, which an ONNX file does not return")
         return None
     evaluation, names = results.evaluation, results.class_names
     positions = evaluation.worst_mistakes(WORST)

@@ -1,4 +1,4 @@
-"""Export a trained network to one file that needs neither this project nor its preprocessing, and check the file.
+"""Export a trained network to a single file that runs without this project, and check the file.
 
 python export.py                                         # the best weights of the most recent run, to best.pt2
 python export.py --weights runs/flowers/weights/best.pth --format onnx --output flowers.onnx
@@ -18,7 +18,7 @@ from classifier import Classifier, add_weights_flags
 from cli_utils import FlagParser, UsageError, checked, output_path, print_note, printable, run_program
 from evaluation_report import Results, build_report, classify_labelled
 from export_check import CheckResult, check_exported_file
-from exported_file import ONNX, PT2, require_packages, write_exported
+from exported_file import ONNX, PT2, is_onnx, require_packages, write_exported
 from exported_network import ExportedNetwork
 from familiarity import Familiarity
 from file_utils import atomic_file, read_json
@@ -41,7 +41,7 @@ def export(args: argparse.Namespace) -> int:
     """Export the network and check the file. Returns the exit status."""
     weights = args.weights or newest_weights()
     output = output_file(args, Path(weights))
-    if output.suffix == ONNX:
+    if is_onnx(output):
         needs_runtime = args.int8 or not args.skip_check
         require_packages(ONNX, ("onnx", "onnxscript", *(["onnxruntime"] if needs_runtime else [])))
     elif args.int8:
@@ -52,8 +52,8 @@ def export(args: argparse.Namespace) -> int:
     files = [] if args.skip_check else find_images(args.images, weights, classifier.class_names, log)
     metadata = describe_network(classifier, args.batch, args.with_resize)
     metadata |= {"unsure_thresholds": measure_thresholds(classifier, files, log)}
-    calibration = read_calibration(classifier, args.batch or 8) if args.int8 else []
-    network = build_network(classifier, args.with_resize, with_unfamiliarity=output.suffix == ONNX)
+    calibration = read_calibration_images(classifier, args.batch or 8) if args.int8 else []
+    network = build_network(classifier, args.with_resize, with_unfamiliarity=is_onnx(output))
     with atomic_file(output) as unfinished:
         write_exported(network, classifier.info["img_size"], args.batch, metadata, unfinished, calibration)
         options = {"batch": args.batch, "with_resize": args.with_resize, "int8": args.int8}
@@ -167,7 +167,7 @@ def find_run_images(run: Path, wanted: str, class_names: list[str]) -> list[Imag
     return [*files.values()]
 
 
-def read_calibration(classifier: Classifier, batch: int) -> list[Tensor]:
+def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     """Read batches of training images of the run, to calibrate the quantisation with.
 
     Raises:
@@ -179,7 +179,7 @@ def read_calibration(classifier: Classifier, batch: int) -> list[Tensor]:
     images = [outcome.image for outcome in outcomes if not isinstance(outcome, ImageError)]
     batches = [stack_images(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
     if not batches:
-        raise UsageError("--int8: is calibrated with training images of the run, but too few of them were found")
+        raise UsageError("--int8: calibration needs training images of the run, but too few were found; omit --int8")
     return batches
 
 
@@ -229,9 +229,9 @@ def describe_network(classifier: Classifier, batch: int | None, with_resize: boo
 
 def describe_decoding(pixel_range: tuple[float, float] | None) -> list[str]:
     """Describe how an image file becomes RGB, step by step."""
-    source = f"from {pixel_range[0]:g} and {pixel_range[1]:g}" if pixel_range else "from the image's own extremes"
+    low, high = pixel_range or ("the image's minimum", "maximum")
     return [
-        f"Scale grey images with more than 8 bits linearly {source} to 0 and 255.",
+        f"If the image is greyscale with more than 8 bits, scale {low} and {high} linearly to 0 and 255, and clip.",
         "Composite transparent images onto white, and convert to RGB.",
         "Apply the EXIF orientation.",
     ]
@@ -265,7 +265,7 @@ def print_result(output: Path, size: int, metadata: dict[str, Any], result: Chec
     if result is None:
         print_note("export.py: --skip-check: the file has not been compared with the network")
     else:
-        print(*result.lines(), sep="\n")
+        print(*result.format_lines(), sep="\n")
     print(printable(f"next: python predict.py photo.jpg --weights {output}"))
 
 
@@ -273,12 +273,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with a one-line message if a value is invalid."""
     parser = FlagParser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--format", choices=FORMATS, help="format of the file (default: as in --output, or else pt2)")
-    add("--output", metavar="FILE", help="file to write (default: beside the weights file)")
+    add("--format", choices=FORMATS, help="format of the file (default: from the extension of --output, or else pt2)")
+    add("--output", metavar="FILE", help="file to write (default: beside the weights file, with the same name)")
     batch_help = 'number of images in a batch, or "dynamic" for any number (default: dynamic)'
     add("--batch", type=batch_size, metavar="N", help=batch_help)
     add("--with-resize", action="store_true", help="take one image of any size, and resize it in the graph")
-    int8_help = "quantise an ONNX file to 8-bit integers: smaller and faster, but less exact"
+    int8_help = "quantise an ONNX file to 8-bit integers: smaller and faster, but less accurate"
     add("--int8", action="store_true", help=int8_help)
     images_help = "images to check the file with (default: the validation images of the run)"
     add("--images", nargs="+", default=[], metavar="FOLDER", help=images_help)

@@ -25,7 +25,7 @@ from labelled_images import ImageFile
 from my_dataset import EvalTransform, stack_images
 
 TOLERANCE = 1e-3  # largest difference of a probability
-MAX_LOSS = 0.01  # of accuracy, by int8
+MAX_ACCURACY_DROP = 0.01  # with --int8
 TIE = 1e-4  # two classes whose probabilities differ by less are equally probable
 BATCH_SIZE = 8
 ROUNDS = 5  # of the speed measurement
@@ -41,34 +41,36 @@ class CheckResult:
 
     Attributes:
         images: the number of compared images.
-        agreeing: those with the same predicted class, except for ties.
-        difference: the largest difference of a probability.
-        hits: the numbers of labelled images that the file and the network classify correctly.
+        agreeing: the number of images with the same predicted class; ties count as agreement.
+        difference: the maximum absolute difference in probability.
+        correct: the numbers of labelled images that the file and the network classify correctly.
         labelled: the number of labelled images.
-        seconds: by batch size, the median times of the file and of the network.
+        seconds: batch size -> median seconds per batch of the file and of the network.
     """
 
     images: int = 0
     agreeing: int = 0
     difference: float = 0.0
-    hits: tuple[int, int] = (0, 0)
+    correct: tuple[int, int] = (0, 0)
     labelled: int = 0
     seconds: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
-    def lost_accuracy(self) -> float:
-        """The accuracy of the network minus that of the file."""
-        return (self.hits[1] - self.hits[0]) / max(1, self.labelled)
+    def accuracy_drop(self) -> float:
+        """The accuracy of the network minus that of the file, on the labelled images."""
+        return (self.correct[1] - self.correct[0]) / max(1, self.labelled)
 
     def compare(self, probabilities: Tensor, expected: Tensor, labels: Tensor) -> None:
-        """Count images: compare the file's probabilities with those of the network, (N, classes).
+        """Compare one batch, and add it to the totals.
 
         Args:
+            probabilities: (N, classes), of the file.
+            expected: (N, classes), of the network.
             labels: (N,) int64, -1 if unknown.
         """
-        self.hits = tuple(
+        self.correct = tuple(
             hits + int((each.argmax(dim=1) == labels).sum())
-            for hits, each in zip(self.hits, (probabilities, expected), strict=True)
+            for hits, each in zip(self.correct, (probabilities, expected), strict=True)
         )
         self.labelled += int((labels >= 0).sum())
         chosen = probabilities.argmax(dim=1, keepdim=True)
@@ -78,18 +80,18 @@ class CheckResult:
         difference = (probabilities - expected).abs().max().item()
         self.difference = max(self.difference, difference if difference == difference else float("inf"))
 
-    def lines(self) -> Iterator[str]:
+    def format_lines(self) -> Iterator[str]:
         """Yield the lines to print."""
-        yield f"check     {self.agreeing} of {self.images} images get the same class, in a fresh process"
-        yield f"          largest difference of a probability: {self.difference:.1e}"
+        yield f"check     {self.agreeing} of {self.images} images are predicted as the same class, in a fresh process"
+        yield f"          maximum difference in probability {self.difference:.1e}"
         if self.labelled:
-            own, other = (f"{hits / self.labelled:.4f}" for hits in self.hits)
-            yield f"          accuracy {own}, by the weights file {other}"
+            own, other = (f"{hits / self.labelled:.4f}" for hits in self.correct)
+            yield f"          accuracy {own}, original network {other}"
         for size, (own, other) in self.seconds.items():
             if size == 1:
-                yield f"speed     1 image: {1000 * own:.1f} ms, by the weights file {1000 * other:.1f} ms"
+                yield f"speed     1 image: {1000 * own:.1f} ms, original network {1000 * other:.1f} ms"
             else:
-                yield f"          batches of {size}: {size / own:.1f} images/s, by the weights file {size / other:.1f}"
+                yield f"          batches of {size}: {size / own:.1f} images/s, original network {size / other:.1f}"
 
 
 class ExportedProcess:
@@ -114,12 +116,12 @@ class ExportedProcess:
             self.process.stdin.write(batch.contiguous().numpy().tobytes())
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # see the answer
+            pass  # reported below, as there is no answer
         answer = self.process.stdout.readline()
         if not answer:
             self.errors.seek(0)
             reason = self.errors.read().decode(errors="replace").strip().rpartition("\n")[-1]
-            raise ExportCheckError(f"the exported file cannot be run, and was removed: {reason}")
+            raise ExportCheckError(f"the exported file cannot be run, and was not saved: {reason}")
         content = json.loads(answer)
         return torch.tensor(content["probabilities"]), content["seconds"]
 
@@ -151,7 +153,7 @@ def check_exported_file(
     Args:
         batch: the file's batch size; None if any.
         with_resize: whether the file takes one image of any size.
-        int8: accept other predictions, if the accuracy is at most one percentage point lower.
+        int8: accept different predictions, provided that the accuracy is at most one percentage point lower.
 
     Raises:
         ExportCheckError: the file cannot be run, or the predictions differ.
@@ -172,15 +174,18 @@ def check_exported_file(
             compare_batch(result, process, classifier, pairs, torch.tensor([label for _, label in chosen]), size)
         if not result.images:
             raise ExportCheckError(f"none of the {len(files)} images is readable; pass --images FOLDER")
-        if int8 and (not result.labelled or result.lost_accuracy > MAX_LOSS):
+        if int8 and not result.labelled:
+            raise ExportCheckError("--int8: the check needs labelled images; pass --images with class folders")
+        if int8 and result.accuracy_drop > MAX_ACCURACY_DROP:
             raise ExportCheckError(
-                f"--int8 lowers the accuracy by {result.lost_accuracy:.1%} on {result.labelled} labelled images; "
-                f"the file was removed, as at most {MAX_LOSS:.0%} is accepted"
+                f"--int8 lowers the accuracy on {result.labelled} images by {100 * result.accuracy_drop:.2f} "
+                f"percentage points; the file was not saved, as at most {100 * MAX_ACCURACY_DROP:.0f} is accepted"
             )
         if not int8 and (result.difference > TOLERANCE or result.agreeing < result.images):
+            others = result.images - result.agreeing
             raise ExportCheckError(
-                f"the exported file disagrees with the network, and was removed: {result.images - result.agreeing} of "
-                f"{result.images} images get another class, largest difference of a probability {result.difference:.1e}"
+                f"the exported file disagrees with the network, and was not saved: {others} of {result.images} images "
+                f"are predicted as another class; maximum difference in probability {result.difference:.1e}"
             )
         for count in (size,) if batch or with_resize else (1, BATCH_SIZE):
             images = itertools.islice(itertools.cycle(image for image, _ in pairs), count)

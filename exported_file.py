@@ -32,7 +32,8 @@ MEMBERS = re.compile(
     r"|data/sample_inputs/model\.pt|models/model\.json|extra/(metadata\.json|checksum)"
     r"|archive_format|archive_version|byteorder|\.data/\w+)"
 )
-PLACEHOLDER = b"blake2b:" + b"0" * 32  # stands for the checksum in an ONNX file while it is computed
+EXTERNAL_DATA = b"\n\x08location"  # the key of an external data file, in an ONNX file
+PLACEHOLDER = b"blake2b:" + b"0" * 32  # stands in for the checksum in an ONNX file while it is computed
 OUTPUTS = ("probabilities", "unfamiliarity")
 
 
@@ -65,15 +66,15 @@ def write_exported(
     batch: int | None,
     metadata: Mapping[str, Any],
     path: Path,
-    calibration: Sequence[Tensor] = (),
+    calibration_images: Sequence[Tensor] = (),
 ) -> None:
-    """Trace the network and write it.
+    """Export the network with `torch.export` or `torch.onnx.export`, and write the file.
 
     Args:
         batch: the fixed number of images of a batch; None: any number. Ignored if the network resizes.
         metadata: plain values for JSON.
         path: ends with .pt2 or .onnx.
-        calibration: batches of images; with them, an .onnx file is quantised to int8.
+        calibration_images: batches of images; with them, an .onnx file is quantised to int8.
     """
     if network.resize is not None:
         example, dynamic = torch.zeros(3, img_size, img_size + 100, dtype=torch.uint8), (1, 2)
@@ -81,12 +82,12 @@ def write_exported(
         example, dynamic = torch.zeros(batch or 2, 3, img_size, img_size, dtype=torch.uint8), () if batch else (0,)
     dynamic_shapes = {"images": dict.fromkeys(dynamic, Dim.DYNAMIC)}
     with _quiet():
-        if path.suffix == PT2:
+        if not is_onnx(path):
             _write_pt2(network.eval(), example, dynamic_shapes, metadata, path)
         else:
             _write_onnx(network.eval(), example, dynamic_shapes, path)
-            if calibration:
-                _quantise(path, calibration)
+            if calibration_images:
+                _quantise(path, calibration_images)
             _add_metadata(metadata, path)
 
 
@@ -115,8 +116,8 @@ def _write_onnx(network: ExportedNetwork, example: Tensor, dynamic_shapes: dict,
     program.save(path)
 
 
-def _quantise(path: Path, calibration: Sequence[Tensor]) -> None:
-    """Quantise an .onnx file: int8 weights with a scale per channel, uint8 activations with ranges from images.
+def _quantise(path: Path, calibration_images: Sequence[Tensor]) -> None:
+    """Static post-training quantisation (QDQ): per-channel int8 weights, uint8 activations with ranges from images.
 
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
@@ -124,7 +125,7 @@ def _quantise(path: Path, calibration: Sequence[Tensor]) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader:
-        batches = iter(calibration)
+        batches = iter(calibration_images)
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self.batches, None)
@@ -172,7 +173,7 @@ def _quiet() -> Iterator[None]:
 
 
 def read_pt2(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights and the metadata of a .pt2 file. Its graph is not loaded, as `torch.export.load` unpickles.
+    """Read the weights and the metadata of a .pt2 file, but not its graph, as `torch.export.load` uses pickle.
 
     Raises:
         ExportedFileError: the file is corrupt, was modified after the export, or is from another program.
@@ -229,6 +230,8 @@ def read_onnx(path: str | os.PathLike) -> tuple["InferenceSession", dict[str, An
         raise ExportedFileError(f"{path}: not written by export.py, or its metadata is missing")
     if _checksum(content.replace(b"blake2b:" + found[0], PLACEHOLDER)) != found[0].decode():
         raise ExportedFileError(f"{path}: was modified after the export; export the network again")
+    if EXTERNAL_DATA in content:  # onnxruntime would read any file that it names
+        raise ExportedFileError(f"{path}: refers to external data files, which export.py does not write")
     with _as_exported_error(path):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -250,4 +253,4 @@ def _as_exported_error(path: str | os.PathLike) -> Iterator[None]:
     except (ExportedFileError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise ExportedFileError(f"{path}: not a file by export.py, or corrupt") from error
+        raise ExportedFileError(f"{path}: corrupt, or not written by export.py") from error

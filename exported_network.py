@@ -10,15 +10,15 @@ from my_dataset import MEAN, STD, EvalTransform
 
 
 class ExportedNetwork(nn.Module):
-    """Normalisation, a network with folded BatchNorm, temperature and softmax in one module.
+    """Normalisation, a network with BatchNorm folded into its convolutions, temperature and softmax in one module.
 
     `forward` maps RGB images (N, 3, img_size, img_size) uint8 to probabilities (N, classes) float32.
 
     Args:
         resize: resize and crop in the graph; `forward` then takes one image (3, H, W) uint8 of any size.
         familiarity: stored in the file, for predict.py.
-        with_unfamiliarity: return (probabilities, unfamiliarity). The latter, (N,) float32, is the squared distance as
-            a fraction of the threshold of `familiarity`: an image above 1 is unfamiliar.
+        with_unfamiliarity: return (probabilities, unfamiliarity). The latter, (N,) float32, is the squared Mahalanobis
+            distance divided by the threshold of `familiarity`; above 1, the image is unfamiliar.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ExportedNetwork(nn.Module):
 
 
 def resize_like(transform: EvalTransform, image: Tensor, border_colour: Tensor) -> Tensor:
-    """Resize an image (3, H, W) uint8 like `transform`, with operations that can be exported for any H and W.
+    """Resize an image (3, H, W) uint8 like `transform`, with operations that can be exported with dynamic H and W.
 
     Like Pillow, it resizes horizontally, rounds, and then resizes vertically.
 
@@ -95,6 +95,6 @@ def _crop(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _round_ratio(a: int, b: int) -> int:
-    """Return round(a / b), in integers, as the sizes are symbols during the export."""
+    """Return round(a / b) in integer arithmetic, as sizes are symbolic (`SymInt`) during the export."""
     half_down, half_up = (2 * a + b - 1) // (2 * b), (2 * a + b) // (2 * b)
     return half_down + (half_up - half_down) * (half_down % 2)

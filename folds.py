@@ -104,15 +104,19 @@ def draw_folds(labels: Sequence[int], groups: np.ndarray, folds: int, seed: int)
     return drawn
 
 
-def require_divisible(images: Images, folds: np.ndarray, number: int) -> None:
-    """Raise DataError if a fold is empty, or a class is in only one: the network for that fold could not learn it."""
+def require_divisible(images: Images, folds: np.ndarray, fold_count: int) -> None:
+    """Raise DataError if a fold is empty, or all images of a class are in one: its network could not learn the class.
+
+    Args:
+        fold_count: the number of folds.
+    """
     labels = np.asarray(images.labels)
     for label, name in enumerate(images.class_names):
         if len(np.unique(folds[labels == label])) < 2:
             raise DataError(f"class {name}: needs at least two images that show different pictures")
     pictures = len(np.unique(images.groups))
-    if pictures < number:
-        raise DataError(f"--folds {number}: there are only {pictures} different pictures; pass --folds {pictures}")
+    if pictures < fold_count:
+        raise DataError(f"--folds {fold_count}: there are only {pictures} different pictures; pass --folds {pictures}")
 
 
 def require_subsets(images: Images, folds: np.ndarray) -> None:
@@ -121,7 +125,7 @@ def require_subsets(images: Images, folds: np.ndarray) -> None:
     for fold in range(folds.max() + 1):
         training = labels[folds != fold]
         if len({int(draw_subset(training, divisor, seed=0).sum()) for divisor in DIVISORS}) < len(DIVISORS):
-            raise DataError(f"too few images for --learning-curve: its subsets of {len(training)} images are the same")
+            raise DataError(f"too few images for --learning-curve: subsets of {len(training)} images have equal sizes")
 
 
 def require_listable(images: Images) -> None:

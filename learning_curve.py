@@ -37,7 +37,7 @@ def fit_learning_curve(sizes: Sequence[int], correct: np.ndarray, folds: np.ndar
 
     Power laws describe most learning curves (Viering & Loog 2022, https://arxiv.org/abs/2103.10948), but extrapolations
     far beyond the data are unreliable (Mahmood et al. 2022, https://arxiv.org/abs/2207.01725). Three fits are averaged:
-    with the floor c, without it, and without it to the two largest sizes only, as a curve may bend. The range covers
+    with the floor c, without it, and without it to the two largest sizes alone, as a curve may bend. The range covers
     the sampling of the predicted images (bootstrap), the variation between training runs (the spread over the folds, or
     around the curve if that is larger), and the shape of the curve.
 

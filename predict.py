@@ -91,7 +91,9 @@ def predict(args: argparse.Namespace) -> int:
     classifier = build_classifier(args, args.weights or newest_weights())
     class_names = classifier.class_names
     if plot_path and classifier.model is None:
-        raise UsageError("--save-plot: an ONNX file has no feature maps for Grad-CAM; pass best.pth or a .pt2 file")
+        raise UsageError(
+            "--save-plot: Grad-CAM needs feature maps, which an ONNX file does not return; pass best.pth or a .pt2 file"
+        )
     print_note(str(classifier))
 
     log = ErrorLog("predict.py")

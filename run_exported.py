@@ -1,4 +1,4 @@
-"""Run a file by export.py on batches from standard input. Needs PyTorch or onnxruntime, and no other module from here.
+"""Run an exported file on batches from standard input. Needs PyTorch or ONNX Runtime, but no other module from here.
 
 python run_exported.py model.pt2 < requests > responses
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 def load(path: str) -> Callable[[bytes, list[int]], list[list[float]]]:
     """Return a function that computes the probabilities of images from their pixels and shape."""
-    if path.endswith(".onnx"):
+    if path.lower().endswith(".onnx"):
         import numpy as np
         import onnxruntime
 

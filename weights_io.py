@@ -51,7 +51,7 @@ class WeightsFile(NamedTuple):
         info: those of INFO_KEYS that the file stores; if it states no model, also the entries of its run, see
             `run_network`.
         source: the file that `info` comes from, for messages.
-        is_exported: whether it is a .pt2 file, in which BatchNorm is folded.
+        is_exported: whether export.py has written it, with BatchNorm folded into the convolutions.
     """
 
     state: dict[str, Tensor]
@@ -106,7 +106,7 @@ def _read_pretrained(weights: str | os.PathLike, model_name: str) -> WeightsFile
     if weights == "imagenet":
         return WeightsFile(_imagenet_state(model_name), {}, weights)
     if is_exported(weights):
-        raise WeightsError(f"{weights}: an exported file is for prediction; train from the best.pth of its run")
+        raise WeightsError(f"{weights}: exported files are only for inference; pass the best.pth of its run")
     return _read_weights_file(weights)
 
 
@@ -138,7 +138,7 @@ def load_model(
 
     Args:
         path: a best.pth or last.pth, a model-N.pth in its run's folder, a `state_dict` from elsewhere, or a .pt2 file
-            by export.py; the model for the latter has no BatchNorm, as it is folded into the convolutions.
+            written by export.py, whose model has no BatchNorm, as it is folded into the convolutions.
         model_name: a key of MODELS; by default the stored one, or else the one that the shapes fit.
         class_names: by default the stored ones, or else `default_names`.
         img_size: by default the stored one, or else 224.
@@ -176,7 +176,7 @@ def complete_info(
     img_size: int | None = None,
     default_names: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the metadata of a weights file with defaults and the given values; see `load_model`."""
+    """Return the metadata of a weights file, with defaults, overridden by the arguments; see `load_model`."""
     stored, source = file.info, file.source
     stated = stored.get("model")
     if model_name and model_name != stated and isinstance(stated, str) and stated in MODELS:
@@ -266,7 +266,7 @@ def _read_exported(path: str | os.PathLike) -> WeightsFile:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     if is_onnx(path):
-        raise WeightsError(f"{path}: ONNX files are only for prediction by predict.py and evaluate.py")
+        raise WeightsError(f"{path}: ONNX files can only be used by predict.py and evaluate.py")
     state, info = read_pt2(path)
     tensors = {name.removeprefix("familiarity_"): value for name, value in state.items() if "familiarity_" in name}
     if "threshold" in tensors:

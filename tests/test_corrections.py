@@ -76,7 +76,7 @@ def test_class_without_images_is_an_error(pets, tmp_path):
 def test_unused_verdicts_are_reported(pets, tmp_path, capsys):
     table = write_verdicts(tmp_path / "v.csv", {pets / "cat" / "cat 00.png": "dog", "elsewhere.png": "cat"})
     Corrections(table).correct_split(find_split(pets)[0])
-    assert "1 verdicts are on images that are not in the data: " in (output := capsys.readouterr().out)
+    assert "1 verdicts refer to images that are not in the data: " in (output := capsys.readouterr().out)
     assert output.rstrip().endswith("v.csv, line 3")
 
 
@@ -105,7 +105,7 @@ def test_verdict_on_a_link_leaves_other_links_alone(tmp_path):
 def test_dropping_all_images_is_an_error(pets, tmp_path):
     files = [ImageFile(str(path), "cat", str(pets)) for path in (pets / "cat").iterdir()]
     table = write_verdicts(tmp_path / "v.csv", {file.path: "drop" for file in files})
-    with pytest.raises(DataError, match="drops all of the images"):
+    with pytest.raises(DataError, match="its verdicts drop every image"):
         Corrections(table).correct_files(files, ["cat", "dog"])
 
 

@@ -170,7 +170,7 @@ def test_changes_before_a_resume_are_errors(pets, tmp_path, capsys):
 
     image.write_bytes((data / "dog" / "dog 04.png").read_bytes())
     status, error = resume()
-    assert (status, "1 images have changed since the start" in error, image.name in error) == (1, True, True)
+    assert (status, "1 images were changed or removed since the start" in error, image.name in error) == (1, True, True)
     image.write_bytes(original)
     for flag in ({"folds": None}, {"seed": "a"}, {"recipe": "x"}, {"model": "x"}):
         content = json.loads(state)
@@ -333,4 +333,7 @@ def test_resume_refuses_other_flags(pets, capsys):
     assert cross_validate.main(["--resume", "--folds", "7"]) == 1
     assert "--folds: runs/cross_validation was started with 3" in capsys.readouterr().err
     assert cross_validate.main(["--resume", "nothing"]) == 1
-    assert "--resume nothing: no cross_validation.json to resume from" in capsys.readouterr().err
+    assert (
+        "--resume nothing: no cross_validation.json to resume from; start a new cross-validation"
+        in capsys.readouterr().err
+    )

@@ -56,7 +56,7 @@ DOCUMENTED_IN = {
 # Programs of tests/, whose flags occur in prose and tables.
 TOOLS = [ROOT / "tests" / "bench.py", ROOT / "tests" / "faults.py", ROOT / "sample_flowers.py"]
 OTHER_PROGRAMS = {"--logdir", "--max-restarts", "--shm-size"}  # flags of tensorboard, torchrun and docker
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z]")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------

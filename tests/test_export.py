@@ -65,8 +65,8 @@ def test_check_compares_the_validation_images(name, sample, capsys):
     capsys.readouterr()
     assert export.main(["--format", name]) == 0
     output = capsys.readouterr().out
-    assert "check     20 of 20 images get the same class" in output
-    assert float(re.search(r"difference of a probability: (\S+)", output)[1]) < 1e-4
+    assert "check     20 of 20 images are predicted as the same class" in output
+    assert float(re.search(r"difference in probability (\S+)", output)[1]) < 1e-4
     metadata = (read_pt2 if name == "pt2" else read_onnx)(weights.with_suffix(f".{name}"))[1]
     stored = torch.load(weights, weights_only=True)
     for key in ("model", "class_names", "img_size", "resize", "epoch", "accuracy"):
@@ -82,16 +82,16 @@ def test_int8_file_is_checked_by_its_accuracy(sample, capsys, monkeypatch):
     flags = ["--data-path", str(sample), "--model", "resnet18", "--img-size", "32", "--epochs", "1", "--workers", "0"]
     assert train.main([*flags, "--device", "cpu"]) == 0
     (folder,) = Path("runs").glob("*/weights")
-    monkeypatch.setattr(export_check, "MAX_LOSS", 0.5)  # the network has hardly been trained
+    monkeypatch.setattr(export_check, "MAX_ACCURACY_DROP", 0.5)  # the network has hardly been trained
     assert export.main(["--format", "onnx"]) == 0
     capsys.readouterr()
     assert export.main(["--format", "onnx", "--int8", "--output", "small.onnx"]) == 0
-    assert re.search(r"accuracy \S+, by the weights file 0\.", capsys.readouterr().out)
+    assert re.search(r"accuracy \S+, original network 0\.", capsys.readouterr().out)
     assert Path("small.onnx").stat().st_size < 0.5 * (folder / "best.onnx").stat().st_size
     assert run_predict(capsys, sample, "--weights", "small.onnx")[0] == 0
-    monkeypatch.setattr(export_check, "MAX_LOSS", -2)
+    monkeypatch.setattr(export_check, "MAX_ACCURACY_DROP", -2)
     assert export.main(["--format", "onnx", "--int8", "--output", "other.onnx"]) == 1
-    assert "--int8 lowers the accuracy by " in capsys.readouterr().err
+    assert "--int8 lowers the accuracy on 20 images by " in capsys.readouterr().err
     assert not Path("other.onnx").exists()
 
 
@@ -125,7 +125,8 @@ def test_grad_cam_with_exported_files(exported, sample, capsys):
     status, _, errors = run_predict(capsys, image, "--weights", exported["onnx"], "--save-plot", "b.png")
     assert (status, errors[-1]) == (
         1,
-        "predict.py: error: --save-plot: an ONNX file has no feature maps for Grad-CAM; pass best.pth or a .pt2 file",
+        "predict.py: error: --save-plot: Grad-CAM needs feature maps, which an ONNX file does not return; pass "
+        "best.pth or a .pt2 file",
     )
 
 
@@ -153,6 +154,12 @@ def test_with_resize_takes_whole_images(name, weights, sample, tmp_path, capsys)
     assert status == 0
     for line, other in zip(map(json.loads, lines), map(json.loads, expected), strict=True):
         assert line["probability"] == pytest.approx(other["probability"], abs=0.05)  # reduced while decoding
+
+
+def test_extension_in_upper_case(weights, sample, tmp_path, capsys):
+    for name in ("a.ONNX", "b.PT2"):
+        assert export_weights(weights, "--output", tmp_path / name, "--images", sample) == 0
+        assert run_predict(capsys, next(sample.glob("*/*")), "--weights", tmp_path / name)[0] == 0
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -185,7 +192,9 @@ def test_file_that_disagrees_is_removed(fault, weights, sample, tmp_path, capsys
         monkeypatch.setattr(export, "write_exported", write_nothing)
     assert export_weights(weights, "--output", output, "--images", sample) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    expected = "disagrees with the network, and was removed" if fault == "wrong" else "cannot be run, and was removed"
+    expected = (
+        "disagrees with the network, and was not saved" if fault == "wrong" else "cannot be run, and was not saved"
+    )
     assert expected in error
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.pt2"]
     assert output.read_bytes() == b"before"
@@ -198,7 +207,7 @@ def test_ties_are_not_disagreements():
     assert (result.images, result.agreeing) == (2, 2)
     result.compare(torch.tensor([[0.3, 0.7, 0.0]]), expected[1:], torch.tensor([0]))
     assert (result.images, result.agreeing) == (3, 2)
-    assert (result.hits, result.labelled, result.lost_accuracy) == ((0, 2), 2, 1)
+    assert (result.correct, result.labelled, result.accuracy_drop) == ((0, 2), 2, 1)
     assert result.difference == pytest.approx(0.4)
     result.compare(torch.full((1, 3), torch.nan), expected[1:], torch.tensor([-1]))
     assert result.difference == float("inf")
@@ -250,7 +259,7 @@ def test_modified_pt2_files_are_refused_without_effect(fault, exported, tmp_path
         target.write_bytes(source.read_bytes()[:-3000])
     status, lines, errors = run_predict(capsys, "photo.jpg", "--weights", target)
     assert (status, lines, len(errors)) == (1, [], 1)
-    reasons = {"other program": "not written by export.py", "truncated": "not a file by export.py, or corrupt"}
+    reasons = {"other program": "not written by export.py", "truncated": "corrupt, or not written by export.py"}
     reasons["names lost"] = "without class names"
     assert reasons.get(fault, "was modified after the export") in errors[0]
     assert not Path("effect").exists()
@@ -295,7 +304,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
     Path("bad.onnx").write_bytes(sealed.replace(found, b"blake2b:" + exported_file._checksum(plain).encode()))
     status, lines, errors = run_predict(capsys, "photo.jpg", "--weights", "bad.onnx")
     assert (status, lines) == (1, [])
-    assert "not a file by export.py, or corrupt" in errors[-1]
+    assert "refers to external data files, which export.py does not write" in errors[-1]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +317,11 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (["--batch", "2", "--with-resize"], 2, "--batch has no effect with --with-resize"),
         (["--int8"], 1, "--int8: only for --format onnx"),
         (["--images", "."], 1, "--images: there are no images to check the file with"),
-        (["--int8", "--format", "onnx", "--skip-check"], 1, "--int8: is calibrated with training images of the run"),
+        (
+            ["--int8", "--format", "onnx", "--skip-check"],
+            1,
+            "--int8: calibration needs training images of the run, but too few were found",
+        ),
         (["--int8", "--with-resize"], 2, "--int8 cannot be combined with --with-resize"),
         (["--images", "a", "--skip-check"], 2, "--images has no effect with --skip-check"),
         ([], 1, "the validation images of its run are unknown, or were moved; pass --images FOLDER"),
@@ -339,14 +352,14 @@ def test_missing_package_is_named(weights, sample, capsys, monkeypatch, package)
 def test_exported_files_are_only_for_prediction(exported, sample, capsys):
     for name in FORMATS:
         assert train.main(["--data-path", str(sample), "--weights", str(exported[name]), "--device", "cpu"]) == 1
-        assert "an exported file is for prediction; train from the best.pth of its run" in capsys.readouterr().err
+        assert "exported files are only for inference; pass the best.pth of its run" in capsys.readouterr().err
         image = next(sample.glob("*/*"))
         status, _, errors = run_predict(capsys, image, "--weights", exported[name], "--img-size", "128")
         assert (status, "is for images of 64 px; omit --img-size" in errors[-1]) == (1, True)
     assert export_weights(exported["onnx"], "--skip-check") == 1
     assert "an ONNX file cannot be exported again; pass best.pth" in capsys.readouterr().err
     assert predict.main([str(image), "--weights", str(exported["onnx"]), "--amp", "on"]) == 1
-    assert "is run on the CPU in float32; omit --device and --amp" in capsys.readouterr().err
+    assert "ONNX files run on the CPU, without mixed precision; omit --device and --amp" in capsys.readouterr().err
 
 
 # --- other programs -----------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from conftest import ROOT, as_another_user, needs_fork, run_in_fork, write_image
 from PIL import Image
 from shortcuts import NAMES, describe_weights, run_predict
 
+import backends
 import check_data
-import classifier
 import cli_utils
 import predict
 from class_files import write_class_indices
@@ -377,7 +377,7 @@ def test_resource_errors_are_one_line(capsys, weights, sample, monkeypatch, erro
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(classifier, "compute_logits", fail)
+    monkeypatch.setattr(backends, "compute_logits", fail)
     status, lines, errors = run(capsys, sample / "daisy", "--weights", weights)
     assert (status, lines, len(errors)) == (1, [], 1)
     assert message in errors[0]

@@ -84,7 +84,7 @@ def test_table_is_not_overwritten_by_the_output(two_classes, monkeypatch, capsys
     table = describe(two_classes, split=False)
     content = table.read_bytes()
     assert check_data.main([str(table), "--save-plot", "", "--csv", f"{table.parent}/here/../table.csv"]) == 2
-    assert "would overwrite the table" in capsys.readouterr().err
+    assert "would overwrite an input table" in capsys.readouterr().err
     monkeypatch.chdir(table.parent)
     assert predict.main([str(table), "--csv", "table.csv"]) == 1
     assert "would overwrite an image or a table" in capsys.readouterr().err
