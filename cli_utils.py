@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, parent_process
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -168,6 +169,22 @@ def run_program(
         return error_status
     finally:
         flush_stdout()
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit, so that temporary files are removed."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _explain_error(error: Exception, memory_advice: str, worker_advice: str) -> str | None:

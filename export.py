@@ -15,10 +15,10 @@ from torch import Tensor
 
 from class_files import read_class_indices
 from classifier import Classifier, add_weights_flags
-from cli_utils import FlagParser, UsageError, checked, output_path, print_note, printable, run_program
-from evaluation_report import Results, build_report, classify_labelled
+from cli_utils import FlagParser, UsageError, checked, exit_on_signals, output_path, print_note, printable, run_program
+from evaluation_report import Classified, Results, build_report
 from export_check import CheckResult, check_exported_file
-from exported_file import ONNX, PT2, is_onnx, require_packages, write_exported
+from exported_file import ONNX, PT2, is_exported, is_onnx, require_packages, write_exported
 from exported_network import ExportedNetwork
 from familiarity import Familiarity
 from file_utils import atomic_file, read_json
@@ -51,13 +51,13 @@ def export(args: argparse.Namespace) -> int:
     log = ErrorLog("export.py")
     files = [] if args.skip_check else find_images(args.images, weights, classifier.class_names, log)
     metadata = describe_network(classifier, args.batch, args.with_resize)
-    metadata |= {"unsure_thresholds": measure_thresholds(classifier, files, log)}
+    metadata |= {"unsure_thresholds": measure_thresholds(classifier, files)}
     calibration = read_calibration_images(classifier, args.batch or 8) if args.int8 else []
     network = build_network(classifier, args.with_resize, with_unfamiliarity=is_onnx(output))
-    with atomic_file(output) as unfinished:
+    with exit_on_signals(), atomic_file(output) as unfinished:
         write_exported(network, classifier.info["img_size"], args.batch, metadata, unfinished, calibration)
         options = {"batch": args.batch, "with_resize": args.with_resize, "int8": args.int8}
-        result = check_exported_file(unfinished, classifier, files, **options) if files else None
+        result = check_exported_file(unfinished, classifier, files, log, **options) if files else None
         size = unfinished.stat().st_size
     print_result(output, size, metadata, result)
     return 1 if log.failures else 0
@@ -67,9 +67,11 @@ def build_classifier(args: argparse.Namespace, weights: str | Path) -> Classifie
     """Build the classifier to export, on the CPU and in float32.
 
     Raises:
-        UsageError: the weights file is an ONNX file.
+        UsageError: the weights file is an exported file.
     """
-    classifier = Classifier(
+    if is_exported(weights):
+        raise UsageError(f"--weights {weights}: an exported file cannot be exported again; pass best.pth")
+    return Classifier(
         weights,
         torch.device("cpu"),
         model_name=args.model,
@@ -77,9 +79,6 @@ def build_classifier(args: argparse.Namespace, weights: str | Path) -> Classifie
         img_size=args.img_size,
         calibrated=not args.uncalibrated,
     )
-    if classifier.model is None:
-        raise UsageError(f"--weights {weights}: an ONNX file cannot be exported again; pass best.pth")
-    return classifier
 
 
 def build_network(classifier: Classifier, with_resize: bool, with_unfamiliarity: bool) -> ExportedNetwork:
@@ -183,9 +182,15 @@ def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     return batches
 
 
-def measure_thresholds(classifier: Classifier, files: list[ImageFile], log: ErrorLog) -> list[dict[str, Any]] | None:
-    """Return the lowest probabilities to accept for given error rates on labelled images; None if there are none."""
-    images = classify_labelled(classifier, [file for file in files if file.label is not None], log)
+def measure_thresholds(classifier: Classifier, files: list[ImageFile]) -> list[dict[str, Any]] | None:
+    """Return the lowest probabilities to accept for given error rates on labelled images; None if there are none.
+
+    Unreadable images are left to the check to report.
+    """
+    labelled = [file for file in files if file.label is not None]
+    outcomes = classifier.classify([file.path for file in labelled], description="evaluating")
+    pairs = [pair for pair in zip(labelled, outcomes, strict=True) if not isinstance(pair[1], ImageError)]
+    images = [Classified(file, outcome.logits, outcome.subset) for file, outcome in pairs]
     return build_report(Results.collect(images, classifier))["thresholds"] if images else None
 
 
@@ -274,7 +279,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--format", choices=FORMATS, help="format of the file (default: from the extension of --output, or else pt2)")
-    add("--output", metavar="FILE", help="file to write (default: beside the weights file, with the same name)")
+    add(
+        "--output",
+        type=checked(str, bool, "the name of a file"),
+        metavar="FILE",
+        help="file to write (default: beside the weights file, with the same name)",
+    )
     batch_help = 'number of images in a batch, or "dynamic" for any number (default: dynamic)'
     add("--batch", type=batch_size, metavar="N", help=batch_help)
     add("--with-resize", action="store_true", help="take one image of any size, and resize it in the graph")

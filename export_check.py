@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from classifier import Classifier
 from cli_utils import UsageError, map_files
 from image_io import ImageError, PixelRange, read_image
-from labelled_images import ImageFile
-from my_dataset import EvalTransform, stack_images
+from labelled_images import ErrorLog, ImageFile
+from my_dataset import EXTREME, MAX_ASPECT_RATIO, EvalTransform, stack_images
 
 TOLERANCE = 1e-3  # largest difference of a probability
 MAX_ACCURACY_DROP = 0.01  # with --int8
@@ -143,6 +143,7 @@ def check_exported_file(
     path: Path,
     classifier: Classifier,
     files: Sequence[ImageFile],
+    log: ErrorLog,
     *,
     batch: int | None,
     with_resize: bool,
@@ -167,9 +168,8 @@ def check_exported_file(
     indices = {name: index for index, name in enumerate(classifier.class_names)}
     labels = [indices.get(file.label, -1) for file in files]
     items = zip(map_files(read, [file.path for file in files], None, "checking"), labels, strict=True)
-    readable = ((item, label) for item, label in items if not isinstance(item, ImageError))  # errors were reported
     with start_process(path, with_resize) as process:
-        while chosen := [*itertools.islice(readable, size)]:
+        while chosen := [*itertools.islice(readable(items, log), size)]:
             pairs = [pair for pair, _ in chosen]
             compare_batch(result, process, classifier, pairs, torch.tensor([label for _, label in chosen]), size)
         if not result.images:
@@ -193,6 +193,15 @@ def check_exported_file(
     return result
 
 
+def readable(items: Iterator[tuple[Any, int]], log: ErrorLog) -> Iterator[tuple[tuple[Tensor, Tensor], int]]:
+    """Yield the items that are not errors, and report the others."""
+    for item, label in items:
+        if isinstance(item, ImageError):
+            log.fail(item)
+        else:
+            yield item, label
+
+
 def read_inputs(
     path: str, transform: EvalTransform, pixel_range: PixelRange | None, whole: bool
 ) -> tuple[Tensor, Tensor] | ImageError:
@@ -202,6 +211,8 @@ def read_inputs(
             image = transform(read_image(path, transform.min_side, pixel_range))
             return image, image
         image = pil_to_tensor(read_image(path, pixel_range=pixel_range))
+        if max(image.shape[1:]) > MAX_ASPECT_RATIO * min(image.shape[1:]):
+            raise ImageError(f"{path}: {EXTREME}, which --with-resize does not support")
         return image, transform(image)
     except ImageError as error:
         return error

@@ -197,9 +197,9 @@ def read_pt2(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def _to_tensor(content: bytes, entry: Mapping[str, Any]) -> Tensor:
-    """Return the tensor that an entry of the weights' configuration describes; export.py writes contiguous floats."""
-    shape = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
-    return torch.frombuffer(bytearray(content), dtype=torch.float32).reshape(shape)
+    """Return the float32 tensor that an entry of the weights' configuration describes."""
+    shape, strides = ([value["as_int"] for value in entry["tensor_meta"][key]] for key in ("sizes", "strides"))
+    return torch.frombuffer(bytearray(content), dtype=torch.float32).as_strided(shape, strides)
 
 
 def _archive_checksum(archive: zipfile.ZipFile) -> str:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from familiarity import Familiarity
-from model import ResNet, fold_batch_norm
+from model import ResNet, fold_batch_norm, to_device
 from my_dataset import MEAN, STD, EvalTransform
 
 
@@ -31,7 +31,7 @@ class ExportedNetwork(nn.Module):
         with_unfamiliarity: bool = False,
     ) -> None:
         super().__init__()
-        self.network = fold_batch_norm(network).to("cpu", memory_format=torch.contiguous_format).requires_grad_(False)
+        self.network = to_device(fold_batch_norm(network), "cpu").requires_grad_(False)
         self.temperature, self.resize, self.with_unfamiliarity = temperature, resize, with_unfamiliarity
         for name, values in {"mean": MEAN, "std": STD}.items():
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
@@ -43,7 +43,7 @@ class ExportedNetwork(nn.Module):
         """See the class."""
         if self.resize is not None:
             images = resize_like(self.resize, images, self.mean.round()).unsqueeze(0)
-        x = (images.float() - self.mean) / self.std
+        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         net = self.network
         layer1 = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
         features = net.layer4(net.layer3(net.layer2(layer1)))

@@ -1,9 +1,11 @@
 """export.py: files that agree with the network, and that predict.py and other programs can use."""
 
 import json
+import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_files import draw_zoo
+from PIL import Image
 from shortcuts import NAMES, run_predict
 
 import evaluate
@@ -200,6 +203,39 @@ def test_file_that_disagrees_is_removed(fault, weights, sample, tmp_path, capsys
     assert output.read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_unreadable_images_are_reported(labelled, weights, sample, capsys):
+    folder = Path("images", "roses") if labelled else Path("images")
+    folder.mkdir(parents=True)
+    shutil.copy(next(sample.glob("roses/*")), folder / "good.jpg")
+    (folder / "bad.jpg").write_text("x")
+    assert export_weights(weights, "--output", "a.pt2", "--images", "images") == 1
+    output = capsys.readouterr()
+    assert "1 of 1 images" in output.out
+    assert [line for line in output.err.splitlines() if "cannot read image" in line and "bad.jpg" in line]
+    Image.new("RGB", (400, 20)).save(folder / "bad.jpg")
+    assert export_weights(weights, "--with-resize", "--output", "b.pt2", "--images", "images") == 1
+    assert "bad.jpg: aspect ratio above 10, which --with-resize does not support" in capsys.readouterr().err
+    assert Path("b.pt2").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_export_leaves_nothing(number, weights, sample, monkeypatch):
+    write = export.write_exported
+
+    def write_and_signal(*arguments):
+        write(*arguments)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(export, "write_exported", write_and_signal)
+    Path("a.pt2").write_bytes(b"before")
+    with pytest.raises(SystemExit) as stopped:
+        export_weights(weights, "--output", "a.pt2", "--images", sample)
+    assert stopped.value.code == 128 + number
+    assert [path.name for path in Path().iterdir()] == ["a.pt2"]
+    assert Path("a.pt2").read_bytes() == b"before"
+
+
 def test_ties_are_not_disagreements():
     result = export_check.CheckResult()
     expected = torch.tensor([[0.5, 0.5, 0.0], [0.7, 0.3, 0.0]])
@@ -313,6 +349,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (["--weights", "missing.pth"], 1, "missing.pth: no such weights file"),
         (["--output", "a.onnx", "--format", "pt2"], 1, "--output a.onnx: name a .pt2 file in an existing folder"),
         (["--output", "nowhere/a.pt2"], 1, "name a .pt2/.onnx file in an existing folder"),
+        (["--output", ""], 2, "it must be the name of a file"),
         (["--batch", "0"], 2, 'it must be at least 1, or "dynamic"'),
         (["--batch", "2", "--with-resize"], 2, "--batch has no effect with --with-resize"),
         (["--int8"], 1, "--int8: only for --format onnx"),
@@ -356,8 +393,8 @@ def test_exported_files_are_only_for_prediction(exported, sample, capsys):
         image = next(sample.glob("*/*"))
         status, _, errors = run_predict(capsys, image, "--weights", exported[name], "--img-size", "128")
         assert (status, "is for images of 64 px; omit --img-size" in errors[-1]) == (1, True)
-    assert export_weights(exported["onnx"], "--skip-check") == 1
-    assert "an ONNX file cannot be exported again; pass best.pth" in capsys.readouterr().err
+        assert export_weights(exported[name], "--skip-check") == 1
+        assert "an exported file cannot be exported again; pass best.pth" in capsys.readouterr().err
     assert predict.main([str(image), "--weights", str(exported["onnx"]), "--amp", "on"]) == 1
     assert "ONNX files run on the CPU, without mixed precision; omit --device and --amp" in capsys.readouterr().err
 
