@@ -22,7 +22,7 @@ from exported_file import ONNX, PT2, is_exported, is_onnx, require_packages, wri
 from exported_network import ExportedNetwork
 from familiarity import Familiarity
 from file_utils import atomic_file, read_json
-from image_folders import file_checksum, list_images
+from image_folders import file_checksum, list_images, read_run_files
 from image_io import ImageError
 from labelled_images import ErrorLog, ImageFile, find_and_report
 from metrics import wilson_interval
@@ -144,12 +144,9 @@ def find_run_images(run: Path, wanted: str, class_names: list[str]) -> list[Imag
     Args:
         wanted: the subset, "train" or "val".
     """
-    labels, names = {}, set()
-    for name, versions in read_json(run / "files.json").items():
-        for subset, checksum in versions:
-            if subset == wanted:
-                labels[checksum], _, file_name = name.rpartition("/")
-                names.add(file_name)
+    wanted_files = [file for file in read_run_files(run / "files.json") if file.subset == wanted]
+    names = {file.name.rpartition("/")[2] for file in wanted_files}
+    labels = {file.checksum: file.name.rpartition("/")[0] for file in wanted_files}
     flags = read_json(run / "args.json").get("flags", {})
     files: dict[str, ImageFile] = {}
     for source in filter(None, (flags.get("data_path") or str(SAMPLE), flags.get("val_path"))):
@@ -201,8 +198,8 @@ def describe_network(classifier: Classifier, batch: int | None, with_resize: boo
     """Return the metadata to store, as plain values for JSON."""
     info, size, classes = classifier.info, classifier.info["img_size"], len(classifier.class_names)
     run = Path(classifier.weights).absolute().parent.parent
-    subsets = [subset for versions in read_json(run / "files.json").values() for subset, _ in versions]
-    images, accuracy = subsets.count("val"), info["accuracy"]
+    images = sum(file.subset == "val" for file in read_run_files(run / "files.json"))
+    accuracy = None if "img_size_source" in info else info["accuracy"]  # it is for the stored size
     interval = wilson_interval(round(accuracy * images), images) if images and isinstance(accuracy, float) else None
     transform = EvalTransform(size, info["resize"])
     number = 1 if with_resize else batch or "N"

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class CheckResult:
         self.images += len(expected)
         self.agreeing += int((gaps < TIE).sum())
         difference = (probabilities - expected).abs().max().item()
-        self.difference = max(self.difference, difference if difference == difference else float("inf"))
+        self.difference = max(self.difference, math.inf if math.isnan(difference) else difference)
 
     def format_lines(self) -> Iterator[str]:
         """Yield the lines to print."""

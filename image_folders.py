@@ -3,10 +3,9 @@
 import collections
 import difflib
 import hashlib
-import itertools
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -210,16 +209,31 @@ def file_checksum(path: str) -> str | None:
     return content.hexdigest()
 
 
+class RunFile(NamedTuple):
+    """An image of a run: CLASS/FILE, "train", "val" or "test", and the checksum."""
+
+    name: str
+    subset: str
+    checksum: str
+
+
+def read_run_files(path: Path) -> Iterator[RunFile]:
+    """Yield the valid entries of a run's files.json, see `prepare_data.describe_files`; none if it is missing."""
+    for name, versions in read_json(path).items():
+        for version in versions if isinstance(versions, list) else []:
+            match version:
+                case ["train" | "val" | "test" as subset, str(checksum)] if checksum:
+                    yield RunFile(name, subset, checksum)
+
+
 def read_run_checksums(path: Path) -> dict[str, str]:
-    """Read a run's files.json, see `prepare_data.describe_files`.
+    """Read a run's files.json.
 
     Returns:
         "train" or "val" per checksum, "train" for a file that is in both; empty if there is no valid files.json.
     """
     subsets: dict[str, str] = {}
-    files = [versions for versions in read_json(path).values() if isinstance(versions, list)]
-    for version in itertools.chain.from_iterable(files):
-        match version:
-            case ["train" | "val" as subset, str(checksum)] if checksum and subsets.get(checksum) != "train":
-                subsets[checksum] = subset
+    for file in read_run_files(path):
+        if file.subset != "test" and subsets.get(file.checksum) != "train":
+            subsets[file.checksum] = file.subset
     return subsets

@@ -159,6 +159,13 @@ def test_with_resize_takes_whole_images(name, weights, sample, tmp_path, capsys)
         assert line["probability"] == pytest.approx(other["probability"], abs=0.05)  # reduced while decoding
 
 
+def test_accuracy_is_not_stated_for_another_size(weights, sample):
+    for flags, size, accuracy in (([], 64, 0.2), (["--img-size", "96"], 96, None)):
+        assert export_weights(weights, *flags, "--output", "a.pt2", "--images", sample) == 0
+        metadata = read_pt2("a.pt2")[1]
+        assert (metadata["img_size"], metadata["accuracy"]) == (size, accuracy)
+
+
 def test_extension_in_upper_case(weights, sample, tmp_path, capsys):
     for name in ("a.ONNX", "b.PT2"):
         assert export_weights(weights, "--output", tmp_path / name, "--images", sample) == 0
