@@ -6,6 +6,7 @@ python export.py --with-resize                           # takes an image of any
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,18 @@ import torch
 from torch import Tensor
 
 from class_files import read_class_indices
-from classifier import Classifier, add_weights_flags
-from cli_utils import FlagParser, UsageError, checked, exit_on_signals, output_path, print_note, printable, run_program
+from classifier import Classifier, add_weights_flags, read_or_error
+from cli_utils import (
+    FlagParser,
+    UsageError,
+    checked,
+    exit_on_signals,
+    map_files,
+    output_path,
+    print_note,
+    printable,
+    run_program,
+)
 from evaluation_report import Classified, Results, build_report
 from export_check import CheckResult, check_exported_file
 from exported_file import ONNX, PT2, is_exported, is_onnx, require_packages, write_exported
@@ -102,8 +113,8 @@ def output_file(args: argparse.Namespace, weights: Path) -> Path:
     """
     suffix = FORMATS.get(args.format)
     if args.output is None:
-        name = f"{weights.stem}_with_resize" if args.with_resize else weights.stem
-        return weights.with_name(name + (suffix or PT2))
+        form = "_with_resize" if args.with_resize else "_int8" if args.int8 else ""
+        return weights.with_name(f"{weights.stem}{form}{suffix or PT2}")
     path = output_path("--output", args.output, [suffix] if suffix else [*FORMATS.values()])
     if path.is_dir():
         raise UsageError(f"--output {path}: is a folder; pass the name of a file")
@@ -171,8 +182,10 @@ def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     """
     run = Path(classifier.weights).absolute().parent.parent
     files = evenly_spaced(find_run_images(run, "train", classifier.class_names), CALIBRATION_IMAGES)
-    outcomes = [*classifier.classify([file.path for file in files])]
-    images = [outcome.image for outcome in outcomes if not isinstance(outcome, ImageError)]
+    options = {"transform": classifier.backend.transform, "pixel_range": classifier.info["pixel_range"]}
+    read = functools.partial(read_or_error, with_checksum=False, **options)
+    items = map_files(read, [file.path for file in files], None, "calibrating")
+    images = [item[0] for item in items if not isinstance(item, ImageError)]
     batches = [stack_images(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
     if not batches:
         raise UsageError("--int8: calibration needs training images of the run, but too few were found; omit --int8")

@@ -6,6 +6,8 @@ import unicodedata
 
 from matplotlib import font_manager
 
+TITLE_WIDTH = 32  # of a class name above an image
+
 
 def text_style(*texts: str) -> dict[str, object]:
     """Return keyword arguments for matplotlib's text functions: no math mode ("$"), and fallback fonts as needed."""
@@ -73,3 +75,16 @@ def shorten_middle(text: str, width: int) -> str:
         middle = len(text) // 2
         text = text[: middle - 1] + "\N{HORIZONTAL ELLIPSIS}" + text[middle + 1 :]
     return text
+
+
+def prediction_title(guess: str, probability: float, label: str | None) -> tuple[str, str]:
+    """Return the title of a prediction and its colour."""
+    title = f"{shorten_middle(guess, TITLE_WIDTH)}, {probability * 100:.2f}%"
+    if label is None:
+        return title, "black"
+    return f"{title}\n(label: {shorten_middle(label, TITLE_WIDTH)})", "green" if guess == label else "red"
+
+
+def mark(correct: bool) -> str:
+    """Return a tick or a cross, so that not only the colour tells whether a prediction is right."""
+    return "\N{CHECK MARK}" if correct else "\N{MULTIPLICATION SIGN}"

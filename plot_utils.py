@@ -5,18 +5,24 @@ Each function draws on `figure` if given, else on a new one, which need not be c
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from figure_text import fitting_font_size, legible, shorten_middle, text_style, text_width
+from figure_layout import create_grid, create_sheet, write_text
+from figure_text import (
+    fitting_font_size,
+    legible,
+    mark,
+    prediction_title,
+    shorten_middle,
+    text_style,
+    text_width,
+)
 
 MAX_COLUMNS = 8
-TITLE_WIDTH = 32  # of a class name above an image
 # Blue, vermilion and bluish green, safe for colour-blind readers (Okabe & Ito 2008).
 FIRST, SECOND, THIRD = "#0072B2", "#D55E00", "#009E73"
 HEAT = "inferno"
@@ -46,7 +52,7 @@ def class_distribution(class_names: Sequence[str], counts: Sequence[int], figure
 def labelled_images(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
     """Plot images (N, H, W, 3) uint8 with their names, up to eight per row."""
     figure = figure or Figure(dpi=DPI)
-    cells = _grid(figure, len(images), MAX_COLUMNS, below=0.3)
+    cells = create_grid(figure, len(images), MAX_COLUMNS, below=0.3)
     for axes, image, name in zip(cells, images, names, strict=True):
         axes.imshow(image)
         axes.set_xlabel(legible(name), **text_style(name), fontsize=fitting_font_size(name, 2.2))
@@ -66,23 +72,25 @@ def predictions(
     for images without a label (None) are black.
     """
     figure = figure or Figure(dpi=DPI)
-    cells = _grid(figure, len(images), MAX_COLUMNS, above=0.5, below=0.35)
+    cells = create_grid(figure, len(images), MAX_COLUMNS, above=0.5, below=0.35)
     for axes, image, guess, probability, label in zip(cells, images, predicted, probabilities, actual, strict=True):
         axes.imshow(image)
-        title, colour = _title(guess, probability, label)
+        title, colour = prediction_title(guess, probability, label)
         axes.set_title(title, color=colour, fontsize=fitting_font_size(title, 2.3), **text_style(title))
         if label is not None:
-            axes.set_xlabel(_mark(guess == label), color=colour, fontsize=16, labelpad=0)
+            axes.set_xlabel(mark(guess == label), color=colour, fontsize=16, labelpad=0)
     return figure
 
 
 def training_batch(images: np.ndarray, names: Sequence[str], figure: Figure | None = None) -> Figure:
     """Plot images like `labelled_images`, but on a single Axes, which is faster."""
     figure = figure or Figure(dpi=DPI)
-    sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS, below=0.3)
+    sheet, boxes = create_sheet(figure, len(images), MAX_COLUMNS, below=0.3)
     for box, image, name in zip(boxes, images, names, strict=True):
         sheet.imshow(image, extent=box.extent)
-        _write(sheet, name, box.middle, box.bottom - 0.05, va="top", ha="center", fontsize=fitting_font_size(name, 2.2))
+        write_text(
+            sheet, name, box.middle, box.bottom - 0.05, va="top", ha="center", fontsize=fitting_font_size(name, 2.2)
+        )
     return figure
 
 
@@ -101,15 +109,17 @@ def mistakes(
         heats: (N, H, W) in 0..1.
     """
     figure = figure or Figure(dpi=DPI)
-    sheet, boxes = _sheet(figure, len(images), MAX_COLUMNS // 2, width=4.6, above=0.55, below=0.3)
+    sheet, boxes = create_sheet(figure, len(images), MAX_COLUMNS // 2, width=4.6, above=0.55, below=0.3)
     for box, image, heat, guess, probability, label in zip(
         boxes, images, heats, predicted, probabilities, actual, strict=True
     ):
         sheet.imshow(np.concatenate([image, overlay_heat(image, heat)], axis=1), extent=box.extent)
-        title, colour = _title(guess, probability, label)
+        title, colour = prediction_title(guess, probability, label)
         style = {"ha": "center", "color": colour}
-        _write(sheet, title, box.middle, box.top + 0.05, va="bottom", fontsize=fitting_font_size(title, 4.4), **style)
-        _write(sheet, _mark(guess == label), box.middle, box.bottom - 0.02, va="top", fontsize=14, **style)
+        write_text(
+            sheet, title, box.middle, box.top + 0.05, va="bottom", fontsize=fitting_font_size(title, 4.4), **style
+        )
+        write_text(sheet, mark(guess == label), box.middle, box.bottom - 0.02, va="top", fontsize=14, **style)
     return figure
 
 
@@ -131,17 +141,19 @@ def explained(
     """
     figure = figure or Figure(dpi=DPI)
     columns = 1 if len(images) <= 3 else 2 if len(images) <= 8 else 3
-    sheet, boxes = _sheet(figure, len(images), columns, width=7.4, above=0.35)
+    sheet, boxes = create_sheet(figure, len(images), columns, width=7.4, above=0.35)
     for box, image, heat, top, title, label in zip(boxes, images, heats, tops, titles, labels, strict=True):
         pictures = (box.left, box.left + 4.6, box.bottom, box.top)
         sheet.imshow(np.concatenate([image, overlay_heat(image, heat)], axis=1), extent=pictures)
-        mark = "" if label is None else f"  (label: {shorten_middle(label, 24)}) {_mark(top[0][0] == label)}"
-        _write(sheet, shorten_middle(title, 80 - text_width(mark)) + mark, box.left, box.top + 0.07, fontsize=10)
+        suffix = "" if label is None else f"  (label: {shorten_middle(label, 24)}) {mark(top[0][0] == label)}"
+        write_text(
+            sheet, shorten_middle(title, 80 - text_width(suffix)) + suffix, box.left, box.top + 0.07, fontsize=10
+        )
         left, row = box.left + 4.8, (box.top - box.bottom) / max(len(top), 3)
         for place, (name, probability) in enumerate(top):
             y = box.top - place * row
             words = f"{shorten_middle(name, 24)}  {probability:.1%}"
-            _write(sheet, words, left + 0.05, y - 0.08 * row, va="top", fontsize=min(9.0, 24 * row))
+            write_text(sheet, words, left + 0.05, y - 0.08 * row, va="top", fontsize=min(9.0, 24 * row))
             colour = FIRST if label in (None, name) else SECOND
             sheet.barh(y - 0.68 * row, probability * (box.right - left), 0.42 * row, left=left, color=colour)
         sheet.plot([left, left], [box.bottom, box.top], color="black", linewidth=0.8)
@@ -372,90 +384,3 @@ def data_health(
                 axes.set_title(shorten_middle(classes[index], 28), **text_style(classes[index]), fontsize="medium")
                 axes.set_xlabel(shorten_middle(files[index], 28), **text_style(files[index]), fontsize="small")
     return figure
-
-
-# --- layout -------------------------------------------------------------------------------------------------------
-
-
-class _Box(NamedTuple):
-    """The edges of an image, in inches from the left and the bottom of the figure."""
-
-    left: float
-    right: float
-    bottom: float
-    top: float
-
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        return tuple(self)
-
-    @property
-    def middle(self) -> float:
-        return (self.left + self.right) / 2
-
-
-def _place(
-    figure: Figure,
-    count: int,
-    columns: int,
-    width: float = 2.3,
-    height: float = 2.3,
-    above: float = 0.1,
-    below: float = 0.1,
-) -> list[_Box]:
-    """Size `figure` for `count` images in rows of `columns`, and return their positions.
-
-    Args:
-        width, height: the size of each image in inches.
-        above, below: the space above and below it in inches.
-    """
-    columns, gap = min(count, columns), 0.15
-    rows = -(-count // columns)
-    figure.set_size_inches(columns * (width + gap) + gap, rows * (height + above + below) + gap)
-    boxes = []
-    for index in range(count):
-        row, column = divmod(index, columns)
-        left = gap + column * (width + gap)
-        bottom = gap / 2 + (rows - row - 1) * (height + above + below) + below
-        boxes.append(_Box(left, left + width, bottom, bottom + height))
-    return boxes
-
-
-def _grid(figure: Figure, *arguments: float, **sizes: float) -> list[Axes]:
-    """Create an Axes without ticks for each image; for the arguments see `_place`."""
-    boxes = _place(figure, *arguments, **sizes)
-    width, height = figure.get_size_inches()
-    return [
-        figure.add_axes(
-            [box.left / width, box.bottom / height, (box.right - box.left) / width, (box.top - box.bottom) / height],
-            xticks=[],
-            yticks=[],
-        )
-        for box in boxes
-    ]
-
-
-def _sheet(figure: Figure, *arguments: float, **sizes: float) -> tuple[Axes, list[_Box]]:
-    """Create one Axes, in inches, for all images, as one per image is slow; for the arguments see `_place`."""
-    boxes = _place(figure, *arguments, **sizes)
-    sheet = figure.add_axes([0, 0, 1, 1])
-    sheet.set_axis_off()
-    width, height = figure.get_size_inches()
-    sheet.set(xlim=(0, width), ylim=(0, height), autoscale_on=False)
-    return sheet, boxes
-
-
-def _write(axes: Axes, text: str, x: float, y: float, **style: object) -> None:
-    axes.text(x, y, "\n".join(map(legible, text.split("\n"))), **text_style(text), **style)
-
-
-def _title(guess: str, probability: float, label: str | None) -> tuple[str, str]:
-    """Return the title of a prediction and its colour."""
-    title = f"{shorten_middle(guess, TITLE_WIDTH)}, {probability * 100:.2f}%"
-    if label is None:
-        return title, "black"
-    return f"{title}\n(label: {shorten_middle(label, TITLE_WIDTH)})", "green" if guess == label else "red"
-
-
-def _mark(correct: bool) -> str:
-    return "\N{CHECK MARK}" if correct else "\N{MULTIPLICATION SIGN}"
