@@ -292,7 +292,9 @@ def select_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None
         The dtype (None for float32), and a description of the choice.
     """
     if amp == "off":
-        return None, "float32 (--amp off)"
+        has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        uses_tf32 = has_tf32 and torch.backends.cudnn.allow_tf32  # PyTorch's default
+        return None, f"float32 (--amp off{'; convolutions in TF32' if uses_tf32 else ''})"
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -326,8 +328,8 @@ def available_cores() -> int:
 
 
 def number_of_workers(workers: int | None, processes: int = 1) -> int:
-    """Return `workers`, or by default one per core, at most 8, divided among the `processes` on this machine."""
-    return min(max(1, available_cores() // processes), 8) if workers is None else workers
+    """Return `workers`, or by default one per core, at most 16, divided among the `processes` on this machine."""
+    return min(max(1, available_cores() // processes), 16) if workers is None else workers
 
 
 def available_memory() -> int:
@@ -399,7 +401,7 @@ def map_files(
 
     Args:
         function: must be picklable.
-        workers: the number of worker processes (None: one per core, at most 8).
+        workers: the number of worker processes (None: one per core, at most 16).
         description: the label of a progress bar on the terminal; None for no bar.
     """
     loader = DataLoader(

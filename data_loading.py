@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from cli_utils import UsageError, available_memory, number_of_workers, worker_init
 from config import needs_two_images, training_sizes
 from distributed import Distributed
-from image_cache import ImageCache
+from image_cache import HAS_CACHE, ImageCache, memory_file
 from image_io import ImageError
 from inference import Outputs, gather_outputs, run_inference
 from model import ResNet
@@ -72,13 +72,14 @@ class DistributedBatchSampler(Sampler):
     """A `batch_sampler` for a DataLoader that gives each rank an even share of the images of each step.
 
     A step takes `world_size * accumulate * batch_size` images; the last step takes the rest. For a given step size, all
-    ranks together see the same images in a step, whatever the world size.
+    ranks together see the same images in a step, whatever the world size. With several ranks, the last step is dropped
+    if any of its batches would be a single image, from which BatchNorm's statistics cannot be estimated.
 
     Args:
         order: the order of all images.
         batch_size: images per batch.
         accumulate: batches per step.
-        drop_single_image_batches: drop the last step if any of its batches would be a single image.
+        drop_single_image_batches: the same with one rank.
         drop_last: drop the last step if it is smaller than the others.
     """
 
@@ -95,7 +96,8 @@ class DistributedBatchSampler(Sampler):
     ) -> None:
         self.order, self.batch_size = order, batch_size
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.drop_single_image_batches, self.drop_last = drop_single_image_batches, drop_last
+        self.drop_single_image_batches = drop_single_image_batches or world_size > 1
+        self.drop_last = drop_last
 
     @property
     def global_batch(self) -> int:
@@ -105,14 +107,11 @@ class DistributedBatchSampler(Sampler):
     def steps(self) -> list[list[float]]:
         """Return, for each remaining step, the weights of its batches' mean losses.
 
-        With these weights, a step's loss averaged over ranks is the mean over its images. A rank without images gets
-        one image, with weight 0.
+        With these weights, a step's loss averaged over ranks is the mean over its images.
         """
-        weights = []
-        for images in self._sizes():
-            batches = self._batches(images, self.rank)
-            weights.append([batch * self.world_size / images for batch in batches] or [0.0])
-        return weights
+        return [
+            [batch * self.world_size / images for batch in self._batches(images, self.rank)] for images in self._sizes()
+        ]
 
     def __len__(self) -> int:
         return sum(map(len, self.steps()))
@@ -121,13 +120,13 @@ class DistributedBatchSampler(Sampler):
         items = iter(self.order)
         for images in self._sizes():
             step_items = list(itertools.islice(items, images))
-            share = step_items[self.rank :: self.world_size] or step_items[:1]
+            share = step_items[self.rank :: self.world_size]
             for start in range(0, len(share), self.batch_size):
                 yield share[start : start + self.batch_size]
 
     def _sizes(self) -> list[int]:
         whole, left = divmod(len(self.order), self.global_batch)
-        single = any(1 in self._batches(left, rank) for rank in range(min(self.world_size, left)))
+        single = any(1 in self._batches(left, rank) for rank in range(self.world_size))
         drops = left == 0 or self.drop_last or (single and self.drop_single_image_batches)
         return [self.global_batch] * whole + ([] if drops else [left])
 
@@ -258,9 +257,8 @@ def cache_images(data_sets: Iterable[MyDataSet], dist: Distributed) -> None:
     """Give each dataset a cache for decoded images, which may use an eighth of the available memory."""
     (cache_bytes,) = dist.all_reduce_min(available_memory() // 8)
     for images in data_sets:
-        if cache_bytes > 0:
-            share = dist.shared_memory, dist.local_rank, dist.local_world_size
-            images.cache = ImageCache(len(images), int(cache_bytes), *share)
+        if cache_bytes > 0 and HAS_CACHE:
+            images.cache = ImageCache(len(images), int(cache_bytes), dist.share_file(memory_file))
 
 
 def build_train_loader(
@@ -291,8 +289,12 @@ def build_train_loader(
 def build_val_loader(
     args: argparse.Namespace, val_set: MyDataSet, device: torch.device, dist: Distributed
 ) -> DataLoader:
-    """Create the loader of this rank's validation images and their indices; unreadable images are skipped."""
-    batches = rank_share(range(len(val_set)), args.batch_size, dist)
+    """Create the loader of this rank's validation images and their indices; unreadable images are skipped.
+
+    On a GPU, small batches are four times as large as in training, which needs more memory per image.
+    """
+    larger = min(4 * args.batch_size, 128) if device.type == "cuda" else 0
+    batches = rank_share(range(len(val_set)), max(args.batch_size, larger), dist)
     workers = number_of_workers(args.workers, dist.local_world_size)
     return make_loader(SafeImages(val_set, replace=False, return_index=True), batches, workers, device)
 
@@ -303,7 +305,7 @@ def load_evenly_spaced(data_set: MyDataSet, number: int, transform: EvalTransfor
     Returns:
         (N, 3, img_size, img_size) uint8. Unreadable images are replaced.
     """
-    images = copy.copy(data_set)  # without its cache
+    images = copy.copy(data_set)
     images.transform = transform
     readable = SafeImages(images, replace=True)
     indices = np.linspace(0, len(images) - 1, min(number, len(images))).astype(int).tolist()

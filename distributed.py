@@ -3,7 +3,6 @@
 Without torchrun there is one process, and every method is a no-op or returns its input.
 """
 
-import mmap
 import os
 import socket
 import time
@@ -11,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import BinaryIO, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,9 +29,9 @@ class OtherRankFailed(Exception):  # noqa: N818 - the rank that failed reports t
 class Distributed:
     """The process group of a run. As a context manager it initialises the group and destroys it.
 
-    Tensors on GPUs are communicated by NCCL, everything else by Gloo. All methods are collective: every rank must call
-    them, in the same order. The environment variables are those of torchrun,
-    https://docs.pytorch.org/docs/stable/elastic/run.html.
+    Tensors on GPUs are communicated by NCCL, everything else by Gloo. NCCL's timeout, which aborts the process, is
+    twice as long as Gloo's, which raises an error. All methods are collective: every rank must call them, in the same
+    order. The environment variables are those of torchrun, https://docs.pytorch.org/docs/stable/elastic/run.html.
 
     Args:
         timeout: seconds to wait for an unreachable rank. A rank that has ended is detected at once.
@@ -51,6 +50,7 @@ class Distributed:
         self.is_launched = bool(env)
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.local_rank, self.local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        self._gpu_group: dist.ProcessGroup | None = None
         self.launch_ids: set[str] = set()
         self._start = time.perf_counter()
         self._steps, self._interval, self._synced_at = 0, 1, 0.0
@@ -74,12 +74,17 @@ class Distributed:
 
     def __enter__(self) -> "Distributed":
         if self.is_launched:
-            nccl = torch.cuda.is_available() and dist.is_nccl_available()
-            options = {"backend": "cpu:gloo,cuda:nccl" if nccl else "gloo", "timeout": self.timeout}
+            options = {"backend": "gloo", "timeout": self.timeout}
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 options |= {"store": self._connect_store(), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group(**options)
             self._no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            if torch.cuda.is_available() and dist.is_nccl_available():
+                self._gpu_group = dist.new_group(backend="nccl", timeout=2 * self.timeout)
+            if "LOCAL_WORLD_SIZE" not in os.environ:  # launchers other than torchrun may not set it
+                hosts = self.gather(socket.gethostname())
+                self.local_world_size = hosts.count(hosts[self.rank])
+                self.local_rank = int(os.environ.get("LOCAL_RANK", hosts[: self.rank].count(hosts[self.rank])))
             self.launch_ids = set(self.gather(self._launch_id())) - {""}
         return self
 
@@ -88,7 +93,7 @@ class Distributed:
 
         https://github.com/pytorch/pytorch/issues/135712
         """
-        host, key = os.environ["MASTER_ADDR"], "port of rank 0"
+        host, key = os.environ["MASTER_ADDR"], "port of rank 0"  # after a restart, at first the previous port
         shared = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), timeout=self.timeout)
         if self.is_main:
             own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self.timeout)
@@ -96,14 +101,14 @@ class Distributed:
             return own
         deadline = time.monotonic() + self.timeout.total_seconds()
         while True:
+            port = int(shared.get(key))
             try:
-                store = dist.TCPStore(host, int(shared.get(key)), timeout=timedelta(seconds=2))
-            except dist.DistNetworkError:  # the port may also be the one from before the restart
+                socket.create_connection((host, port), timeout=2).close()  # TCPStore would print a stack trace
+                return dist.TCPStore(host, port, timeout=self.timeout)
+            except (OSError, dist.DistNetworkError):
                 if time.monotonic() > deadline:
                     raise
-            else:
-                store.set_timeout(self.timeout)
-                return store
+                time.sleep(0.1)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.is_launched and kind is None:  # after an error, it would wait for ranks that have ended
@@ -186,44 +191,56 @@ class Distributed:
     def wrap_ddp(self, model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
         """Wrap `model` in DistributedDataParallel (Li et al. 2020, https://arxiv.org/abs/2006.15704).
 
-        BatchNorm's running statistics are each rank's own until `broadcast_model`.
+        BatchNorm's running statistics are each rank's own until `sync_model`.
 
         Args:
             sync_bn: convert BatchNorm layers in place, to normalise over the batches of all ranks.
         """
         if not (self.is_launched and any(parameter.requires_grad for parameter in model.parameters())):
             return model
+        group = self._group(device)
         if sync_bn:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
         device_ids = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
             return DistributedDataParallel(
-                model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                model,
+                device_ids=device_ids,
+                process_group=group,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
             )
 
-    def broadcast_model(self, model: nn.Module) -> None:
-        """Broadcast the main process's buffers, and its parameters in case machines round differently."""
-        if self.is_launched:
-            for value in (*model.buffers(), *(each.data for each in model.parameters() if each.requires_grad)):
-                dist.broadcast(value, src=0)
+    def _group(self, device: torch.device) -> dist.ProcessGroup | None:
+        return self._gpu_group if device.type == "cuda" else None
 
-    def shared_memory(self, size: int) -> mmap.mmap:
-        """Map `size` bytes that all ranks on a machine share (on Linux; elsewhere each rank has its own)."""
+    def sync_model(self, model: nn.Module) -> None:
+        """Average BatchNorm's statistics over all ranks, and broadcast rank 0's parameters.
+
+        The parameters differ if machines round differently.
+        """
+        if not self.is_launched:
+            return
+        for buffer in filter(torch.is_floating_point, model.buffers()):
+            dist.all_reduce(buffer, group=self._group(buffer.device))
+            buffer /= self.world_size
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data, src=0, group=self._group(parameter.device))
+
+    def share_file(self, create: Callable[[], BinaryIO]) -> BinaryIO:
+        """Open the file in memory that one rank on each machine creates (on Linux; elsewhere each rank has its own)."""
         if not (self.is_launched and hasattr(os, "memfd_create")):
-            return mmap.mmap(-1, size)
-        node, location, file = os.environ.get("GROUP_RANK", ""), None, None
+            return create()
+        node, location = (socket.gethostname(), os.environ.get("GROUP_RANK")), None
         if self.local_rank == 0:
-            file = os.memfd_create("images")
-            os.ftruncate(file, size)
-            location = (node, f"/proc/{os.getpid()}/fd/{file}")
+            file = create()
+            location = (node, f"/proc/{os.getpid()}/fd/{file.fileno()}")
         path = next(path for its_node, path in filter(None, self.gather(location)) if its_node == node)
-        with open(path, "r+b") as shared:
-            memory = mmap.mmap(shared.fileno(), size)
+        shared = open(path, "r+b", buffering=0)  # noqa: SIM115 - the caller closes it
         self.gather(None)  # a barrier: every rank has opened it
-        if file is not None:
-            os.close(file)
-        return memory
+        return shared
 
     # --- periodic synchronisation ---------------------------------------------------------------------------------
 

@@ -79,17 +79,9 @@ def read_image(
     Raises:
         ImageError: the file is missing, unreadable, corrupt or not an image.
     """
-    return decode(path, min_side, pixel_range)[0]
-
-
-def decode(
-    path: str | os.PathLike, min_side: int | None = None, pixel_range: PixelRange | None = None
-) -> tuple[Image.Image, bool]:
-    """Read an image like `read_image`. Returns the image, and whether it has been reduced."""
     with _image_errors(path), _open(path) as file:
-        full_size = min(file.size)
         if min_side is not None:
-            factor = max(1, full_size // min_side)
+            factor = max(1, min(file.size) // min_side)
             file.draft(None, (math.ceil(file.width / factor), math.ceil(file.height / factor)))
         file.load()  # applies the orientation of a TIFF file
         if _has_wide_pixels(file):
@@ -98,7 +90,7 @@ def decode(
         image.info.clear()
         image.getexif()[ExifTags.Base.Orientation] = _orientation(file)
         ImageOps.exif_transpose(image, in_place=True)
-        return image, min(image.size) < full_size
+        return image
 
 
 def read_pixel_range(path: str | os.PathLike) -> PixelRange | None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cli_utils import UsageError
 from distributed import Distributed
 from model import ResNet, evaluation_mode, fold_batch_norm
-from my_dataset import prepare_batch
+from my_dataset import copy_to_device, prepare_batch
 
 
 class EmptyLoaderError(UsageError):
@@ -89,7 +89,7 @@ def run_inference(
                 labels.append(batch_labels)
             while inputs:
                 kept = (batch_labels % feature_stride == 0).nonzero().flatten()
-                features.append(inputs.pop()[kept.to(device, non_blocking=True)])
+                features.append(inputs.pop()[copy_to_device(kept, device)])
             if after_batch is not None:
                 after_batch()
     if not logits:

@@ -177,9 +177,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def to_device(model: ResNet, device: torch.device | str) -> ResNet:
     """Move `model` to a device, in the channels-last memory format, which is faster on CPUs and on tensor cores.
 
-    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html. Not on MPS, where the gradients of
+    channels-last BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189.
     """
-    return model.to(device, memory_format=torch.channels_last)
+    is_mps = torch.device(device).type == "mps"
+    return model.to(device, memory_format=torch.contiguous_format if is_mps else torch.channels_last)
 
 
 def fold_batch_norm(model: ResNet) -> ResNet:

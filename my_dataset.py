@@ -4,7 +4,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from image_cache import ImageCache
-from image_io import ImageError, PixelRange, aspect_ratio, decode, read_image
+from image_io import ImageError, PixelRange, aspect_ratio, read_image
 
 # ImageNet's RGB mean and standard deviation on a scale of 0 to 1, as torchvision's weights expect.
 MEAN = (0.485, 0.456, 0.406)
@@ -41,7 +40,7 @@ class MyDataSet(Dataset):
         images_class: the labels, ints from 0.
         transform: receives a PIL RGB image. If None, items hold the image itself. A transform with an attribute
             `min_side`, like those of this module, receives a uint8 tensor (3, H, W) that is reduced as in `read_image`.
-        cache: keeps decoded images that were reduced to `min_side`, for later epochs.
+        cache: keeps decoded images, reduced to `min_side`, for later epochs.
         pixel_range: the scale of images with more than 8 bits, see `read_image`.
         skip_extreme: skip images with an aspect ratio above 10.
     """
@@ -82,18 +81,14 @@ class MyDataSet(Dataset):
                 image = self.transform(image, *img_size)
         return image, self.images_class[index]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": None}  # forked workers share the cache, spawned workers have none
-
     def _image(self, index: int) -> Image.Image | Tensor:
         path, min_side = self.images_path[index], getattr(self.transform, "min_side", None)
         if min_side is None:
             return read_image(path, pixel_range=self.pixel_range)
         pixels = self.cache.get(index) if self.cache else None
         if pixels is None:
-            image, is_reduced = decode(path, min_side, self.pixel_range)
-            pixels = F.pil_to_tensor(image)
-            if self.cache and is_reduced:
+            pixels = F.pil_to_tensor(read_image(path, min_side, self.pixel_range))
+            if self.cache:
                 self.cache.put(index, pixels)
         return pixels
 
@@ -203,11 +198,23 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
 
     This transfers one byte per value instead of four. Float batches are already normalised.
     """
-    images = images.to(device, non_blocking=True)
+    images = copy_to_device(images, device)
     if images.dtype != torch.uint8:
         return images
     mean, std = _mean_and_std(images.device)
     return images.float().sub_(mean).div_(std)
+
+
+def copy_to_device(batch: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a batch to `device`: asynchronously to CUDA, and in the contiguous memory format to MPS, see `to_device`.
+
+    An asynchronous copy needs pinned memory. Without it, the copy may read memory that has been released:
+    https://github.com/pytorch/pytorch/issues/189690.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda" and batch.device.type == "cpu":
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device, memory_format=torch.contiguous_format if kind == "mps" else torch.preserve_format)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from distributed import Distributed
 from inference import EmptyLoaderError, compute_logits, disable_bar, run_inference
 from metrics import Evaluation
-from my_dataset import prepare_batch
+from my_dataset import copy_to_device, prepare_batch
 
 READ_SECONDS = 0.5  # interval between reads of the losses
 
@@ -244,15 +244,14 @@ def _accumulate_gradients(
     for place, (images, batch_labels, weight) in enumerate(batches, start=1):
         with no_sync() if place < len(batches) else contextlib.nullcontext():  # all-reduce with the last batch
             batch_logits = compute_logits(model, images, device, amp_dtype)
-            batch_labels = batch_labels.to(device, non_blocking=True)
+            batch_labels = copy_to_device(batch_labels, device)
             loss = _training_loss(batch_logits, batch_labels, label_smoothing, class_weights)
             scaler.scale(loss * weight).backward()
         if label_smoothing > 0 or class_weights is not None:  # report the same quantity as for validation
             loss = F.cross_entropy(batch_logits.detach(), batch_labels)
-        counted = len(batch_labels) if weight else 0
         losses.append(loss.detach())
-        logits.append(batch_logits.detach()[:counted])
-        labels.append(batch_labels[:counted])
+        logits.append(batch_logits.detach())
+        labels.append(batch_labels)
     if len(batches) == 1:
         return losses[0], logits[0], labels[0]
     images = sum(map(len, labels))

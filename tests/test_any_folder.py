@@ -15,6 +15,7 @@ from fault_files import draw_zoo
 from fault_harness import accumulated
 from torch.utils.data import DataLoader
 
+import data_loading
 import prepare_data
 import train
 from cli_utils import DataError
@@ -220,6 +221,7 @@ def test_training_continues_when_files_vanish(tmp_path, capsys, monkeypatch):
         return due(run)
 
     monkeypatch.setattr(Run, "save_is_due", vanish)
+    monkeypatch.setattr(data_loading, "HAS_CACHE", False)
     assert train.main(["--data-path", str(folder), *SMALL, "--epochs", "2"]) == 0
     said = capsys.readouterr()
     assert "[epoch 1] skipped 2 of 4 validation images" in said.out
@@ -228,6 +230,7 @@ def test_training_continues_when_files_vanish(tmp_path, capsys, monkeypatch):
 
 def test_vanished_validation_set_is_a_one_line_error(two_classes, capsys, monkeypatch):
     split, _ = find_split(two_classes)
+    monkeypatch.setattr(data_loading, "HAS_CACHE", False)
     monkeypatch.setattr(Run, "save_is_due", lambda run: [Path(path).unlink(True) for path in split.val_paths] and False)
     assert train.main(["--data-path", str(two_classes), *SMALL, "--epochs", "2"]) == 1
     said = capsys.readouterr().err.splitlines()

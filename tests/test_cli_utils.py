@@ -222,18 +222,21 @@ def test_select_precision_with_older_torch(monkeypatch, has_it):
 
 
 @pytest.mark.parametrize(
-    ("capability", "amp", "dtype"),
+    ("capability", "amp", "dtype", "name"),
     [
-        ((9, 0), "auto", torch.bfloat16),
-        ((8, 0), "auto", torch.bfloat16),
-        ((7, 5), "auto", torch.float16),
-        ((6, 1), "auto", None),
-        ((6, 1), "on", torch.float16),
-        ((9, 0), "off", None),
+        ((9, 0), "auto", torch.bfloat16, "bfloat16 "),
+        ((8, 0), "auto", torch.bfloat16, "bfloat16 "),
+        ((7, 5), "auto", torch.float16, "float16 "),
+        ((6, 1), "auto", None, "float32 ("),
+        ((6, 1), "on", torch.float16, "float16 "),
+        ((9, 0), "off", None, "float32 (--amp off; convolutions in TF32)"),
+        ((7, 5), "off", None, "float32 (--amp off)"),
     ],
 )
-def test_select_precision_on_the_gpu(monkeypatch, capability, amp, dtype):
+def test_select_precision_on_the_gpu(monkeypatch, capability, amp, dtype, name):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert select_precision(amp, torch.device("cuda", 0))[0] == dtype
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    chosen, words = select_precision(amp, torch.device("cuda", 0))
+    assert chosen == dtype
+    assert words.startswith(name)

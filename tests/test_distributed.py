@@ -1,5 +1,6 @@
 """Distributed training: same images and weights for any world size, errors, resume."""
 
+import datetime
 import functools
 import os
 import time
@@ -16,11 +17,11 @@ import checkpoint
 import data_loading
 import train
 import train_eval_utils
-from cli_utils import UsageError
+from cli_utils import UsageError, select_device
 from data_loading import DistributedBatchSampler, EpochSampler, build_train_loader, build_val_loader
 from dataset_split import find_split
 from distributed import Distributed, is_connection_lost
-from image_cache import ImageCache
+from image_cache import ImageCache, memory_file
 from inference import Outputs, gather_outputs, run_inference
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import build_optimizer
@@ -37,22 +38,22 @@ def test_each_step_has_the_same_images_for_any_world_size():
     def steps_of(count: int, batch_size: int, accumulate: int) -> list[list[tuple[int, ...]]]:
         steps: list[list[tuple[int, ...]]] = []
         for rank in range(count):
-            order = EpochSampler(37, seed=3)
+            order = EpochSampler(48, seed=3)
             order.set_epoch(2, start=4)
             share = DistributedBatchSampler(order, batch_size, rank=rank, world_size=count, accumulate=accumulate)
             batches = iter(share)
             assert len(list(share)) == len(share)
             for number, weights in enumerate(share.steps()):
                 steps += [[]] if rank == 0 else []
-                for weight in weights:
+                for _ in weights:
                     batch = next(batches)
                     assert len(batch) <= batch_size
-                    steps[number] += batch if weight else []
+                    steps[number] += batch
         return [sorted(step) for step in steps]
 
     alone = steps_of(1, 16, 1)
-    assert [len(step) for step in alone] == [16, 16, 1]
-    for count, batch_size, accumulate in [(2, 8, 1), (4, 4, 1), (16, 1, 1), (1, 8, 2), (2, 2, 4)]:
+    assert [len(step) for step in alone] == [16, 16, 12]
+    for count, batch_size, accumulate in [(2, 8, 1), (4, 4, 1), (1, 8, 2), (2, 2, 4)]:
         assert steps_of(count, batch_size, accumulate) == alone
 
 
@@ -103,19 +104,71 @@ def test_weights_are_equal_for_any_world_size(sample, monkeypatch, recipe, epoch
                 assert (alone[key] - before[key]).norm() > 3e-4 * before[key].norm(), key
 
 
-def test_broadcast_model_copies_the_weights_of_rank_0():
+def test_sync_model_averages_statistics_and_copies_the_weights_of_rank_0():
     """Ranks on different hardware may round differently, and all-reduce covers gradients only."""
 
     def share() -> None:
         with Distributed() as dist:
             model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-            for value in model.state_dict().values():
-                value.fill_(dist.rank)
-            dist.broadcast_model(model)
-            torch.save(model.state_dict(), f"{dist.rank}.pth")
+            for value in (*model.parameters(), *model.buffers()):
+                value.data.fill_(dist.rank)
+            dist.sync_model(model)
+            torch.save((dict(model.named_parameters()), dict(model.named_buffers())), f"{dist.rank}.pth")
 
     assert run_ranks(2, share) == [0, 0]
-    assert not any(value.any() for value in torch.load("1.pth").values())
+    for rank in range(2):
+        parameters, buffers = torch.load(f"{rank}.pth")
+        assert not any(value.any() for value in parameters.values())
+        assert all((buffers[name] == 0.5).all() for name in ("1.running_mean", "1.running_var"))
+
+
+def test_nccl_has_a_longer_timeout_than_gloo(monkeypatch):
+    """NCCL aborts the process, whereas Gloo raises an error. A Gloo group takes the place of NCCL's."""
+    new_group, timeouts = torch.distributed.new_group, {}
+
+    def record(backend: str, timeout: datetime.timedelta) -> torch.distributed.ProcessGroup:
+        timeouts[backend] = timeout.total_seconds()
+        return new_group(backend="gloo", timeout=timeout)
+
+    def start() -> None:
+        with Distributed(timeout=20):
+            assert timeouts["nccl"] > 20
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "new_group", record)
+    assert run_ranks(1, start) == [0]
+
+
+def test_each_process_has_its_own_gpu_if_the_launcher_sets_no_local_world_size(monkeypatch):
+    """Like `srun`, this sets RANK and WORLD_SIZE, and perhaps LOCAL_RANK."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def start(names: tuple[str, ...]) -> None:
+        for name in names:
+            del os.environ[name]
+        with Distributed() as dist:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            assert select_device("cuda", dist) == torch.device("cuda", dist.rank)
+
+    for names in [("LOCAL_WORLD_SIZE",), ("LOCAL_WORLD_SIZE", "LOCAL_RANK")]:
+        assert run_ranks(2, functools.partial(start, names)) == [0, 0]
+
+
+def test_single_images_on_a_rank_are_dropped():
+    """Their BatchNorm statistics would have the same weight as those of a whole batch."""
+
+    def sizes(images: int, rank: int, world_size: int, accumulate: int = 1) -> list[int]:
+        order = EpochSampler(images)
+        return [
+            len(batch)
+            for batch in DistributedBatchSampler(order, 4, rank=rank, world_size=world_size, accumulate=accumulate)
+        ]
+
+    assert sizes(9, 0, 1) == [4, 4, 1]  # like the tutorial
+    assert sizes(11, 0, 2) == sizes(11, 1, 2) == [4]
+    assert sizes(12, 0, 2) == sizes(12, 1, 2) == [4, 2]
+    assert sizes(26, 0, 2, accumulate=2) == [4, 4]  # the rest is 5 images for each rank: 4 and 1
 
 
 def test_too_few_images_for_one_step_are_refused(two_classes):
@@ -164,7 +217,7 @@ def test_image_cache_is_shared_between_ranks(tmp_path):
     def read() -> None:
         with Distributed() as dist:
             images = MyDataSet(paths, range(6), EvalTransform(32))
-            images.cache = ImageCache(6, 2**20, dist.shared_memory, dist.local_rank, dist.local_world_size)
+            images.cache = ImageCache(6, 2**20, dist.share_file(memory_file))
             own = [images[index][0] for index in range(dist.rank, 6, 2)]
             dist.gather(None)
             if dist.is_main:

@@ -21,6 +21,7 @@ from model import (
     resnet18,
     resnet34,
     resnet101,
+    to_device,
 )
 from my_dataset import prepare_batch
 from weights_io import WeightsError, load_model, load_pretrained
@@ -240,6 +241,13 @@ def checkpoint(**changes) -> dict:
     familiarity = {"mean": torch.zeros(64), "precision": torch.eye(64), "threshold": 9.0}
     content |= {"epoch": 3, "accuracy": 0.75, "temperature": 0.7, "familiarity": familiarity}
     return content | {"state_dict": state} | changes
+
+
+def test_channels_last_is_not_used_on_mps(monkeypatch):
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device, **options: to(module, "cpu", **options))
+    assert not to_device(resnet18(num_classes=2), "cuda").conv1.weight.is_contiguous()
+    assert to_device(resnet18(num_classes=2), "mps").conv1.weight.is_contiguous()
 
 
 def test_checkpoint_restores_model_and_metadata(tmp_path):

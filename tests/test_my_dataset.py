@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
 from data_loading import EpochSampler, SafeImages
-from image_cache import ImageCache
+from image_cache import HAS_CACHE, ImageCache
 from image_io import ImageError, read_image
 from my_dataset import (
     MEAN,
@@ -24,6 +24,7 @@ from my_dataset import (
     EvalTransform,
     MyDataSet,
     TrainTransform,
+    copy_to_device,
     prepare_batch,
     to_pixels,
 )
@@ -188,6 +189,25 @@ def test_float_batch_is_not_normalised_again():
     assert torch.equal(prepare_batch(batch, "cpu"), batch)
 
 
+@pytest.mark.parametrize(("device", "calls"), [("mps", [False]), ("cuda", ["pinned", True]), ("cpu", [False])])
+def test_batches_are_copied_asynchronously_from_pinned_memory_only(monkeypatch, device, calls):
+    """Stand-ins for the copies to a GPU record how they are called."""
+    made = []
+
+    def to(tensor, device, non_blocking=False, memory_format=torch.preserve_format):
+        made.append(non_blocking)
+        return tensor.clone(memory_format=memory_format)
+
+    batch = torch.zeros(2, 4, 4, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        patched.setattr(torch.Tensor, "pin_memory", lambda tensor: made.append("pinned") or tensor)
+        copy = copy_to_device(batch, device)
+    assert made == calls
+    assert copy.is_contiguous() == (device == "mps")
+    assert copy.equal(batch)
+
+
 def test_to_pixels_inverts_normalisation():
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = pixels.permute(0, 2, 3, 1).numpy()
@@ -273,7 +293,11 @@ def large_images(folder: Path) -> list[str]:
 
 
 def two_epochs(
-    paths: list[str], workers: int, between: Callable = lambda: None, cache: ImageCache | None = None
+    paths: list[str],
+    workers: int = 0,
+    method: str | None = None,
+    between: Callable = lambda: None,
+    cache: ImageCache | None = None,
 ) -> list[torch.Tensor]:
     data_set = MyDataSet(paths, range(len(paths)), TrainTransform(64), cache=cache)
     sampler = EpochSampler(len(paths))
@@ -282,6 +306,7 @@ def two_epochs(
         1,
         sampler=sampler,
         num_workers=workers,
+        multiprocessing_context=method,
         persistent_workers=workers > 0,
         collate_fn=MyDataSet.collate_fn,
     )
@@ -291,11 +316,14 @@ def two_epochs(
     return images + [image for image, _ in loader]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_cache_is_shared_by_workers_and_preserves_batches(tmp_path, workers):
-    paths = large_images(tmp_path)
-    expected = two_epochs(paths, workers=0)
-    kept = two_epochs(paths, workers, lambda: [Path(path).unlink() for path in paths], cache=ImageCache(6, 2**20))
+@pytest.mark.skipif(not HAS_CACHE, reason="Windows has no cache")
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn"), (2, "forkserver")])
+def test_cache_is_shared_by_workers_and_preserves_batches(tmp_path, workers, method):
+    """Python starts workers by spawn on macOS, and by forkserver on Linux from 3.14 on."""
+    paths = [*large_images(tmp_path), str(write_image(tmp_path / "small.png", (100, 90)))]
+    expected = two_epochs(paths)
+    cache = ImageCache(len(paths), 2**20)
+    kept = two_epochs(paths, workers, method, lambda: [Path(path).unlink() for path in paths], cache)
     assert torch.equal(torch.cat(kept), torch.cat(expected))
 
 
@@ -322,12 +350,3 @@ def test_cache_size_is_limited(tmp_path):
     for index in range(2, len(paths)):
         with pytest.raises(ImageError, match="No such file"):
             data_set[index]
-
-
-def test_unscaled_images_are_not_cached(tmp_path):
-    path = write_image(tmp_path / "a.png", (190, 190))
-    data_set = MyDataSet([path], [0], EvalTransform(64), cache=ImageCache(1, 2**20))
-    assert data_set[0][0].shape == (3, 64, 64)
-    path.unlink()
-    with pytest.raises(ImageError, match="No such file"):
-        data_set[0]
