@@ -1,9 +1,9 @@
-"""Write best.pth, last.pth and plain state_dicts, and restore a run from its last.pth."""
+"""Write best.pth and last.pth, and restore a run from its last.pth."""
 
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from event_files import event_sizes
 from weights_io import INFO_KEYS, WeightsError, check_info, is_finite, read_torch_file
 
 if TYPE_CHECKING:
     from run_state import Run
 
-FORMAT = 4  # version of last.pth; increment it with every change: other versions cannot be resumed
+FORMAT = 5  # version of last.pth; increment it with every change: other versions cannot be resumed
 COUNTS = ("images", "steps", "correct")
 
 
@@ -58,46 +59,47 @@ def sync_folder(folder: Path) -> None:
 
 
 def finite_state_dict(model: nn.Module, epoch: int) -> dict[str, Tensor]:
-    """Return a model's state_dict on the CPU, so that it loads without a GPU.
+    """Return a copy of a model's state_dict, on the CPU, so that it loads without a GPU.
 
     Raises:
         FloatingPointError: training has diverged.
     """
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    state = copy_to_cpu(model.state_dict())
     if not is_finite(state):
         raise FloatingPointError(f"non-finite weights in epoch {epoch}: training diverged; try a lower learning rate")
     return state
 
 
-def save_best(run: "Run") -> None:
-    """Write best.pth: the model that was validated, its metadata and metrics.
+def copy_to_cpu(value: Any) -> Any:
+    """Copy the tensors in nested dicts and lists to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(item) for key, item in value.items()}
+    return [copy_to_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def best_content(run: "Run") -> dict[str, Any]:
+    """Return the content of best.pth: the model that was validated, its metadata and metrics.
 
     Raises:
-        FloatingPointError, OSError: training has diverged, or writing failed. The previous file is kept.
+        FloatingPointError: training has diverged.
     """
     familiarity = {} if run.familiarity is None else {"familiarity": run.familiarity._asdict()}
-    state = finite_state_dict(run.eval_model, run.epoch)
-    save_checkpoint(run.info | run.last | familiarity | {"state_dict": state}, run.weights / "best.pth")
+    return run.info | run.last | familiarity | {"state_dict": finite_state_dict(run.eval_model, run.epoch)}
 
 
-def save_plain(run: "Run") -> None:
-    """Write the tutorial's model-N.pth: the state_dict alone, of epoch N.
-
-    Raises:
-        FloatingPointError, OSError: see `save_best`.
-    """
-    save_checkpoint(finite_state_dict(run.eval_model, run.epoch), run.weights / f"model-{run.epoch}.pth")
-
-
-def save_last(run: "Run", progress: Mapping[str, float], event_sizes: Mapping[str, int]) -> None:
-    """Write last.pth: everything that resuming the run needs.
+def last_content(
+    run: "Run", progress: Mapping[str, float], rank_buffers: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Return the content of last.pth: everything that resuming the run needs, except the sizes of the event files.
 
     Args:
         progress: the `Progress.state_dict` of the current epoch, summed over all ranks.
-        event_sizes: the sizes of the run's event files in bytes, to which they are truncated on resume.
+        rank_buffers: the model's buffers on each rank, if they differ.
 
     Raises:
-        FloatingPointError, OSError: see `save_best`.
+        FloatingPointError: training has diverged.
     """
     state = finite_state_dict(run.model, run.epoch)
     average = {} if run.average is None else finite_state_dict(run.average, run.epoch)
@@ -107,18 +109,32 @@ def save_last(run: "Run", progress: Mapping[str, float], event_sizes: Mapping[st
         "global_batch": run.global_batch,
         "epoch": run.epoch,
         "progress": dict(progress),
-        "history": run.history,
+        "rank_buffers": [*rank_buffers],
+        "history": [*run.history],
         "best": run.best,
         "best_confusion": run.best_confusion,
         "improved_at": run.improved_at,
         "finished": run.finished,
         "average": average,
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": copy_to_cpu(run.optimizer.state_dict()),
         "scaler": run.scaler.state_dict(),
         "schedule": run.schedule.state_dict(),
-        "events": dict(event_sizes),
     }
-    save_checkpoint(run.info | run.last | {"state_dict": state, "resume": resume}, run.weights / "last.pth")
+    return run.info | run.last | {"state_dict": state, "resume": resume}
+
+
+def write_checkpoints(folder: Path, contents: Mapping[str, dict[str, Any]]) -> None:
+    """Write a run's checkpoints, given by file name. The event files must have been flushed.
+
+    last.pth contains their sizes, to which they are truncated on resume.
+
+    Raises:
+        OSError: writing failed. The previous file of that name is kept.
+    """
+    for name, content in contents.items():
+        if name == "last.pth":
+            content["resume"]["events"] = event_sizes(folder)
+        save_checkpoint(content, folder / "weights" / name)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -142,7 +158,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
-    """Restore the state that `save_last` wrote. Returns its `event_sizes`.
+    """Restore the state in last.pth. Returns its `event_sizes`.
 
     Raises:
         WeightsError: the checkpoint is corrupt, or its model has another architecture.
@@ -152,6 +168,10 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
         run.model.load_state_dict(checkpoint["state_dict"])
         if run.average is not None:
             run.average.load_state_dict(resume["average"])
+        if resume["rank_buffers"]:
+            own = resume["rank_buffers"][run.dist.rank % len(resume["rank_buffers"])]
+            run.model.load_state_dict(own, strict=False)
+            run.eval_model.load_state_dict(own, strict=False)
         _load_optimizer(run.optimizer, resume["optimizer"])
         if resume["scaler"]:  # empty if the run used another precision earlier
             run.scaler.load_state_dict(resume["scaler"])

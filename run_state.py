@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from background import BackgroundWriter
 from calibration import fit_temperature
-from checkpoint import restore, save_best, save_last, save_plain
+from checkpoint import best_content, finite_state_dict, last_content, restore, write_checkpoints
 from cli_utils import UsageError
 from distributed import Distributed
+from event_files import truncate_event_files
 from familiarity import Familiarity, fit_familiarity
 from metrics import Evaluation
 from optimization import Schedule
-from run_utils import RunFolder, event_sizes, truncate_event_files
+from run_utils import RunFolder
 from train_eval_utils import Progress
 from weights_io import WeightsError
 
 SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
+SAVE_COST = 0.01  # the largest fraction of the time that training waits for checkpoints
 
 
 class Run:
@@ -47,7 +51,9 @@ class Run:
         best_confusion: the confusion matrix of the best epoch.
         familiarity: of the best epoch, if it is the current one and has enough validation images.
         improved_at: the epoch of the last improvement in `best_metric`.
+        validation_start: the time at which the last step of the epoch had finished.
         finished: why training is complete, or "" if it is not; decided once per epoch.
+        background: writes checkpoints, figures and events, in this order.
     """
 
     def __init__(
@@ -83,7 +89,12 @@ class Run:
         self.familiarity: Familiarity | None = None
         self.improved_at: int | None = None
         self.finished = ""
+        self.validation_start = time.perf_counter()
+        self.background = BackgroundWriter()
+        self._unwritten: dict[str, dict[str, Any]] = {}  # checkpoints to be written with the next last.pth
+        self._saving: Future | None = None
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        self._background_seconds = 0.0  # the most per epoch
 
     @property
     def weights(self) -> Path:
@@ -136,39 +147,59 @@ class Run:
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write last.pth, with the state after the last step. Flush the event files first.
+        """Copy the state after the last step, and write last.pth, and best.pth if it is due, in the background.
+
+        Flush the event files first.
 
         Raises:
-            FloatingPointError, OSError: training has diverged, or writing failed. The previous last.pth is kept.
+            FloatingPointError: training has diverged. The previous last.pth is kept.
+            OSError: an earlier function of `background` failed.
         """
         start = time.perf_counter()
         self.progress.read()
-        progress = self.progress.all_reduce(self.dist)
+        progress, rank_buffers = self.progress, []
+        if self.dist.world_size > 1 and progress.steps > 0:  # within an epoch the ranks differ
+            progress = progress.all_reduce(self.dist)
+            rank_buffers = self.dist.gather({name: buffer.cpu() for name, buffer in self.model.named_buffers()})
         if self.dist.is_main:
-            save_last(self, progress.state_dict(), event_sizes(self.folder))
+            if self._saving is not None:
+                self._saving.result()  # at most one copy of the state is kept
+            contents = self._unwritten | {"last.pth": last_content(self, progress.state_dict(), rank_buffers)}
+            self._saving = self.background.submit(write_checkpoints, self.folder, contents)
+            self._unwritten = {}
             self._saved_at = time.perf_counter()
             self._save_seconds = self._saved_at - start
 
     def save_is_due(self) -> bool:
-        """Return whether the last save was over a minute, and 100 times its duration, ago; False on other ranks."""
-        waiting = max(SECONDS_BETWEEN_SAVES, 100 * self._save_seconds)
-        return self.dist.is_main and time.perf_counter() - self._saved_at > waiting
+        """Return whether to save within an epoch; False on other ranks than 0."""
+        return self._is_cheap_to_save() and time.perf_counter() - self._saved_at > SECONDS_BETWEEN_SAVES
+
+    def _is_cheap_to_save(self) -> bool:
+        seconds = time.perf_counter() - self._saved_at
+        return self.dist.is_main and self._save_seconds <= SAVE_COST * seconds
 
     def finish_epoch(self) -> None:
-        """Write the weights files that are due, advance to the next epoch and write last.pth.
+        """Advance to the next epoch, and save if it is the last one, or if saving takes less than 1% of the time.
 
         Raises:
             FloatingPointError, OSError: see `save`.
         """
+        is_plain_due = self.save_every > 0 and (self.epoch + 1) % self.save_every == 0
         if self.dist.is_main:
-            if self.save_every and (self.epoch + 1) % self.save_every == 0:
-                save_plain(self)
+            if is_plain_due:  # the tutorial's file: the state_dict alone
+                self._unwritten[f"model-{self.epoch}.pth"] = finite_state_dict(self.eval_model, self.epoch)
             if self.best is self.last:
-                save_best(self)
+                self._unwritten["best.pth"] = best_content(self)
         self.epoch += 1
         self.progress = Progress()
         self.images_before = 0
-        self.save()
+        self._background_seconds = max(self._background_seconds, self.background.take_seconds())
+        seconds = time.perf_counter() - self.validation_start + self._background_seconds
+        self.schedule.reserve_time(*self.dist.all_reduce_max(seconds))
+        if self.finished or is_plain_due or self._is_cheap_to_save():
+            self.save()
+        if self.finished:
+            self.background.wait()
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the state that `save` wrote, and remove later events from the event files.

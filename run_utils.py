@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import importlib
 import json
 import os
@@ -13,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -162,8 +161,12 @@ def lock_run(run: Path) -> TextIO | None:
         The open lock file, to be closed to unlock; None on Windows. No effect on a file system without locks.
 
     Raises:
-        UsageError: another process has the lock.
+        UsageError: another process has the lock, or the folder contains a symbolic link: a run from someone else could
+            overwrite files outside its folder.
     """
+    for path in sorted(run.rglob("*")):
+        if path.is_symlink():
+            raise UsageError(f"{path}: symbolic links in the folder of a run are not supported; replace it by a copy")
     if fcntl is None:
         return None
     file = open(run / ".lock", "w")  # noqa: SIM115 - held open until the run ends
@@ -295,54 +298,6 @@ def _is_list_of_pairs(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in value
     )
-
-
-# --- event files --------------------------------------------------------------------------------------------------
-
-
-def event_sizes(run: Path) -> dict[str, int]:
-    """Sync a run's event files to disk, and return their sizes in bytes by file name."""
-    sizes = {}
-    for path in run.glob("events.out.tfevents.*"):
-        with open(path, "r+b") as file:  # Windows cannot sync a file opened read-only
-            os.fsync(file.fileno())
-            sizes[path.name] = os.fstat(file.fileno()).st_size
-    return sizes
-
-
-def truncate_event_files(run: Path, sizes: dict[str, int]) -> None:
-    """Truncate a run's event files to the `sizes` from `event_sizes`; remove those that were missing or empty."""
-    for path in run.glob("events.out.tfevents.*"):
-        size = sizes.get(path.name, 0)
-        if size == 0:
-            path.unlink()
-        elif path.stat().st_size > size:
-            os.truncate(path, size)
-
-
-@contextlib.contextmanager
-def event_errors(run: Path) -> Iterator[None]:
-    """Raise an OSError that names the run's folder if writing its event files fails.
-
-    Silences OSErrors in threads: the event writer's thread also raises its error in the main thread.
-    """
-
-    def report(failure: threading.ExceptHookArgs) -> None:
-        if not issubclass(failure.exc_type, OSError):
-            before(failure)
-
-    before, threading.excepthook = threading.excepthook, report
-    try:
-        yield
-    except ConnectionError:  # the output is closed, or a worker has ended
-        raise
-    except OSError as error:
-        is_complete = error.strerror is None  # the message already names its file
-        if is_complete or error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
-            raise
-        raise OSError(f"cannot write to {run}: {error.strerror}") from error
-    finally:
-        threading.excepthook = before
 
 
 # --- signals ------------------------------------------------------------------------------------------------------

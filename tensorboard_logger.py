@@ -3,19 +3,21 @@
 import contextlib
 import copy
 import functools
+import io
 import itertools
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -24,13 +26,13 @@ from calibration import measure_reliability, reliability_curves
 from cli_utils import peak_memory, printable
 from data_loading import Loaders
 from data_utils import choose_figure_images
+from event_files import event_errors
 from file_utils import atomic_file, write_csv
 from inference import compute_logits
 from metrics import Evaluation
 from model import evaluation_mode, grad_cam, named_convolutions
 from my_dataset import prepare_batch, stack_images, to_pixels
 from run_state import Run
-from run_utils import event_errors
 from train_eval_utils import Progress
 from tuning import RangeTest
 
@@ -42,38 +44,9 @@ HIDDEN_FLAGS = (  # flags omitted from HPARAMS, as they do not affect what a net
 )
 THUMBNAIL = 32  # pixels of a validation image in the projector
 STEPS_LOGGED = 50  # per epoch, at most
+FIGURE_COST = 0.02  # the largest fraction of the time for slow figures, except those of the first and last epoch
 
-MakeFigure = Callable[[], Figure]  # called later, in the background where there is a GPU
-
-
-class BackgroundWriter:
-    """Run functions in order in a background thread, or immediately if `synchronous`."""
-
-    def __init__(self, synchronous: bool) -> None:
-        self._executor = None if synchronous else ThreadPoolExecutor(max_workers=1)
-        self._pending: list[Future] = []
-
-    def submit(self, function: Callable[..., None], *arguments: object) -> None:
-        """Run a function once the previous one has finished. Re-raises the previous one's exception."""
-        if self._executor is None:
-            function(*arguments)
-        else:
-            self.wait()
-            self._pending.append(self._executor.submit(function, *arguments))
-
-    def wait(self) -> None:
-        """Wait until everything has finished. Re-raises its exception."""
-        while self._pending:
-            self._pending.pop().result()
-
-    def __enter__(self) -> "BackgroundWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown()
-        if kind is None:
-            self.wait()
+MakeFigure = Callable[[], Figure]  # called later, in the background
 
 
 class NullLogger:
@@ -105,7 +78,8 @@ class TensorBoardLogger:
     """Write a run's metrics and figures to TensorBoard and to its folder.
 
     Everything is computed from the results of training and evaluation. Slow figures and precision-recall curves follow
-    the 1st, 2nd, 4th, 8th, ... and the last epoch, the projector the last epoch only.
+    the first and the last epoch, and the 2nd, 4th, 8th, ... if they take at most 2% of the time; the projector follows
+    the last epoch only.
 
     Args:
         loaders: the image loaders, even if training uses cached features.
@@ -131,14 +105,13 @@ class TensorBoardLogger:
         self.class_names = run.info["class_names"]
         self.tag_names = [printable(name) for name in self.class_names]  # event files are UTF-8
         self.val_set = self.val_images.images
+        self.drawn_at, self.draw_seconds = time.perf_counter(), 0.0
         self.example_images, self.example_names = choose_figure_images(self.val_set, self.class_names, PLOT_IMG)
-        self.background = BackgroundWriter(synchronous=device.type == "cpu")  # a CPU is busy with training
 
     def __enter__(self) -> "TensorBoardLogger":
         with contextlib.ExitStack() as stack:
             stack.enter_context(event_errors(self.run.folder))
             stack.enter_context(contextlib.closing(self.writer))
-            stack.enter_context(self.background)
             self._stack = stack.pop_all()
         return self
 
@@ -174,13 +147,13 @@ class TensorBoardLogger:
     def log_range_test(self, result: RangeTest) -> None:
         """Draw the result of --find-lr."""
         make_figure = functools.partial(plot_utils.range_test, *result)
-        self.background.submit(self.draw, {"learning rate finder": make_figure}, {"find_lr.png": make_figure}, 0)
-        self.flush()
+        self.draw({"learning rate finder": make_figure}, {"find_lr.png": make_figure}, 0)
 
     def log_step(self, step: int, loss: float) -> None:
         """Write the main process's loss, every few steps. A resumed run logs the same steps."""
         if step % math.ceil(self.steps_per_epoch / STEPS_LOGGED) == 0:
-            self.writer.add_scalar("step/train_loss", loss, self.run.epoch * self.steps_per_epoch + step)
+            position = self.run.epoch * self.steps_per_epoch + step
+            self.run.background.submit(self.writer.add_scalar, "step/train_loss", loss, position)
 
     def log_epoch(self, progress: Progress, validation: Evaluation, learning_rate: float, seconds: float) -> None:
         """Write an epoch's metrics and figures, after `Run.update_best` and before the checkpoint is saved.
@@ -191,6 +164,7 @@ class TensorBoardLogger:
             seconds: the time that training and evaluation took.
         """
         epoch, run = self.run.epoch, self.run
+        run.background.wait()  # for the figures of the last epoch
         scalars = self.scalars(progress, validation, learning_rate, seconds)
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, epoch)
@@ -203,7 +177,7 @@ class TensorBoardLogger:
                 write_csv(self.rows_by_loss(validation), path)
 
         files, figures = {}, {"predictions vs. actuals": self.predictions()}
-        if (epoch + 1).bit_count() == 1 or run.finished:  # a power of two
+        if run.finished or self.slow_figures_are_due():
             best = run.best_confusion.numpy()
             files["confusion_matrix.png"] = functools.partial(plot_utils.confusion_matrix, best, self.class_names)
             files["curves.png"] = functools.partial(plot_utils.curves, list(run.history))
@@ -218,23 +192,25 @@ class TensorBoardLogger:
         if run.finished:
             self.add_projector(validation)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
-        self.background.submit(self.draw, figures, files, epoch)
-        if run.finished:  # figures drawn after the checkpoint would be lost on a resume with more epochs
-            self.background.wait()
-        self.writer.flush()
+        run.background.submit(self.draw, figures, files, epoch)
+        self.flush()
 
     def log_test(self, report: Mapping[str, Any] | None) -> None:
         """Write the metrics on the test images, if there are any; see `evaluation_report.build_report`."""
         if report is None:
             return
+        self.run.background.wait()
         for metric in ("accuracy", "macro_f1"):
             self.writer.add_scalar(f"test/{metric}", report[metric]["value"], self.run.best["epoch"])
-        self.flush()
 
     def flush(self) -> None:
-        """Wait until everything has been written."""
-        self.background.wait()
-        self.writer.flush()
+        """Flush the event files in the background, for a checkpoint."""
+        self.run.background.submit(self.writer.flush)
+
+    def slow_figures_are_due(self) -> bool:
+        """Return whether the number of epochs is a power of two, and the time for the figures is less than 2%."""
+        seconds = time.perf_counter() - self.drawn_at
+        return (self.run.epoch + 1).bit_count() == 1 and self.draw_seconds <= FIGURE_COST * seconds
 
     # --- scalars, histograms, projector ---------------------------------------------------------------------------
 
@@ -312,12 +288,18 @@ class TensorBoardLogger:
 
     def draw(self, figures: dict[str, MakeFigure], files: dict[str, MakeFigure], epoch: int) -> None:
         """Draw figures for TensorBoard, by tag, and for the run's folder, by file name."""
-        drawn = {make_figure: make_figure() for make_figure in [*figures.values(), *files.values()]}  # each once
+        start = time.thread_time()
+        drawn = {
+            make_figure: encode(make_figure()) for make_figure in {*figures.values(), *files.values()}
+        }  # each once
         for tag, make_figure in figures.items():
-            self.writer.add_figure(tag, drawn[make_figure], epoch)
+            value = Summary.Value(tag=tag, image=drawn[make_figure])
+            self.writer.file_writer.add_summary(Summary(value=[value]), epoch)
         for name, make_figure in files.items():
             with skip_if_open_on_windows(self.run.folder / name) as path, atomic_file(path) as unfinished:
-                drawn[make_figure].savefig(unfinished)
+                unfinished.write_bytes(drawn[make_figure].encoded_image_string)
+        if files:
+            self.drawn_at, self.draw_seconds = time.perf_counter(), time.thread_time() - start
 
     def predictions(self) -> MakeFigure:
         """Predict the same few images after every epoch: the tutorial's figure."""
@@ -343,7 +325,8 @@ class TensorBoardLogger:
         images = stack_images([image for image, _ in filter(None, items)])
         predicted, labels = validation.predicted[positions], validation.labels[positions]
         inputs = prepare_batch(images, self.device)
-        heats = grad_cam(self.run.eval_model, inputs, predicted.to(self.device)).cpu().numpy()
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            heats = grad_cam(self.run.eval_model, inputs, predicted.to(self.device)).float().cpu().numpy()
         probabilities = validation.probabilities[positions].amax(dim=1).tolist()
         names, label_names = ([self.class_names[index] for index in column.tolist()] for column in (predicted, labels))
         return {
@@ -363,6 +346,14 @@ class TensorBoardLogger:
         images, labels = self.train_images.collate_fn(items)
         names = [self.class_names[label] for label in labels.tolist()]
         return functools.partial(plot_utils.training_batch, to_pixels(images), names)
+
+
+def encode(figure: Figure) -> Summary.Image:
+    """Encode a figure as PNG with little compression; `SummaryWriter.add_figure` would take twice as long."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", pil_kwargs={"compress_level": 1})
+    width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
+    return Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png.getvalue())
 
 
 @contextlib.contextmanager

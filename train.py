@@ -92,7 +92,7 @@ def train(
     loaders = build_loaders(args, data, img_size, device, dist)
     class_weights = build_class_weights(args, data.counts, device)
     schedule = build_schedule(args, len(loaders.batches.steps()), img_size, dist)
-    schedule.reserve_time(evaluation_seconds)
+    schedule.reserve_time(2 * evaluation_seconds)
 
     # --- start or resume the run; nothing is written before this, in case a flag or the data is invalid
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
@@ -107,7 +107,7 @@ def train(
         print_header(args, data, run, device, precision, weights_description, class_weights, is_new)
 
     # --- train
-    with logger, StopSignals(dist) as stop:
+    with logger, run.background, StopSignals(dist) as stop:
         options = {"amp_dtype": amp_dtype, "scaler": scaler, "class_weights": class_weights}
         if args.find_lr:
             return logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))
@@ -116,7 +116,7 @@ def train(
             if is_new:
                 hardware = f"{describe_device(device)}{describe_processes(dist)}, {precision}"
                 logger.log_start(describe_run(args, data.counts, hardware), vars(args))
-                callback.save()
+                callback.save(wait=True)
             learner, eval_model = model, run.eval_model
             if uses_cached_features(args):  # train only fc, on features that are computed once
                 learner = eval_model = model.fc
@@ -139,7 +139,7 @@ def train(
             report = evaluate_test_set(run, data, device, amp_dtype, args.workers)
             logger.log_test(report)
         except StopRequest:
-            callback.save()
+            callback.save(wait=True)
             print_stop(run)
             raise
 
@@ -169,11 +169,13 @@ class RunCallback(Callback):
     def on_loss(self, step: int, loss: float) -> None:
         self.logger.log_step(step, loss)
 
-    def save(self) -> None:
+    def save(self, wait: bool = False) -> None:
         """Save the run as of the last step, after logging everything up to that step."""
         self.run.progress.read(self.on_loss)
         self.logger.flush()
         self.run.save()
+        if wait:
+            self.run.background.wait()
 
 
 def validate(
@@ -191,12 +193,13 @@ def validate(
         FloatingPointError: the loss is not finite: training has diverged.
         StopRequest: a signal has arrived.
     """
-    start, dist, val_set = time.perf_counter(), run.dist, data.val_set
+    dist, val_set = run.dist, data.val_set
+    run.validation_start = time.perf_counter()
     if loaders.bn_images is not None:
         estimate_batch_norm(model, loaders.bn_images, device, amp_dtype=amp_dtype)
-    dist.broadcast_model(run.model)
+    dist.sync_model(run.model)
     if run.average is not None:
-        dist.broadcast_model(run.average)
+        dist.sync_model(run.average)
     stride = math.ceil(len(val_set) / PROJECTOR_IMAGES)  # the validation set is sorted by class
     options = {"amp_dtype": amp_dtype, "feature_stride": stride, "after_batch": stop.check}
     outputs = gather_outputs(functools.partial(run_inference, model, loaders.val, device, **options), dist)
@@ -216,7 +219,6 @@ def validate(
         lr = current_learning_rate(run.optimizer)
         message = f"the validation loss is {validation.loss} after epoch {run.epoch}, with learning rate {lr:g}"
         dist.fail(FloatingPointError(f"training diverged: {message}; try a lower learning rate"))
-    run.schedule.reserve_time(*dist.all_reduce_max(time.perf_counter() - start))
     return validation
 
 
@@ -274,7 +276,6 @@ def setup_device(args: argparse.Namespace, dist: Distributed) -> tuple[torch.dev
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # there are few batch shapes
-        torch.set_float32_matmul_precision("high")  # TF32
     return device, amp_dtype, precision
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import math
 import os
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 import plot_utils
+import run_state
+import tensorboard_logger
 from image_folders import list_images
 from model import MODELS
 from my_dataset import EvalTransform, prepare_batch
@@ -35,6 +38,8 @@ matplotlib.use("Agg")
 # Tests, and the programs that they start, run in parallel. One thread each avoids oversubscribing the cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Save after each epoch, and draw figures after the 1st, 2nd, 4th, ... one, however short the epochs are.
+run_state.SAVE_COST = tensorboard_logger.FIGURE_COST = math.inf
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -38,7 +38,6 @@ from fault_harness import (
     Campaign,
     Child,
     HopelessError,
-    differences,
     program,
     raw_events,
     unreadable,
@@ -122,7 +121,7 @@ def kill(campaign: Campaign, rounds: int, generator: random.Random) -> None:
                 break  # killed before its first checkpoint: nothing to resume
             arguments = ["--resume", name]
         else:
-            campaign.expect("it ends as the undisturbed run", differences(run, undisturbed))
+            campaign.expect("it ends as the undisturbed run", campaign.differences(run, undisturbed))
             print(f"  {killed} kills, {run} complete", flush=True)
 
 
@@ -181,7 +180,7 @@ def signals(campaign: Campaign, rounds: int, generator: random.Random) -> None:
                 campaign.expect("no step is lost", lost == 0 or [f"{lost} steps"])
             over = is_over(run)
             if over:
-                campaign.expect("it ends as the undisturbed run", differences(run, undisturbed))
+                campaign.expect("it ends as the undisturbed run", campaign.differences(run, undisturbed))
                 print(f"  {sent} signals, {run} complete", flush=True)
             arguments = ["--resume", name]
 
@@ -320,7 +319,7 @@ def small_file_system(campaign: Campaign, kib: int) -> None:
             subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
             status = Child(program(["--resume", "run"], lambda: os.chdir(folder)), Path("output")).end()
             campaign.expect("a full tmpfs: the run is resumed once there is space", status == 0)
-            campaign.expect("a full tmpfs: it ends as the undisturbed run", differences(run, undisturbed))
+            campaign.expect("a full tmpfs: it ends as the undisturbed run", campaign.differences(run, undisturbed))
     finally:
         subprocess.run(["umount", folder], check=True)
 
@@ -389,6 +388,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--short", action="store_true", help="fewer rounds, of shorter runs of a small network, with blank figures"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; on a GPU, the weights are not compared (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random instants (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.short:  # inherited by the forks
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in by_name if args.campaign == "all" else [args.campaign]:
             print(f"{name}: {by_name[name].__doc__}", flush=True)
             start = time.monotonic()
-            campaign = Campaign(name, data, epochs=2 if args.short else 4)
+            campaign = Campaign(name, data, 2 if args.short else 4, args.device)
             (data.parent / name).mkdir()
             os.chdir(data.parent / name)
             done.append(campaign)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_classes, write_image
+from conftest import needs_fork, run_in_fork, write_classes, write_image
 from fault_harness import accumulated, differences
 
 import checkpoint
@@ -22,12 +22,11 @@ import config
 import prepare_data
 import run_state
 import run_utils
-import tensorboard_logger
 import train
 from checkpoint import save_checkpoint
 from run_state import Run
 from run_utils import lock_run
-from tensorboard_logger import BackgroundWriter, TensorBoardLogger
+from tensorboard_logger import TensorBoardLogger
 
 pytestmark = pytest.mark.usefixtures("small_network", "blank_figures")
 ROOT = Path(train.__file__).parent
@@ -76,9 +75,8 @@ def fail(run: Run) -> None:
 
 
 def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw figures slowly, in the background writer, as for a GPU."""
+    """Draw figures slowly, so that the next epoch has started by then."""
     draw = TensorBoardLogger.draw
-    monkeypatch.setattr(tensorboard_logger, "BackgroundWriter", lambda synchronous: BackgroundWriter(synchronous=False))
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
 
 
@@ -90,6 +88,41 @@ def test_resume_keeps_figures_of_the_background_writer(pets, monkeypatch):
     assert train.main(flags(pets, "--epochs", "1")) == 0
     assert train.main(["--resume", "--epochs", "2"]) == 0
     assert accumulated(Path("runs/flower_experiment"))["confusion matrix"] == [0, 1]
+
+
+@needs_fork
+def test_figures_are_not_lost_if_a_run_is_killed_after_an_epoch(pets, undisturbed, monkeypatch):
+    """The checkpoint of an epoch is written after its figures, and truncates the event file after them."""
+    last = Path("runs/flower_experiment/weights/last.pth")
+
+    def die_once_saved(run: Run) -> None:
+        while torch.load(last, weights_only=True)["resume"]["epoch"] == 0:
+            time.sleep(0.01)
+        os._exit(9)
+
+    with monkeypatch.context() as patch, after_steps(STEPS + 1, die_once_saved):
+        draw_late(patch)
+        assert run_in_fork(lambda: train.main(flags(pets)), stdout=1)[0] == 9
+    assert train.main(["--resume"]) == 0
+    assert differences(Path("runs/flower_experiment"), undisturbed) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "events.out.tfevents.1", "weights/last.pth.tmp", ".lock", "weights"])
+def test_symbolic_links_in_a_run_are_refused(pets, capsys, name):
+    """A run from someone else could overwrite other files through them."""
+    assert train.main(flags(pets, "--epochs", "1")) == 0
+    run, precious = Path("runs/flower_experiment"), Path("precious")
+    if name == "weights":
+        (run / name).rename(precious)
+    else:
+        precious.write_text("precious")
+        (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(precious.absolute())
+    capsys.readouterr()
+    assert train.main(["--resume", "--epochs", "2"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{Path('flower_experiment', name)}: symbolic links in the folder of a run are not supported" in line
+    assert name == "weights" or precious.read_text() == "precious"
 
 
 @pytest.mark.parametrize(

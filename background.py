@@ -1,0 +1,60 @@
+"""Write files in a background thread while training continues."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class BackgroundWriter:
+    """Runs functions in a background thread, in the order in which they are submitted.
+
+    After an exception no function runs until `submit` or `wait` has re-raised it. At the end of a `with` statement, all
+    functions have finished.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._error: BaseException | None = None
+        self._seconds = 0.0
+
+    def submit(self, function: Callable[..., None], *arguments: object) -> Future:
+        """Run a function after the earlier ones. Re-raises an earlier one's exception instead.
+
+        Returns:
+            A future that is done once the function has finished. It does not raise.
+        """
+        self._raise()
+        return self._executor.submit(self._run, function, *arguments)
+
+    def wait(self) -> None:
+        """Wait until all functions have finished. Re-raises their exception."""
+        self._executor.submit(lambda: None).result()
+        self._raise()
+
+    def _run(self, function: Callable[..., None], *arguments: object) -> None:
+        if self._error is not None:
+            return
+        start = time.perf_counter()
+        try:
+            function(*arguments)
+        except BaseException as error:  # noqa: BLE001 - re-raised in the other thread
+            self._error = error
+        self._seconds += time.perf_counter() - start
+
+    def take_seconds(self) -> float:
+        """Return the duration of the functions that have finished since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._executor.shutdown()
+        if kind is None:
+            self._raise()
