@@ -1,10 +1,11 @@
 """Tune a run before it starts: the learning-rate range test, and the plan for a time budget."""
 
 import argparse
+import bisect
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ from train_eval_utils import Callback, NonFiniteLossError, Progress, train_one_e
 WINDOW = 11  # steps over which the range test averages the loss
 DIVERGENCE_FACTOR = 2  # the factor by which the averaged loss exceeds its minimum when the range test stops
 PLANNED_SIZES = (96, 128, 160, 192, 224)  # values of --img-size that a time budget may choose
-PROBE_SIZES = (64, 128)  # image sizes at which the speed is measured
+PROBE_SIZES = (64, 128)  # image sizes at which the speed is measured first
+WARMUP_STEPS = 2  # before the speed is measured
 
 
 # --- learning-rate range test -------------------------------------------------------------------------------------
@@ -159,60 +161,108 @@ def choose_img_size(
         return checkpoint["img_size"], 0.0
     if not args.time_budget:
         return args.img_size or DEFAULT_SIZE, 0.0
-    seconds = 60 * args.time_budget
-    per_image, per_pixel = measure_cost(args, model, data.train_set, device, amp_dtype, dist)
-    forward_images = len(data.val_set) + args.recipe.bn_images  # per epoch, without a backward pass
-    for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
-        start, end = training_sizes(args.recipe, img_size)
-        pixels = 0.8 * (start**2 + start * end + end**2) / 3 + 0.2 * end**2  # per image, on average over the schedule
-        evaluation = forward_images * (per_image + per_pixel * img_size**2) / 3
-        epochs = 0.95 * seconds / (len(data.train_set) * (per_image + per_pixel * pixels) + evaluation)
-        if epochs >= args.epochs:
+    probe = SpeedProbe(args, model, data.train_set, device, amp_dtype, dist)
+    for size in PROBE_SIZES:
+        probe.measure(size)
+    while True:
+        img_size, epochs, evaluation = plan_img_size(args, data, probe.seconds_per_image)
+        end = training_sizes(args.recipe, img_size)[1]
+        if end <= max(probe.measured):
             break
+        probe.measure(end)  # extrapolation may be wrong: a GPU trains on small images in the same time
     print(f"planned      {img_size} px, about {epochs:.1f} epochs")
     return img_size, evaluation
 
 
-def measure_cost(
-    args: argparse.Namespace,
-    model: ResNet,
-    train_set: MyDataSet,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    dist: Distributed,
-) -> tuple[float, float]:
-    """Measure the seconds of training per image, whatever its size, and per pixel, over all ranks."""
-    images = copy.copy(train_set)  # without its cache
-    images.transform = build_train_transform(args, PROBE_SIZES[-1])
-    loader = build_train_loader(args, images, device, dist)
-    model = copy.deepcopy(model)
-    optimizer = build_optimizer(args, model, device, amp_dtype)
-    set_learning_rate(optimizer, 0.0)
-    seconds = []
-    for size in PROBE_SIZES:
-        loader.batch_sampler.order.set_epoch(0, img_size=size)
-        limit = min(4.0, 60 * args.time_budget / 100)
-        seconds.append(1 / measure_speed(model, optimizer, loader, device, limit, amp_dtype=amp_dtype))
-    seconds = [slowest / dist.world_size for slowest in dist.all_reduce_max(*seconds)]
-    speeds = (f"{1 / each:.1f} images/s at {size} px" for each, size in zip(seconds, PROBE_SIZES, strict=True))
-    print(f"measured     {' and '.join(speeds)}")
-    small, large = (size**2 for size in PROBE_SIZES)
-    per_image = min(max(0.0, (seconds[0] * large - seconds[1] * small) / (large - small)), seconds[1])
-    return per_image, (seconds[1] - per_image) / large
+def plan_img_size(
+    args: argparse.Namespace, data: Data, seconds_per_image: Callable[[float], float]
+) -> tuple[int, float, float]:
+    """Choose the largest image size at which the recipe's epochs fit into --time-budget.
+
+    Args:
+        seconds_per_image: the duration of training per image, as a function of the image size.
+
+    Returns:
+        The size, the number of epochs, and the seconds per evaluation.
+    """
+    forward_images = len(data.val_set) + args.recipe.bn_images  # per epoch, without a backward pass
+    for img_size in [args.img_size] if args.img_size else reversed(PLANNED_SIZES):
+        start, end = training_sizes(args.recipe, img_size)
+        growing = np.mean([seconds_per_image(size) for size in np.linspace(start, end, 20)])
+        training = len(data.train_set) * (0.8 * growing + 0.2 * seconds_per_image(end))  # see `Schedule.img_size`
+        evaluation = forward_images * seconds_per_image(img_size) / 3
+        epochs = 0.95 * 60 * args.time_budget / (training + evaluation)
+        if epochs >= args.epochs:
+            break
+    return img_size, epochs, evaluation
+
+
+class SpeedProbe:
+    """Measures the speed of training at several image sizes, on a copy of the model.
+
+    Attributes:
+        measured: the seconds per image over all ranks, by image size.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: ResNet,
+        train_set: MyDataSet,
+        device: torch.device,
+        amp_dtype: torch.dtype | None,
+        dist: Distributed,
+    ) -> None:
+        images = copy.copy(train_set)
+        images.transform = build_train_transform(args, PROBE_SIZES[-1])
+        self.loader = build_train_loader(args, images, device, dist)
+        batches = self.loader.batch_sampler
+        batches.drop_last = len(images) >= batches.global_batch  # a smaller batch is slower per image
+        self.model = copy.deepcopy(model)
+        self.optimizer = build_optimizer(args, self.model, device, amp_dtype)
+        set_learning_rate(self.optimizer, 0.0)
+        self.device, self.amp_dtype, self.dist = device, amp_dtype, dist
+        self.limit = min(4.0, 60 * args.time_budget / 100)
+        self.measured: dict[int, float] = {}
+
+    def measure(self, img_size: int) -> None:
+        """Measure the speed at an image size and print it."""
+        self.loader.batch_sampler.order.set_epoch(0, img_size=img_size)
+        options = {"amp_dtype": self.amp_dtype}
+        speed = measure_speed(self.model, self.optimizer, self.loader, self.device, self.limit, **options)
+        (slowest,) = self.dist.all_reduce_max(1 / speed)
+        self.measured[img_size] = slowest / self.dist.world_size
+        print(f"measured     {1 / self.measured[img_size]:.1f} images/s at {img_size} px")
+
+    def seconds_per_image(self, img_size: float) -> float:
+        """Return the duration of training per image: linear in the number of pixels between the measured sizes."""
+        sizes = sorted(self.measured)
+        after = min(max(1, bisect.bisect_left(sizes, img_size)), len(sizes) - 1)
+        low, high = sizes[after - 1 : after + 1]
+        slope = max(0.0, (self.measured[high] - self.measured[low]) / (high**2 - low**2))
+        return max(self.measured[high] + slope * (img_size**2 - high**2), 0.0)
 
 
 class _SpeedCallback(Callback):
-    """Ends an epoch after `seconds`, counted from its third step, when kernels and workers have warmed up."""
+    """Ends an epoch `seconds` after kernels and workers have warmed up.
 
-    def __init__(self, progress: Progress, seconds: float) -> None:
-        self.progress, self.seconds = progress, seconds
-        self.images, self.start = 0, time.perf_counter()
+    The time also excludes the steps on batches that were loaded during the warm-up, up to a quarter of `seconds`.
+    """
+
+    def __init__(self, progress: Progress, seconds: float, prefetched: int) -> None:
+        self.progress, self.seconds, self.prefetched = progress, seconds, prefetched
+        self.images, self.start, self.is_steady = 0, time.perf_counter(), False
 
     def before_step(self, step: int) -> bool:
-        if step == 2:
+        seconds = time.perf_counter() - self.start
+        if self.is_steady:
+            return seconds < self.seconds
+        uses_prefetched = step < WARMUP_STEPS + self.prefetched and seconds < self.seconds / 4
+        if step == WARMUP_STEPS or (step > WARMUP_STEPS and not uses_prefetched):
+            self.is_steady = not uses_prefetched
             self.progress.read()
             self.images, self.start = self.progress.images, time.perf_counter()
-        return step < 3 or time.perf_counter() < self.start + self.seconds
+        return True
 
 
 def measure_speed(
@@ -226,7 +276,7 @@ def measure_speed(
 ) -> float:
     """Return the training speed in images per second, data loading included."""
     progress = Progress()
-    timer = _SpeedCallback(progress, seconds)
+    timer = _SpeedCallback(progress, seconds, data_loader.num_workers * (data_loader.prefetch_factor or 0))
     options = {"amp_dtype": amp_dtype, "progress": progress, "callback": timer, "keep_bar": False}
     train_one_epoch(model, optimizer, data_loader, device, 0, **options)
     images, start = (timer.images, timer.start) if progress.images > timer.images else (0, progress.start)

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from model import MODELS, ResNet, to_device
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from optimization import Muon, Schedule, build_optimizer, set_learning_rate
 from prepare_data import prepare_data
+from run_state import Run
+from tensorboard_logger import TensorBoardLogger
 from train_eval_utils import estimate_batch_norm
 from tuning import PLANNED_SIZES, choose_img_size
 
@@ -97,14 +100,6 @@ def test_learning_rate_scale_of_each_parameter_group(muon_lr_scale):
         rate = 2.0 if name.startswith("fc.") else 0.2 * (muon_lr_scale if uses_muon else 1)
         assert group["lr"] == pytest.approx(rate), name
         assert group["nesterov"]
-
-
-@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
-def test_muon_uses_bfloat16_with_bfloat16_precision(amp_dtype):
-    args, cpu = train.parse_args(["--recipe", "scratch"]), torch.device("cpu")
-    optimizer = build_optimizer(args, MODELS["resnet18"](num_classes=5), cpu, amp_dtype)
-    assert optimizer.dtype == (torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
-    assert optimizer.defaults["fused"] == (None if amp_dtype == torch.float16 else True)  # a scaler may skip steps
 
 
 def test_scratch_recipe_sets_sizes_smoothing_and_rates(two_classes, monkeypatch, capsys):
@@ -242,6 +237,14 @@ def test_resume_with_more_epochs_and_patience_left(two_classes, capsys):
     assert "is complete: 2 epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_optimizer_is_not_fused_with_float16(amp_dtype):
+    """The gradient scaler may skip a step, in which a fused optimizer would update its momentum."""
+    args, cpu = train.parse_args(["--recipe", "scratch"]), torch.device("cpu")
+    optimizer = build_optimizer(args, MODELS["resnet18"](num_classes=5), cpu, amp_dtype)
+    assert optimizer.defaults["fused"] == (None if amp_dtype == torch.float16 else True)
+
+
 def test_patience_stops_a_run_before_its_time_budget(two_classes, monkeypatch, capsys):
     script_validation(monkeypatch, [(accuracy, 1.0) for accuracy in (0.6, 0.4, 0.5)])
     flags = ["--data-path", str(two_classes), *TINY, "--img-size", "32", "--time-budget", "1"]
@@ -280,16 +283,47 @@ def test_time_budget_completes_the_schedule(two_classes, capsys):
 
 def test_plan_picks_the_largest_size_for_the_recipes_epochs(two_classes, monkeypatch):
     def speed(model: ResNet, optimizer: Optimizer, loader: DataLoader, *_: object, **options: object) -> float:
+        assert {len(batch) for batch in loader.batch_sampler} == {loader.batch_sampler.batch_size}  # whole ones
         return 1e7 / loader.batch_sampler.order.img_size**2  # images per second
 
     monkeypatch.setattr("tuning.measure_speed", speed)
     model, planned = MODELS["resnet18"](num_classes=2), {}
     for recipe in ("scratch", "finetune"):  # 30 and 10 epochs
         args = train.parse_args(["--data-path", str(two_classes), *TINY, "--recipe", recipe, "--time-budget", "0.0147"])
+        args.batch_size = 6
         args.recipe = replace(args.recipe, bn_images=0)
         data = prepare_data(args, two_classes / "known.json")
         planned[recipe], _ = choose_img_size(args, model, data, torch.device("cpu"), None, Distributed())
     assert planned == {"scratch": 128, "finetune": 224}
+
+
+def test_plan_measures_the_size_that_it_chooses(two_classes, monkeypatch):
+    """On a GPU, training on small images takes as long as starting the operations, whatever the size."""
+    sizes = []
+
+    def speed(model: ResNet, optimizer: Optimizer, loader: DataLoader, *_: object, **options: object) -> float:
+        sizes.append(loader.batch_sampler.order.img_size)
+        return 1000 / max(1, sizes[-1] / 128) ** 4
+
+    monkeypatch.setattr("tuning.measure_speed", speed)
+    args = train.parse_args(["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--time-budget", "0.02"])
+    args.recipe = replace(args.recipe, bn_images=0)
+    data = prepare_data(args, two_classes / "known.json")
+    model = MODELS["resnet18"](num_classes=2)
+    img_size, _ = choose_img_size(args, model, data, torch.device("cpu"), None, Distributed())
+    assert sizes[:2] == [64, 128]
+    assert len(sizes) > 2
+    assert img_size < 224
+
+
+def test_time_budget_reserves_time_for_figures(two_classes, monkeypatch):
+    """They are drawn in the background, so that only the last epoch waits for them."""
+    monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5))
+    monkeypatch.setattr(Run, "save_is_due", lambda run: time.sleep(0.2))  # after each of four steps
+    assert train.main(["--data-path", str(two_classes), *TINY, "--img-size", "32", "--time-budget", "0.08"]) == 0
+    last = torch.load(RUN / "weights" / "last.pth", weights_only=True)
+    assert last["resume"]["epoch"] > 1
+    assert last["resume"]["schedule"]["reserve"] > 0.5
 
 
 def test_plan_does_not_change_the_model(two_classes):

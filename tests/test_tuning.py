@@ -1,7 +1,9 @@
 """Learning-rate range test and speed measurement."""
 
+import itertools
 import math
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,26 @@ def test_measure_speed():
     model = tiny_resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     assert measure_speed(model, optimizer, loader(), CPU, seconds=0.01) > 0
+
+
+def test_measured_speed_excludes_batches_that_were_loaded_before():
+    """After two steps to warm up, eight prefetched batches come at once, the others after 0.1 s each."""
+
+    class Loader:
+        num_workers, prefetch_factor = 2, 4
+
+        def __len__(self):
+            return 40
+
+        def __iter__(self):
+            for number, batch in enumerate(itertools.cycle(loader())):
+                time.sleep(0.1 if number >= 10 else 0)
+                yield batch
+
+    model = tiny_resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    images = len(next(iter(loader()))[1])
+    assert measure_speed(model, optimizer, Loader(), CPU, seconds=1.0) <= images / 0.1
 
 
 def test_find_lr_suggests_a_rate_and_draws_the_curve(sample, small_network, tmp_path, monkeypatch, capsys):
