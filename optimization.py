@@ -1,9 +1,8 @@
 """Optimizers with parameter groups, Muon, averaged weights and learning-rate schedules."""
 
 import argparse
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,56 +54,67 @@ class Muon(torch.optim.SGD):
 
     Args:
         groups: parameter groups, each with the key "orthogonal".
-        dtype: the dtype in which to orthogonalise; None for the kernels' own.
         options: `torch.optim.SGD`'s, for the other groups. Kernels use Nesterov momentum and no weight decay.
     """
-
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype | None = None, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters. Gradients are left unchanged."""
-        gradients = {}
+        gradients: dict[Parameter, Tensor] = {}
         for group in self.param_groups:
+            by_rows: dict[int, list[Parameter]] = {}
             for kernel in group["params"] if group["orthogonal"] else ():
                 if kernel.grad is not None:
-                    self._update(kernel, group["lr"])
+                    by_rows.setdefault(math.gcd(len(kernel), BLOCK_ROWS), []).append(kernel)
+            for rows, kernels in by_rows.items():
+                self._update(kernels, rows, group["lr"])
+                for kernel in kernels:
                     gradients[kernel], kernel.grad = kernel.grad, None
         super().step()  # updates the parameters that still have a gradient
         for kernel, gradient in gradients.items():
             kernel.grad = gradient
 
-    def _update(self, kernel: Parameter, lr: float) -> None:
-        state = self.state[kernel]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(kernel)
-        momentum = state["momentum_buffer"].lerp_(kernel.grad, 1 - MOMENTUM)
-        nesterov = kernel.grad.lerp(momentum, MOMENTUM).movedim(1, -1)  # contiguous in the channels-last format
-        rows = nesterov.flatten(1).to(self.dtype or kernel.dtype)
-        blocks = orthogonalize(rows.unflatten(0, (-1, math.gcd(len(rows), BLOCK_ROWS))))
-        update = blocks.reshape(nesterov.shape).movedim(-1, 1).to(kernel.dtype)
-        norm = kernel.norm()
-        kernel.sub_(update.mul_(lr * norm / update.norm().clamp_min(EPSILON)))
-        kernel.mul_(norm / kernel.norm().clamp_min(EPSILON))
+    def _update(self, kernels: list[Parameter], rows: int, lr: float) -> None:
+        """Update kernels, orthogonalised in blocks of `rows` rows."""
+        for kernel in kernels:
+            if "momentum_buffer" not in self.state[kernel]:
+                self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
+        gradients = [kernel.grad for kernel in kernels]
+        momenta = [self.state[kernel]["momentum_buffer"] for kernel in kernels]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        nesterov = [each.movedim(1, -1) for each in torch._foreach_lerp(gradients, momenta, MOMENTUM)]
+        # In the channels-last format, a row (height, width, in) is contiguous.
+        blocks = orthogonalize([each.reshape(-1, rows, each[0].numel()) for each in nesterov])
+        updates = [block.view(each.shape).movedim(-1, 1) for block, each in zip(blocks, nesterov, strict=True)]
+        norms = torch.stack(torch._foreach_norm(kernels))
+        scales = lr * norms / torch.stack(torch._foreach_norm(updates)).clamp_min(EPSILON)
+        torch._foreach_mul_(updates, [*scales])
+        torch._foreach_sub_(kernels, updates)
+        torch._foreach_mul_(kernels, [*(norms / torch.stack(torch._foreach_norm(kernels)).clamp_min(EPSILON))])
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Approximate the nearest orthogonal matrices by five Newton-Schulz iterations (coefficients: Jordan et al. 2024).
 
+    An iteration X <- (a + b G + c G^2) X with G = X X^T multiplies X by a matrix that depends on G only. So the
+    iterations are computed on the small matrices G, for all `matrices` together, and each X is multiplied once.
+
     Args:
-        matrices: (N, rows, columns).
+        matrices: each (N, rows, columns), with the same number of rows. float32: G has the squared condition number.
 
     Returns:
-        (N, rows, columns), with singular values of about 0.7 to 1.2.
+        Matrices of the same shapes, with singular values of about 0.7 to 1.2.
     """
-    matrices = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(EPSILON)
+    gram = torch.cat([each @ each.mT for each in matrices])
+    squared_norms = gram.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(EPSILON**2)[:, None, None]
+    gram = gram / squared_norms
+    factors = squared_norms.rsqrt()
     for _ in range(5):
-        gram = matrices @ matrices.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        matrices = torch.baddbmm(matrices, polynomial, matrices, beta=3.4445)
-    return matrices
+        polynomials = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        polynomials.diagonal(dim1=1, dim2=2).add_(3.4445)
+        factors = polynomials @ factors if factors.shape[-1] > 1 else polynomials * factors
+        gram = polynomials @ gram @ polynomials
+    return [factor @ each for factor, each in zip(factors.split([*map(len, matrices)]), matrices, strict=True)]
 
 
 def build_optimizer(
@@ -127,7 +137,7 @@ def build_optimizer(
     fused = (device.type in ("cpu", "cuda") and amp_dtype != torch.float16) or None
     optimizer = torch.optim.SGD
     if recipe.muon_lr_scale > 0:
-        optimizer = functools.partial(Muon, dtype=torch.bfloat16 if amp_dtype == torch.bfloat16 else None)
+        optimizer = Muon
     return optimizer(
         [{"params": same, "lr_scale": scale, "orthogonal": orthogonal} for (scale, orthogonal), same in groups.items()],
         lr=args.lr,
@@ -272,8 +282,8 @@ class TimedSchedule(Schedule):
         return "its time budget is spent"
 
     def reserve_time(self, seconds: float) -> None:
-        """Reserve time for evaluation, figures and checkpoints, which take longer after the last epoch."""
-        self.reserve = 2 * seconds
+        """Reserve time for evaluation, figures and checkpoints after the last step."""
+        self.reserve = 1.2 * seconds
 
     def state_dict(self) -> dict[str, float]:
         return {"spent": self.spent, "reserve": self.reserve}

@@ -46,7 +46,7 @@ def test_timed_schedule_follows_the_clock():
     schedule = TimedSchedule(100.0, lambda: now[0], **options)
     assert schedule.progress(0) == pytest.approx(0.1)
     assert schedule.learning_rate(3, 7) == pytest.approx(0.4 * (0.04 + 0.96 / 2))
-    schedule.reserve_time(10.0)  # reserves twice that
+    schedule.reserve_time(20 / 1.2)  # reserves 1.2 times as much
     now[0] = 40.0
     assert schedule.progress(5) == pytest.approx(0.5)
     assert 64 < schedule.img_size(5) < 128
@@ -65,17 +65,23 @@ def test_timed_schedule_follows_the_clock():
 # --- Muon -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(4, 64, 576), (1, 64, 64), (2, 64, 9), (1, 1, 27)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_orthogonalize_keeps_singular_vectors(shape, dtype):
-    rank = min(shape[1:])
-    left, _, right = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
-    weak = torch.logspace(0, -1.5, rank)  # the largest is 30 times the smallest
-    result = orthogonalize(((left * weak) @ right).to(dtype)).float()
-    values = left.mT @ result @ right.mT
-    assert torch.linalg.svdvals(result).min() > 0.5
-    assert torch.linalg.svdvals(result).max() < 1.35
-    assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 0.1
+@pytest.mark.parametrize("shapes", [[(4, 64, 576), (1, 64, 64), (2, 64, 9)], [(1, 1, 27)]])
+@pytest.mark.parametrize("decades", [1.5, 4])
+def test_orthogonalize_matches_newton_schulz_iterations(shapes, decades):
+    """The singular values span up to four decades."""
+    matrices = []
+    for shape in shapes:
+        left, _, right = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
+        matrices.append((left * torch.logspace(0, -decades, min(shape[1:]))) @ right)
+    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+        expected = matrix.double() / torch.linalg.matrix_norm(matrix.double(), keepdim=True)
+        for _ in range(5):
+            gram = expected @ expected.mT
+            expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+        assert (result - expected).norm() < 1e-3 * expected.norm()
+        values = torch.linalg.svdvals(result)
+        assert values.max() < 1.35
+        assert values.min() > 0.5 or decades > 1.5
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -165,7 +171,7 @@ def test_muon_resumes_from_its_state():
             optimizer.step()
 
     def optimizer_of(layer: torch.nn.Conv2d) -> Muon:
-        return Muon([{"params": [layer.weight], "orthogonal": True}], torch.bfloat16, lr=0.1, momentum=0.9)
+        return Muon([{"params": [layer.weight], "orthogonal": True}], lr=0.1, momentum=0.9)
 
     whole, first, second = convolution(), convolution(), convolution()
     steps(whole, optimizer_of(whole), 4)
