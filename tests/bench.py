@@ -1,11 +1,12 @@
 """Benchmark the project against the tutorial's loop and against the limits of the machine.
 
 python tests/bench.py train --data-path flower_photos       # whole epochs, ours against the tutorial's loop
+python tests/bench.py plain --data-path flower_photos       # the same against a plain loop in bfloat16
 python tests/bench.py evaluate --data-path flower_photos    # evaluation alone, ours against the tutorial's
 python tests/bench.py ceiling --data-path flower_photos     # our step against the same step on data in memory
 python tests/bench.py ceiling --large                       # the same on drawn JPEGs of 4000 x 3000 px
 python tests/bench.py loading                               # loading alone of these JPEGs, cached against decoded
-python tests/bench.py logging --data-path flower_photos     # fraction of an epoch for TensorBoard and checkpoints
+python tests/bench.py logging --data-path flower_photos     # epochs with TensorBoard and checkpoints, and without
 python tests/bench.py predict --data-path flower_photos     # predict.py on one image, and on 500
 python tests/bench.py export                                # exported files against the network, batches of 1 and 8
 python tests/bench.py startup --data-path flower_photos     # train.py up to the end of its first step
@@ -22,8 +23,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import functools
-import io
 import itertools
 import json
 import math
@@ -32,11 +31,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accuracy import compare_recipes
+from exported_speed import compare_exported, save_network
 from measuring import (
     ROOT,
     Comparison,
@@ -49,6 +48,7 @@ from measuring import (
     seconds_of_program,
     subset,
 )
+from plain_loop import plain_baseline
 from tutorial_loop import (
     TutorialDataSet,
     baseline,
@@ -59,18 +59,11 @@ from tutorial_loop import (
     tutorial_transforms,
 )
 
-import checkpoint
-import run_state
-import train
-from backends import TorchBackend
 from classifier import Classifier
 from cli_utils import select_device
-from exported_file import write_exported
-from exported_network import ExportedNetwork
 from model import MODELS
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
 from sample_flowers import CLASS_NAMES, draw_flower
-from tensorboard_logger import TensorBoardLogger
 
 
 def bench_train(args: argparse.Namespace) -> None:
@@ -80,6 +73,14 @@ def bench_train(args: argparse.Namespace) -> None:
     with subset(args.data_path, args.images) as data:
         ours, theirs = programs(args, data)
         comparison = Comparison(args, "training", "ours", "tutorial")
+        compare(comparison, lambda: seconds_of_epochs(ours), lambda: seconds_of_epochs(theirs))
+
+
+def bench_plain(args: argparse.Namespace) -> None:
+    """Compare whole epochs with a plain loop in bfloat16, without figures."""
+    with subset(args.data_path, args.images) as data:
+        ours, theirs = programs(args, data, baseline="plain-baseline")
+        comparison = Comparison(args, "training", "ours", "plain")
         compare(comparison, lambda: seconds_of_epochs(ours), lambda: seconds_of_epochs(theirs))
 
 
@@ -148,42 +149,35 @@ def drawn_large_images(images: int):
         yield Path(folder)
 
 
+WITHOUT_LOGGING = """
+import sys
+sys.path.insert(0, {root!r})
+import run_state, train
+train.TensorBoardLogger = lambda *arguments, **keywords: train.NullLogger()
+train.Run.save = lambda run: None
+run_state.best_content = lambda run: {{}}
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 def bench_logging(args: argparse.Namespace) -> None:
-    """Measure the fraction of train.py's epochs spent on logging (TensorBoard, files, figures) and checkpoints.
+    """Compare train.py's epochs with the same epochs without TensorBoard, figures, files and checkpoints."""
+    with subset(args.data_path, args.images) as data:
+        ours, _ = programs(args, data)
+        without = [sys.executable, "-c", WITHOUT_LOGGING.format(root=str(ROOT)), *ours[2:]]
+        compare(
+            Comparison(args, "logging and checkpoints", "without", "with"),
+            lambda: printed_seconds_of_epochs(without),
+            lambda: printed_seconds_of_epochs(ours),
+        )
 
-    For --epochs 2 or less, every epoch draws all figures. Longer runs draw them only after epochs 1, 2, 4, 8, ...
-    """
-    spent = []
 
-    def timed(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def wrapper(*arguments, **keywords):
-            start = time.perf_counter()
-            result = function(*arguments, **keywords)
-            spent.append(time.perf_counter() - start)
-            return result
-
-        return wrapper
-
-    for name in ("log_step", "log_epoch", "flush"):
-        setattr(TensorBoardLogger, name, timed(getattr(TensorBoardLogger, name)))
-    checkpoint.save_checkpoint = timed(checkpoint.save_checkpoint)
-    run_state.event_sizes = timed(run_state.event_sizes)
-    comparison = Comparison(args, "fraction of an epoch", "epochs", "logging")
-    with subset(args.data_path, args.images) as data, tempfile.TemporaryDirectory() as folder:
-        flags = programs(args, data)[0][2:]
-        here = Path.cwd()
-        for _ in range(args.rounds):
-            spent.clear()
-            os.chdir(folder)
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                status = train.main(flags)
-            os.chdir(here)
-            if status:
-                sys.exit("train.py failed")
-            epochs = [line for line in said.getvalue().splitlines() if line.startswith("[epoch ")]
-            comparison.add(sum(float(line.split(" s")[0].split()[-1]) for line in epochs), sum(spent))
-    comparison.report()
+def printed_seconds_of_epochs(command: list[str]) -> float:
+    """Run train.py in its own folder, and add up the seconds that it prints for each epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    epochs = [line for line in done.stdout.splitlines() if line.startswith("[epoch ")]
+    return sum(float(line.split(" s")[0].split()[-1]) for line in epochs)
 
 
 IMPORTS = [sys.executable, "-c", "import torch, torchvision.transforms.v2"]
@@ -217,60 +211,6 @@ def bench_predict(args: argparse.Namespace) -> None:
             lambda: seconds_of(lambda: ours.evaluate(loader)),
             lambda: seconds_of_program(command, folder),
         )
-
-
-def bench_export(args: argparse.Namespace) -> None:
-    """Compare exported files with the network in PyTorch, in float32 on the CPU."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        backend = TorchBackend(save_network(args, ["a", "b", "c", "d", "e"], folder), torch.device("cpu"), None)
-        for name, run in exported_files(backend.model, args.img_size, Path(folder)).items():
-            comparison = Comparison(args, f"exported file, {name}", name, "eager")
-            compare(
-                comparison,
-                functools.partial(seconds_of_batches, run, args.img_size),
-                functools.partial(seconds_of_batches, lambda batch: backend.predict([*batch]), args.img_size),
-            )
-
-
-def save_network(args: argparse.Namespace, class_names: list[str], folder: str) -> Path:
-    """Save a best.pth of an untrained network."""
-    path = Path(folder, "best.pth")
-    content = {"model": args.model, "class_names": class_names, "img_size": args.img_size}
-    torch.save(content | {"state_dict": MODELS[args.model](num_classes=len(class_names)).state_dict()}, path)
-    return path
-
-
-def exported_files(model, img_size: int, folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
-    """Export a network in all formats. Returns a function for each that runs it on a batch."""
-    import onnxruntime
-
-    def load_onnx(name: str) -> Callable[[torch.Tensor], object]:
-        session = onnxruntime.InferenceSession(folder / name)
-        return lambda images: session.run(["probabilities"], {"images": images.numpy()})
-
-    network = ExportedNetwork(model)
-    write_exported(network, img_size, None, {}, folder / "a.pt2")
-    write_exported(network, img_size, None, {}, folder / "a.onnx")
-    noise = torch.randint(256, (8, 3, img_size, img_size), dtype=torch.uint8)
-    write_exported(network, img_size, None, {}, folder / "int8.onnx", [noise])
-    files = {"onnx": load_onnx("a.onnx"), "onnx int8": load_onnx("int8.onnx")}
-    files["pt2"] = torch.export.load(folder / "a.pt2").module()
-    program = torch.export.export(network, (noise,), dynamic_shapes={"images": {0: torch.export.Dim.DYNAMIC}})
-    try:
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "compiled.pt2"))
-        files["AOTInductor"] = torch._inductor.aoti_load_package(package)
-    except Exception as error:  # noqa: BLE001 - no C++ compiler
-        print(f"AOTInductor: {error}")
-    return files
-
-
-def seconds_of_batches(run: Callable[[torch.Tensor], object], img_size: int) -> dict[str, float]:
-    """Time a network on batches of 1 and 8 images: the fastest of five passes."""
-    seconds = {}
-    for size in (1, 8):
-        images = torch.randint(256, (size, 3, img_size, img_size), dtype=torch.uint8)
-        seconds[f"batch of {size}"] = min(seconds_of(functools.partial(run, images)) for _ in range(5))
-    return seconds
 
 
 FIRST_STEP = """
@@ -406,10 +346,11 @@ def bench_scaling(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line and run the benchmark."""
     benches = {name.removeprefix("bench_"): run for name, run in globals().items() if name.startswith("bench_")}
-    benches["accuracy"] = compare_recipes
+    benches |= {"accuracy": compare_recipes, "export": compare_exported}
+    baselines = {"baseline": baseline, "plain-baseline": plain_baseline}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=[*benches, "baseline"], help="what to measure; baseline: the tutorial's training alone")
+    add("bench", choices=[*benches, *baselines], help="what to measure, or a baseline alone")
     add("--data-path", help="folder with one sub-folder per class (default: the drawn sample)")
     add("--images", type=int, default=0, help="number of images to use, over all classes (default: all)")
     add("--large", action="store_true", help="ceiling: use drawn JPEGs of 4000 x 3000 px")
@@ -438,7 +379,7 @@ def main() -> None:
     if args.img_size is None and args.bench != "accuracy":
         args.img_size = 224
     args.device = str(select_device(args.device))  # reports a missing GPU only once
-    (benches | {"baseline": baseline})[args.bench](args)
+    (benches | baselines)[args.bench](args)
 
 
 if __name__ == "__main__":

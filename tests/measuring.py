@@ -150,13 +150,13 @@ def seconds_of_epochs(command: list) -> dict[str, float]:
         return {"epoch": statistics.median(epochs), "start to end": time.perf_counter() - start}
 
 
-def programs(args: argparse.Namespace, data: Path) -> tuple[list[str], list[str]]:
-    """Return the command lines of our training, with default flags except those given, and of the baseline."""
+def programs(args: argparse.Namespace, data: Path, baseline: str = "baseline") -> tuple[list[str], list[str]]:
+    """Return the command lines of our training, with default flags except those given, and of a baseline."""
     flags = ["--data-path", str(data), "--epochs", str(args.epochs), "--device", args.device]
     flags += ["--model", args.model, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
     return [
         [sys.executable, str(ROOT / "train.py"), *flags, *our_flags(args)],
-        [sys.executable, str(BENCH), "baseline", *flags],
+        [sys.executable, str(BENCH), baseline, *flags],
     ]
 
 
