@@ -15,7 +15,7 @@ from weights_io import INFO_KEYS, WeightsError, WeightsFile, complete_info, load
 
 # Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
 # printed probabilities would depend on the number of images.
-BATCH_SIZE = 8
+BATCH_SIZE, GPU_BATCH_SIZE = 8, 64
 
 
 class Predictions(NamedTuple):
@@ -43,7 +43,8 @@ class TorchBackend:
     def __init__(
         self, weights: str | os.PathLike, device: torch.device, amp_dtype: torch.dtype | None, **options: Any
     ) -> None:
-        self.device, self.amp_dtype, self.batch_size = device, amp_dtype, BATCH_SIZE
+        self.device, self.amp_dtype = device, amp_dtype
+        self.batch_size = GPU_BATCH_SIZE if device.type == "cuda" else BATCH_SIZE
         self.model: ResNet | None
         self.model, self.info = load_model(weights, device, **options)
         self.transform = EvalTransform(self.info["img_size"], self.info["resize"])

@@ -296,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     corrections_help = "apply the verdicts in this table, such as label_issues.csv of cross_validate.py"
     add("--corrections", type=checked(str, bool, "the name of a table"), metavar="CSV", help=corrections_help)
     count = checked(int, lambda n: n >= 0, "at least 0")
-    add("--workers", type=count, help="worker processes that read images (default: one per core, at most 8)")
+    add("--workers", type=count, help="worker processes that read images (default: one per core, at most 16)")
     add(
         "--save-plot",
         metavar="OUT.png",

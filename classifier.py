@@ -46,7 +46,7 @@ class Classifier:
             written by export.py, for which `model` is None.
         amp_dtype: mixed precision, see `compute_logits`.
         calibrated: use the stored temperature for `probabilities`.
-        workers: the number of worker processes that read images (None: one per core, at most 8).
+        workers: the number of worker processes that read images (None: one per core, at most 16).
     """
 
     def __init__(

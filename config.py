@@ -251,7 +251,7 @@ def _add_run_flags(parser: FlagParser) -> None:
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="cuda", help="cuda, cuda:1 (or 1), mps or cpu (default: cuda if available, else cpu)")
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision (default: where it is faster)")
-    add("--workers", type=COUNT, help="DataLoader workers per process (default: one per core, at most 8)")
+    add("--workers", type=COUNT, help="DataLoader workers per process (default: one per core, at most 16)")
     add("--sync-bn", action="store_true", help="synchronised BatchNorm over all GPUs, under torchrun")
     timeout = checked(float, lambda x: 0 < x <= 10**7, "above 0, and at most 10,000,000 seconds")
     timeout_help = "seconds to wait for an unreachable rank (default: %(default)s)"
