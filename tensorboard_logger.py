@@ -352,7 +352,7 @@ def encode(figure: Figure) -> Summary.Image:
     """Encode a figure as PNG with little compression; `SummaryWriter.add_figure` would take twice as long."""
     png = io.BytesIO()
     figure.savefig(png, format="png", pil_kwargs={"compress_level": 1})
-    width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
+    width, height = figure.canvas.get_width_height()
     return Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png.getvalue())
 
 
