@@ -1,9 +1,13 @@
 """The comparisons of bench.py. The timings depend on the machine and are not checked."""
 
 import csv
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import bench
 import pytest
@@ -75,3 +79,17 @@ def test_a_fifth_of_the_images_is_held_out(sample):
     assert choices["train"] | choices["val"] == final["train"]
     assert not choices["train"] & choices["val"]
     assert not final["train"] & final["val"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_gpu_report_needs_a_gpu(tmp_path):
+    script = Path(bench.__file__).with_name("gpu_report.sh")
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "gpu_report.sh: no CUDA device is available; DEVICE=cpu tries the script without one"
+    ]
