@@ -13,9 +13,9 @@ from model import ResNet, evaluation_mode, fold_batch_norm
 from my_dataset import EvalTransform, stack_images
 from weights_io import INFO_KEYS, WeightsError, WeightsFile, complete_info, load_model
 
-# Every batch has this size; the last one is padded. Kernels round differently for other batch sizes, so an image's
+# All batches have the same size; the last one is padded. Kernels round differently for other batch sizes, so an image's
 # printed probabilities would depend on the number of images.
-BATCH_SIZE, GPU_BATCH_SIZE = 8, 64
+BATCH_SIZE = 8
 
 
 class Predictions(NamedTuple):
@@ -43,11 +43,12 @@ class TorchBackend:
     def __init__(
         self, weights: str | os.PathLike, device: torch.device, amp_dtype: torch.dtype | None, **options: Any
     ) -> None:
-        self.device, self.amp_dtype = device, amp_dtype
-        self.batch_size = GPU_BATCH_SIZE if device.type == "cuda" else BATCH_SIZE
+        self.device, self.amp_dtype, self.batch_size = device, amp_dtype, BATCH_SIZE
         self.model: ResNet | None
         self.model, self.info = load_model(weights, device, **options)
         self.transform = EvalTransform(self.info["img_size"], self.info["resize"])
+        if device.type == "cuda":
+            self.batch_size = max(BATCH_SIZE, 64 * 224**2 // self.info["img_size"] ** 2)
         self.folded = fold_batch_norm(self.model)
         self.familiarity = self.info["familiarity"] and Familiarity(**self.info["familiarity"])
 

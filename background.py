@@ -8,28 +8,34 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class BackgroundWriter:
     """Runs functions in a background thread, in the order in which they are submitted.
 
-    After an exception no function runs until `submit` or `wait` has re-raised it. At the end of a `with` statement, all
-    functions have finished.
+    After an exception, the functions that follow are skipped until `wait` has re-raised it. At the end of a `with`
+    statement, all functions have finished.
+
+    Attributes:
+        seconds: the total duration of the functions that have finished.
     """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1)
         self._error: BaseException | None = None
-        self._seconds = 0.0
+        self.seconds = 0.0
 
     def submit(self, function: Callable[..., None], *arguments: object) -> Future:
-        """Run a function after the earlier ones. Re-raises an earlier one's exception instead.
+        """Queue a function. If an earlier one has failed, re-raise its exception instead.
 
         Returns:
-            A future that is done once the function has finished. It does not raise.
+            A future that is done once the function has finished. Its `result` never raises.
         """
-        self._raise()
+        if self._error is not None:
+            raise self._error
         return self._executor.submit(self._run, function, *arguments)
 
     def wait(self) -> None:
         """Wait until all functions have finished. Re-raises their exception."""
         self._executor.submit(lambda: None).result()
-        self._raise()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _run(self, function: Callable[..., None], *arguments: object) -> None:
         if self._error is not None:
@@ -39,22 +45,12 @@ class BackgroundWriter:
             function(*arguments)
         except BaseException as error:  # noqa: BLE001 - re-raised in the other thread
             self._error = error
-        self._seconds += time.perf_counter() - start
-
-    def take_seconds(self) -> float:
-        """Return the duration of the functions that have finished since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self.seconds += time.perf_counter() - start
 
     def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._executor.shutdown()
-        if kind is None:
-            self._raise()
+        if kind is None and self._error is not None:
+            raise self._error

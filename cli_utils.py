@@ -255,6 +255,8 @@ def select_device(name: str, dist: Distributed | None = None) -> torch.device:
         if name != "cuda":
             raise UsageError(f"--device {name}: with several processes per machine, choose cuda or cpu")
         index = dist.local_rank
+        if "LOCAL_WORLD_SIZE" not in os.environ and torch.cuda.device_count() == 1:
+            index = 0  # each process sees its own GPU: `srun --gpus-per-task=1`
     if name == "cpu":
         return torch.device("cpu")
     available = torch.backends.mps.is_available() if name == "mps" else torch.cuda.is_available()
@@ -333,8 +335,10 @@ def number_of_workers(workers: int | None, processes: int = 1) -> int:
 
 
 def available_memory() -> int:
-    """Return the available memory in bytes, or 0 if it is unknown."""
+    """Return the available memory in bytes, or 0 if it is unknown; on macOS, half of the memory."""
     available = []
+    if sys.platform == "darwin":
+        available.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     with contextlib.suppress(OSError):
         for kib in re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M):
             available.append(1024 * int(kib))

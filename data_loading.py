@@ -73,13 +73,13 @@ class DistributedBatchSampler(Sampler):
 
     A step takes `world_size * accumulate * batch_size` images; the last step takes the rest. For a given step size, all
     ranks together see the same images in a step, whatever the world size. With several ranks, the last step is dropped
-    if any of its batches would be a single image, from which BatchNorm's statistics cannot be estimated.
+    if any of its batches would be a single image, which gives no usable estimate of BatchNorm's statistics.
 
     Args:
         order: the order of all images.
         batch_size: images per batch.
         accumulate: batches per step.
-        drop_single_image_batches: the same with one rank.
+        drop_single_image_batches: also drop that step with one rank.
         drop_last: drop the last step if it is smaller than the others.
     """
 
@@ -291,7 +291,7 @@ def build_val_loader(
 ) -> DataLoader:
     """Create the loader of this rank's validation images and their indices; unreadable images are skipped.
 
-    On a GPU, small batches are four times as large as in training, which needs more memory per image.
+    On a GPU, small batches are up to four times as large as in training: inference needs less memory per image.
     """
     larger = min(4 * args.batch_size, 128) if device.type == "cuda" else 0
     batches = rank_share(range(len(val_set)), max(args.batch_size, larger), dist)

@@ -29,15 +29,15 @@ class OtherRankFailed(Exception):  # noqa: N818 - the rank that failed reports t
 class Distributed:
     """The process group of a run. As a context manager it initialises the group and destroys it.
 
-    Tensors on GPUs are communicated by NCCL, everything else by Gloo. NCCL's timeout, which aborts the process, is
-    twice as long as Gloo's, which raises an error. All methods are collective: every rank must call them, in the same
+    Tensors on GPUs are communicated by NCCL, everything else by Gloo. NCCL's timeout aborts the process; it is twice
+    as long as Gloo's, which raises an error. All methods are collective: every rank must call them, in the same
     order. The environment variables are those of torchrun, https://docs.pytorch.org/docs/stable/elastic/run.html.
 
     Args:
         timeout: seconds to wait for an unreachable rank. A rank that has ended is detected at once.
 
     Attributes:
-        is_launched: whether torchrun has started this process.
+        is_launched: whether a launcher such as torchrun has started this process.
         launch_ids: one identifier per torchrun process (one per machine), set on entry and unchanged by restarts.
 
     Raises:
@@ -93,7 +93,7 @@ class Distributed:
 
         https://github.com/pytorch/pytorch/issues/135712
         """
-        host, key = os.environ["MASTER_ADDR"], "port of rank 0"  # after a restart, at first the previous port
+        host, key = os.environ["MASTER_ADDR"], "port of rank 0"  # after a restart, it holds the old port at first
         shared = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), timeout=self.timeout)
         if self.is_main:
             own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self.timeout)
@@ -104,7 +104,9 @@ class Distributed:
             port = int(shared.get(key))
             try:
                 socket.create_connection((host, port), timeout=2).close()  # TCPStore would print a stack trace
-                return dist.TCPStore(host, port, timeout=self.timeout)
+                store = dist.TCPStore(host, port, timeout=timedelta(seconds=2))
+                store.set_timeout(self.timeout)
+                return store
             except (OSError, dist.DistNetworkError):
                 if time.monotonic() > deadline:
                     raise
@@ -191,7 +193,7 @@ class Distributed:
     def wrap_ddp(self, model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
         """Wrap `model` in DistributedDataParallel (Li et al. 2020, https://arxiv.org/abs/2006.15704).
 
-        BatchNorm's running statistics are each rank's own until `sync_model`.
+        BatchNorm's running statistics differ between ranks until `sync_model` is called.
 
         Args:
             sync_bn: convert BatchNorm layers in place, to normalise over the batches of all ranks.
@@ -218,13 +220,15 @@ class Distributed:
     def sync_model(self, model: nn.Module) -> None:
         """Average BatchNorm's statistics over all ranks, and broadcast rank 0's parameters.
 
-        The parameters differ if machines round differently.
+        The parameters may differ, because different machines may round differently.
         """
         if not self.is_launched:
             return
-        for buffer in filter(torch.is_floating_point, model.buffers()):
-            dist.all_reduce(buffer, group=self._group(buffer.device))
-            buffer /= self.world_size
+        for module in model.modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not frozen
+                for buffer in filter(torch.is_floating_point, module.buffers(recurse=False)):
+                    dist.all_reduce(buffer, group=self._group(buffer.device))
+                    buffer /= self.world_size
         for parameter in model.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, src=0, group=self._group(parameter.device))
@@ -238,7 +242,7 @@ class Distributed:
             file = create()
             location = (node, f"/proc/{os.getpid()}/fd/{file.fileno()}")
         path = next(path for its_node, path in filter(None, self.gather(location)) if its_node == node)
-        shared = open(path, "r+b", buffering=0)  # noqa: SIM115 - the caller closes it
+        shared = open(path, "r+b", buffering=0)  # noqa: SIM115 - stays open as long as the cache
         self.gather(None)  # a barrier: every rank has opened it
         return shared
 

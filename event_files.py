@@ -1,4 +1,4 @@
-"""The event files that a run writes for TensorBoard: sizes for the checkpoint, and errors."""
+"""The event files that a run writes for TensorBoard: their sizes, truncation and write errors."""
 
 import contextlib
 import errno

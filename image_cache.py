@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HAS_CACHE = fcntl is not None  # Windows has no file in memory that a process can pass to its workers
+HAS_CACHE = fcntl is not None  # it needs the file locks and descriptors of POSIX
 
 
 def memory_file() -> BinaryIO:
@@ -27,7 +27,7 @@ def memory_file() -> BinaryIO:
 
 
 class ImageCache:
-    """Decoded images, uint8 (3, H, W), in a file in memory, which other processes map as well.
+    """Decoded images, uint8 (3, H, W), in a file that other processes can also map, see `memory_file`.
 
     Forked processes share it. A spawned process, such as a DataLoader worker on macOS, receives it by pickling.
 

@@ -177,8 +177,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def to_device(model: ResNet, device: torch.device | str) -> ResNet:
     """Move `model` to a device, in the channels-last memory format, which is faster on CPUs and on tensor cores.
 
-    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html. Not on MPS, where the gradients of
-    channels-last BatchNorm are wrong: https://github.com/pytorch/pytorch/issues/175189.
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html. MPS keeps the contiguous format,
+    because the gradients of channels-last BatchNorm are wrong there: https://github.com/pytorch/pytorch/issues/175189.
     """
     is_mps = torch.device(device).type == "mps"
     return model.to(device, memory_format=torch.contiguous_format if is_mps else torch.channels_last)
@@ -215,8 +215,9 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor) -> Tensor:
         values, interpolated.
     """
     with evaluation_mode(model):
-        features = model.feature_map(images)
-        heat = torch.einsum("nchw,nc->nhw", features, model.fc.weight[classes]).relu()
+        features = model.feature_map(images).float()
+        with torch.autocast(features.device.type, enabled=False):  # float16 would overflow
+            heat = torch.einsum("nchw,nc->nhw", features, model.fc.weight[classes]).relu()
         heat = heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         return F.interpolate(heat.unsqueeze(1), images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
 

@@ -206,9 +206,9 @@ def prepare_batch(images: Tensor, device: torch.device | str) -> Tensor:
 
 
 def copy_to_device(batch: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a batch to `device`: asynchronously to CUDA, and in the contiguous memory format to MPS, see `to_device`.
+    """Copy a batch to `device`. Copies to CUDA are asynchronous; copies to MPS are contiguous, see `to_device`.
 
-    An asynchronous copy needs pinned memory. Without it, the copy may read memory that has been released:
+    An asynchronous copy needs pinned memory. Without it, a copy to MPS may read memory that has been freed:
     https://github.com/pytorch/pytorch/issues/189690.
     """
     kind = torch.device(device).type

@@ -100,7 +100,8 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     iterations are computed on the small matrices G, for all `matrices` together, and each X is multiplied once.
 
     Args:
-        matrices: each (N, rows, columns), with the same number of rows. float32: G has the squared condition number.
+        matrices: each (N, rows, columns), with the same number of rows. They must be float32, because G has the
+            squared condition number.
 
     Returns:
         Matrices of the same shapes, with singular values of about 0.7 to 1.2.

@@ -1,5 +1,6 @@
 """The state of a training run: the model and its optimizer, the progress, and the best result so far."""
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from train_eval_utils import Progress
 from weights_io import WeightsError
 
 SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
-SAVE_COST = 0.01  # the largest fraction of the time that training waits for checkpoints
+SAVE_COST = 0.01  # maximum fraction of the training time spent waiting for checkpoints
 
 
 class Run:
@@ -51,9 +52,9 @@ class Run:
         best_confusion: the confusion matrix of the best epoch.
         familiarity: of the best epoch, if it is the current one and has enough validation images.
         improved_at: the epoch of the last improvement in `best_metric`.
-        validation_start: the time at which the last step of the epoch had finished.
+        validation_start: when the last step of the epoch finished.
         finished: why training is complete, or "" if it is not; decided once per epoch.
-        background: writes checkpoints, figures and events, in this order.
+        background: writes step losses, figures and checkpoints, in the order of submission.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Run:
         self._unwritten: dict[str, dict[str, Any]] = {}  # checkpoints to be written with the next last.pth
         self._saving: Future | None = None
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
-        self._background_seconds = 0.0  # the most per epoch
+        self._seconds_before = self._background_seconds = 0.0  # the latter is the maximum over the epochs
 
     @property
     def weights(self) -> Path:
@@ -149,7 +150,7 @@ class Run:
     def save(self) -> None:
         """Copy the state after the last step, and write last.pth, and best.pth if it is due, in the background.
 
-        Flush the event files first.
+        Call the logger's `flush` first.
 
         Raises:
             FloatingPointError: training has diverged. The previous last.pth is kept.
@@ -163,7 +164,7 @@ class Run:
             rank_buffers = self.dist.gather({name: buffer.cpu() for name, buffer in self.model.named_buffers()})
         if self.dist.is_main:
             if self._saving is not None:
-                self._saving.result()  # at most one copy of the state is kept
+                self._saving.result()  # so that only one last.pth is in memory
             contents = self._unwritten | {"last.pth": last_content(self, progress.state_dict(), rank_buffers)}
             self._saving = self.background.submit(write_checkpoints, self.folder, contents)
             self._unwritten = {}
@@ -171,7 +172,7 @@ class Run:
             self._save_seconds = self._saved_at - start
 
     def save_is_due(self) -> bool:
-        """Return whether to save within an epoch; False on other ranks than 0."""
+        """Return whether to save within an epoch; always False on ranks other than 0."""
         return self._is_cheap_to_save() and time.perf_counter() - self._saved_at > SECONDS_BETWEEN_SAVES
 
     def _is_cheap_to_save(self) -> bool:
@@ -179,7 +180,9 @@ class Run:
         return self.dist.is_main and self._save_seconds <= SAVE_COST * seconds
 
     def finish_epoch(self) -> None:
-        """Advance to the next epoch, and save if it is the last one, or if saving takes less than 1% of the time.
+        """Advance to the next epoch, and save the run.
+
+        Saving is postponed if it would take more than 1% of the time, but not at the end or if model-N.pth is due.
 
         Raises:
             FloatingPointError, OSError: see `save`.
@@ -193,13 +196,36 @@ class Run:
         self.epoch += 1
         self.progress = Progress()
         self.images_before = 0
-        self._background_seconds = max(self._background_seconds, self.background.take_seconds())
-        seconds = time.perf_counter() - self.validation_start + self._background_seconds
-        self.schedule.reserve_time(*self.dist.all_reduce_max(seconds))
+        self._reserve_time()
         if self.finished or is_plain_due or self._is_cheap_to_save():
             self.save()
         if self.finished:
             self.background.wait()
+
+    def _reserve_time(self) -> None:
+        """Reserve time in the schedule for the end of the last epoch, from that of this epoch."""
+        if self.epoch == 1:
+            self.wait_for_background()  # for the first slow figures, to measure them
+        before, self._seconds_before = self._seconds_before, self.background.seconds
+        self._background_seconds = max(self._background_seconds, self._seconds_before - before)
+        seconds = time.perf_counter() - self.validation_start + self._background_seconds
+        self.schedule.reserve_time(*self.dist.all_reduce_max(seconds))
+
+    def wait_for_background(self) -> None:
+        """Wait until figures and checkpoints have been written. The time counts as that of the last checkpoint."""
+        start = time.perf_counter()
+        self.background.wait()
+        self._save_seconds += time.perf_counter() - start
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Write the checkpoints that were not due yet, such as best.pth, even after an error, and wait."""
+        with contextlib.suppress(OSError):  # an earlier error, which is raised below
+            if self._unwritten:
+                self.background.submit(write_checkpoints, self.folder, self._unwritten)
+        self.background.__exit__(*error)
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the state that `save` wrote, and remove later events from the event files.

@@ -161,12 +161,12 @@ def lock_run(run: Path) -> TextIO | None:
         The open lock file, to be closed to unlock; None on Windows. No effect on a file system without locks.
 
     Raises:
-        UsageError: another process has the lock, or the folder contains a symbolic link: a run from someone else could
-            overwrite files outside its folder.
+        UsageError: another process has the lock, or the folder contains a symbolic link: a run received from
+            someone else could use it to overwrite files elsewhere.
     """
     for path in sorted(run.rglob("*")):
         if path.is_symlink():
-            raise UsageError(f"{path}: symbolic links in the folder of a run are not supported; replace it by a copy")
+            raise UsageError(f"{path}: symbolic links in the folder of a run are not supported; replace it with a copy")
     if fcntl is None:
         return None
     file = open(run / ".lock", "w")  # noqa: SIM115 - held open until the run ends

@@ -44,7 +44,7 @@ HIDDEN_FLAGS = (  # flags omitted from HPARAMS, as they do not affect what a net
 )
 THUMBNAIL = 32  # pixels of a validation image in the projector
 STEPS_LOGGED = 50  # per epoch, at most
-FIGURE_COST = 0.02  # the largest fraction of the time for slow figures, except those of the first and last epoch
+FIGURE_COST = 0.02  # maximum fraction of the time spent on slow figures, except those of the first and last epoch
 
 MakeFigure = Callable[[], Figure]  # called later, in the background
 
@@ -77,9 +77,9 @@ class NullLogger:
 class TensorBoardLogger:
     """Write a run's metrics and figures to TensorBoard and to its folder.
 
-    Everything is computed from the results of training and evaluation. Slow figures and precision-recall curves follow
-    the first and the last epoch, and the 2nd, 4th, 8th, ... if they take at most 2% of the time; the projector follows
-    the last epoch only.
+    Everything is computed from the results of training and evaluation. Slow figures and precision-recall curves are
+    logged after the first and the last epoch, and after 2, 4, 8, ... epochs if they take at most 2% of the time; the
+    projector is logged after the last epoch only.
 
     Args:
         loaders: the image loaders, even if training uses cached features.
@@ -164,7 +164,7 @@ class TensorBoardLogger:
             seconds: the time that training and evaluation took.
         """
         epoch, run = self.run.epoch, self.run
-        run.background.wait()  # for the figures of the last epoch
+        run.wait_for_background()  # for the figures of the previous epoch
         scalars = self.scalars(progress, validation, learning_rate, seconds)
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, epoch)
@@ -208,7 +208,7 @@ class TensorBoardLogger:
         self.run.background.submit(self.writer.flush)
 
     def slow_figures_are_due(self) -> bool:
-        """Return whether the number of epochs is a power of two, and the time for the figures is less than 2%."""
+        """Return whether the number of finished epochs is a power of two, and figures take at most 2% of the time."""
         seconds = time.perf_counter() - self.drawn_at
         return (self.run.epoch + 1).bit_count() == 1 and self.draw_seconds <= FIGURE_COST * seconds
 
@@ -289,9 +289,8 @@ class TensorBoardLogger:
     def draw(self, figures: dict[str, MakeFigure], files: dict[str, MakeFigure], epoch: int) -> None:
         """Draw figures for TensorBoard, by tag, and for the run's folder, by file name."""
         start = time.thread_time()
-        drawn = {
-            make_figure: encode(make_figure()) for make_figure in {*figures.values(), *files.values()}
-        }  # each once
+        each_once = {*figures.values(), *files.values()}
+        drawn = {make_figure: encode(make_figure()) for make_figure in each_once}
         for tag, make_figure in figures.items():
             value = Summary.Value(tag=tag, image=drawn[make_figure])
             self.writer.file_writer.add_summary(Summary(value=[value]), epoch)
@@ -326,7 +325,7 @@ class TensorBoardLogger:
         predicted, labels = validation.predicted[positions], validation.labels[positions]
         inputs = prepare_batch(images, self.device)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            heats = grad_cam(self.run.eval_model, inputs, predicted.to(self.device)).float().cpu().numpy()
+            heats = grad_cam(self.run.eval_model, inputs, predicted.to(self.device)).cpu().numpy()
         probabilities = validation.probabilities[positions].amax(dim=1).tolist()
         names, label_names = ([self.class_names[index] for index in column.tolist()] for column in (predicted, labels))
         return {

@@ -107,7 +107,7 @@ def train(
         print_header(args, data, run, device, precision, weights_description, class_weights, is_new)
 
     # --- train
-    with logger, run.background, StopSignals(dist) as stop:
+    with logger, run, StopSignals(dist) as stop:
         options = {"amp_dtype": amp_dtype, "scaler": scaler, "class_weights": class_weights}
         if args.find_lr:
             return logger.log_range_test(find_lr(args, data.train_set, model, optimizer, device, stop, **options))

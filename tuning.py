@@ -169,7 +169,7 @@ def choose_img_size(
         end = training_sizes(args.recipe, img_size)[1]
         if end <= max(probe.measured):
             break
-        probe.measure(end)  # extrapolation may be wrong: a GPU trains on small images in the same time
+        probe.measure(end)  # small images say little about large ones: on a GPU, kernel launches dominate
     print(f"planned      {img_size} px, about {epochs:.1f} epochs")
     return img_size, evaluation
 
@@ -201,7 +201,7 @@ class SpeedProbe:
     """Measures the speed of training at several image sizes, on a copy of the model.
 
     Attributes:
-        measured: the seconds per image over all ranks, by image size.
+        measured: seconds per image of all ranks together, by image size.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class SpeedProbe:
         print(f"measured     {1 / self.measured[img_size]:.1f} images/s at {img_size} px")
 
     def seconds_per_image(self, img_size: float) -> float:
-        """Return the duration of training per image: linear in the number of pixels between the measured sizes."""
+        """Return the duration of training per image, interpolated or extrapolated linearly in the number of pixels."""
         sizes = sorted(self.measured)
         after = min(max(1, bisect.bisect_left(sizes, img_size)), len(sizes) - 1)
         low, high = sizes[after - 1 : after + 1]
@@ -246,22 +246,28 @@ class SpeedProbe:
 class _SpeedCallback(Callback):
     """Ends an epoch `seconds` after kernels and workers have warmed up.
 
-    The time also excludes the steps on batches that were loaded during the warm-up, up to a quarter of `seconds`.
+    The warm-up includes the steps on batches that were loaded meanwhile, for up to a quarter of `seconds`.
     """
 
     def __init__(self, progress: Progress, seconds: float, prefetched: int) -> None:
         self.progress, self.seconds, self.prefetched = progress, seconds, prefetched
-        self.images, self.start, self.is_steady = 0, time.perf_counter(), False
+        self.is_steady = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the measurement, after waiting for the steps so far."""
+        self.progress.read()
+        self.images, self.start = self.progress.images, time.perf_counter()
 
     def before_step(self, step: int) -> bool:
+        if step == WARMUP_STEPS:
+            self.restart()
         seconds = time.perf_counter() - self.start
         if self.is_steady:
             return seconds < self.seconds
-        uses_prefetched = step < WARMUP_STEPS + self.prefetched and seconds < self.seconds / 4
-        if step == WARMUP_STEPS or (step > WARMUP_STEPS and not uses_prefetched):
-            self.is_steady = not uses_prefetched
-            self.progress.read()
-            self.images, self.start = self.progress.images, time.perf_counter()
+        if step >= WARMUP_STEPS and (step >= WARMUP_STEPS + self.prefetched or seconds >= self.seconds / 4):
+            self.is_steady = True
+            self.restart()
         return True
 
 

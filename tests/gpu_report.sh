@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Measure the project on a GPU in about ten minutes, and print a report in Markdown:
+# Benchmark the project on a GPU in about ten minutes, and print a report in Markdown:
 #
 #     bash tests/gpu_report.sh [FOLDER] > report.md
 #
-# FOLDER has one sub-folder of images per class; by default it is the drawn dataset. DEVICE=cpu tries the script without
-# a GPU. IMAGES limits the number of images, EPOCHS and MINUTES shorten the trainings, and KILLS is the number of kills.
+# FOLDER has one sub-folder of images per class; by default it is the drawn dataset. DEVICE=cpu tests the script without
+# a GPU. IMAGES limits the number of images, EPOCHS and MINUTES shorten the training runs, and KILLS is the number of kills.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 data=${1:+$(realpath "$1")}
@@ -33,7 +33,7 @@ section() {
 }
 
 if [ "$device" = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_report.sh: no CUDA device is available; DEVICE=cpu tries the script without one" >&2
+    echo "gpu_report.sh: no CUDA device is available; DEVICE=cpu tests the script without one" >&2
     exit 1
 fi
 echo "# Measurements on a GPU"

@@ -1,8 +1,8 @@
 """A plain training loop with mixed precision, as a baseline for bench.py.
 
-It does what timm's train.py does with `--amp --amp-dtype bfloat16 --channels-last --opt sgd --workers 2`: bfloat16
-autocast, the channels-last format, torchvision's transforms, persistent workers, one evaluation and one checkpoint with
-the optimizer's state per epoch, and no figures.
+It follows timm's train.py with `--amp --amp-dtype bfloat16 --channels-last --opt sgd --workers 2`, but uses
+torchvision's transforms: bfloat16 autocast, the channels-last format, persistent workers, one evaluation and one
+checkpoint with the optimizer's state per epoch, and no figures. Incomplete batches are dropped.
 """
 
 import argparse

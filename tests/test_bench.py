@@ -91,5 +91,5 @@ def test_gpu_report_needs_a_gpu(tmp_path):
     done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
-        "gpu_report.sh: no CUDA device is available; DEVICE=cpu tries the script without one"
+        "gpu_report.sh: no CUDA device is available; DEVICE=cpu tests the script without one"
     ]

@@ -235,6 +235,7 @@ def test_select_precision_with_older_torch(monkeypatch, has_it):
 )
 def test_select_precision_on_the_gpu(monkeypatch, capability, amp, dtype, name):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # some tests switch it off
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     chosen, words = select_precision(amp, torch.device("cuda", 0))

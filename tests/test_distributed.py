@@ -123,7 +123,7 @@ def test_sync_model_averages_statistics_and_copies_the_weights_of_rank_0():
 
 
 def test_nccl_has_a_longer_timeout_than_gloo(monkeypatch):
-    """NCCL aborts the process, whereas Gloo raises an error. A Gloo group takes the place of NCCL's."""
+    """NCCL aborts the process, whereas Gloo raises an error. A Gloo group stands in for NCCL's."""
     new_group, timeouts = torch.distributed.new_group, {}
 
     def record(backend: str, timeout: datetime.timedelta) -> torch.distributed.ProcessGroup:
@@ -153,6 +153,19 @@ def test_each_process_has_its_own_gpu_if_the_launcher_sets_no_local_world_size(m
 
     for names in [("LOCAL_WORLD_SIZE",), ("LOCAL_WORLD_SIZE", "LOCAL_RANK")]:
         assert run_ranks(2, functools.partial(start, names)) == [0, 0]
+
+
+def test_a_process_that_sees_one_gpu_uses_it(monkeypatch):
+    """With `srun --gpus-per-task=1`, each process sees its own GPU as number 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def start() -> None:
+        del os.environ["LOCAL_WORLD_SIZE"]
+        with Distributed() as dist:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            assert select_device("cuda", dist) == torch.device("cuda", 0)
+
+    assert run_ranks(2, start) == [0, 0]
 
 
 def test_single_images_on_a_rank_are_dropped():

@@ -191,7 +191,7 @@ def test_float_batch_is_not_normalised_again():
 
 @pytest.mark.parametrize(("device", "calls"), [("mps", [False]), ("cuda", ["pinned", True]), ("cpu", [False])])
 def test_batches_are_copied_asynchronously_from_pinned_memory_only(monkeypatch, device, calls):
-    """Stand-ins for the copies to a GPU record how they are called."""
+    """Mocks record the calls that would copy to a GPU."""
     made = []
 
     def to(tensor, device, non_blocking=False, memory_format=torch.preserve_format):

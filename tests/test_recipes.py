@@ -298,7 +298,7 @@ def test_plan_picks_the_largest_size_for_the_recipes_epochs(two_classes, monkeyp
 
 
 def test_plan_measures_the_size_that_it_chooses(two_classes, monkeypatch):
-    """On a GPU, training on small images takes as long as starting the operations, whatever the size."""
+    """On a GPU, the time for small images is that of the kernel launches, whatever their size."""
     sizes = []
 
     def speed(model: ResNet, optimizer: Optimizer, loader: DataLoader, *_: object, **options: object) -> float:

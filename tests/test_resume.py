@@ -75,7 +75,7 @@ def fail(run: Run) -> None:
 
 
 def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw figures slowly, so that the next epoch has started by then."""
+    """Draw figures slowly, so that the next epoch starts before they are finished."""
     draw = TensorBoardLogger.draw
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
 
@@ -92,15 +92,15 @@ def test_resume_keeps_figures_of_the_background_writer(pets, monkeypatch):
 
 @needs_fork
 def test_figures_are_not_lost_if_a_run_is_killed_after_an_epoch(pets, undisturbed, monkeypatch):
-    """The checkpoint of an epoch is written after its figures, and truncates the event file after them."""
+    """The checkpoint of an epoch is written after its figures, and records the size of the event file after them."""
     last = Path("runs/flower_experiment/weights/last.pth")
 
     def die_once_saved(run: Run) -> None:
-        while torch.load(last, weights_only=True)["resume"]["epoch"] == 0:
+        while torch.load(last, weights_only=True)["resume"]["epoch"] < 2:
             time.sleep(0.01)
         os._exit(9)
 
-    with monkeypatch.context() as patch, after_steps(STEPS + 1, die_once_saved):
+    with monkeypatch.context() as patch, after_steps(2 * STEPS + 1, die_once_saved):
         draw_late(patch)
         assert run_in_fork(lambda: train.main(flags(pets)), stdout=1)[0] == 9
     assert train.main(["--resume"]) == 0
@@ -172,6 +172,16 @@ def test_resume_after_a_failed_save_logs_each_epoch_once(pets, undisturbed, monk
         assert train.main(flags(pets)) == 1
     assert train.main(["--resume", "runs/flower_experiment/weights/last.pth"]) == 0
     assert differences(Path("runs/flower_experiment"), undisturbed) == []
+
+
+def test_best_weights_are_saved_after_an_error_even_if_no_checkpoint_was_due(pets, monkeypatch):
+    monkeypatch.setattr(run_state, "SAVE_COST", 0)
+    with after_steps(STEPS + 1, fail):
+        assert train.main(flags(pets)) == 1
+    weights = Path("runs/flower_experiment/weights")
+    assert torch.load(weights / "best.pth", weights_only=True)["epoch"] == 0
+    assert torch.load(weights / "last.pth", weights_only=True)["resume"]["epoch"] == 0
+    assert train.main(["--resume"]) == 0
 
 
 def test_resume_accepts_more_epochs_but_not_fewer(pets, undisturbed, capsys):

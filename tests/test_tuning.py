@@ -51,6 +51,7 @@ def test_measured_speed_excludes_batches_that_were_loaded_before():
             return 40
 
         def __iter__(self):
+            time.sleep(0.5)  # starting the workers
             for number, batch in enumerate(itertools.cycle(loader())):
                 time.sleep(0.1 if number >= 10 else 0)
                 yield batch
