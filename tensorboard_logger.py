@@ -289,8 +289,8 @@ class TensorBoardLogger:
     def draw(self, figures: dict[str, MakeFigure], files: dict[str, MakeFigure], epoch: int) -> None:
         """Draw figures for TensorBoard, by tag, and for the run's folder, by file name."""
         start = time.thread_time()
-        each_once = {*figures.values(), *files.values()}
-        drawn = {make_figure: encode(make_figure()) for make_figure in each_once}
+        makers = {*figures.values(), *files.values()}
+        drawn = {make_figure: encode(make_figure()) for make_figure in makers}
         for tag, make_figure in figures.items():
             value = Summary.Value(tag=tag, image=drawn[make_figure])
             self.writer.file_writer.add_summary(Summary(value=[value]), epoch)

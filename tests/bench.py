@@ -67,20 +67,22 @@ from sample_flowers import CLASS_NAMES, draw_flower
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """Compare whole epochs, including evaluation, logging and checkpoints."""
-    if args.epochs < 2:
-        sys.exit("train compares epochs from the second on: --epochs 2 or more")
-    with subset(args.data_path, args.images) as data:
-        ours, theirs = programs(args, data)
-        comparison = Comparison(args, "training", "ours", "tutorial")
-        compare(comparison, lambda: seconds_of_epochs(ours), lambda: seconds_of_epochs(theirs))
+    """Compare whole epochs with the tutorial's, including evaluation, logging and checkpoints."""
+    compare_epochs(args, "baseline", "tutorial")
 
 
 def bench_plain(args: argparse.Namespace) -> None:
-    """Compare whole epochs with a plain loop in bfloat16, without figures."""
+    """Compare whole epochs with those of a plain loop in bfloat16, without figures."""
+    compare_epochs(args, "plain-baseline", "plain")
+
+
+def compare_epochs(args: argparse.Namespace, baseline: str, name: str) -> None:
+    """Compare our epochs, from the second on, with those of a baseline."""
+    if args.epochs < 2:
+        sys.exit("train and plain compare epochs from the second on: --epochs 2 or more")
     with subset(args.data_path, args.images) as data:
-        ours, theirs = programs(args, data, baseline="plain-baseline")
-        comparison = Comparison(args, "training", "ours", "plain")
+        ours, theirs = programs(args, data, baseline)
+        comparison = Comparison(args, "training", "ours", name)
         compare(comparison, lambda: seconds_of_epochs(ours), lambda: seconds_of_epochs(theirs))
 
 

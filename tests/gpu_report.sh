@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Benchmark the project on a GPU in about ten minutes, and print a report in Markdown:
+# Benchmark the project on a GPU, and print a report in Markdown:
 #
 #     bash tests/gpu_report.sh [FOLDER] > report.md
 #
