@@ -192,7 +192,9 @@ class TensorBoardLogger:
         if run.finished:
             self.add_projector(validation)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
-        run.background.submit(self.draw, figures, files, epoch)
+        drawing = run.background.submit(self.draw, figures, files, epoch)
+        if self.device.type == "cpu":
+            drawing.result()  # beside the next steps, which use all cores, it would take several times as long
         self.flush()
 
     def log_test(self, report: Mapping[str, Any] | None) -> None:
