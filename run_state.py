@@ -26,7 +26,7 @@ from train_eval_utils import Progress
 from weights_io import WeightsError
 
 SECONDS_BETWEEN_SAVES = 60  # minimum, within an epoch
-SAVE_COST = 0.01  # maximum fraction of the training time spent waiting for checkpoints
+SAVE_COST = 0.01  # maximum fraction of the training time spent on checkpoints
 
 
 class Run:
@@ -166,10 +166,15 @@ class Run:
             if self._saving is not None:
                 self._saving.result()  # so that only one last.pth is in memory
             contents = self._unwritten | {"last.pth": last_content(self, progress.state_dict(), rank_buffers)}
-            self._saving = self.background.submit(write_checkpoints, self.folder, contents)
             self._unwritten = {}
             self._saved_at = time.perf_counter()
             self._save_seconds = self._saved_at - start
+            self._saving = self.background.submit(self._write, contents)
+
+    def _write(self, contents: Mapping[str, dict[str, Any]]) -> None:
+        start = time.thread_time()
+        write_checkpoints(self.folder, contents)
+        self._save_seconds += time.thread_time() - start
 
     def save_is_due(self) -> bool:
         """Return whether to save within an epoch; always False on ranks other than 0."""

@@ -178,6 +178,7 @@ class TensorBoardLogger:
 
         files, figures = {}, {"predictions vs. actuals": self.predictions()}
         if run.finished or self.slow_figures_are_due():
+            start = time.perf_counter()
             best = run.best_confusion.numpy()
             files["confusion_matrix.png"] = functools.partial(plot_utils.confusion_matrix, best, self.class_names)
             files["curves.png"] = functools.partial(plot_utils.curves, list(run.history))
@@ -189,6 +190,7 @@ class TensorBoardLogger:
             for index, name in enumerate(self.tag_names):
                 is_class, probability = validation.labels == index, validation.probabilities[:, index]
                 self.writer.add_pr_curve(f"class/{name}", is_class, probability, epoch)
+            self.drawn_at, self.draw_seconds = start, time.perf_counter() - start
         if run.finished:
             self.add_projector(validation)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
@@ -300,7 +302,7 @@ class TensorBoardLogger:
             with skip_if_open_on_windows(self.run.folder / name) as path, atomic_file(path) as unfinished:
                 unfinished.write_bytes(drawn[make_figure].encoded_image_string)
         if files:
-            self.drawn_at, self.draw_seconds = time.perf_counter(), time.thread_time() - start
+            self.draw_seconds += time.thread_time() - start
 
     def predictions(self) -> MakeFigure:
         """Predict the same few images after every epoch: the tutorial's figure."""
