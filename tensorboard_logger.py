@@ -45,6 +45,7 @@ HIDDEN_FLAGS = (  # flags omitted from HPARAMS, as they do not affect what a net
 THUMBNAIL = 32  # pixels of a validation image in the projector
 STEPS_LOGGED = 50  # per epoch, at most
 FIGURE_COST = 0.02  # maximum fraction of the time spent on slow figures, except those of the first and last epoch
+WAIT_FOR_FIGURES = ("cpu",)  # on these devices, drawing beside the next steps would take several times as long
 
 MakeFigure = Callable[[], Figure]  # called later, in the background
 
@@ -195,8 +196,8 @@ class TensorBoardLogger:
             self.add_projector(validation)
             self.writer.file_writer.add_summary(hparams({}, {})[2])
         drawing = run.background.submit(self.draw, figures, files, epoch)
-        if self.device.type == "cpu":
-            drawing.result()  # beside the next steps, which use all cores, it would take several times as long
+        if self.device.type in WAIT_FOR_FIGURES:
+            drawing.result()
         self.flush()
 
     def log_test(self, report: Mapping[str, Any] | None) -> None:

@@ -120,6 +120,7 @@ def program(arguments: list[str], *hooks: Callable[[], None]) -> Callable[[], in
         torch.set_num_threads(1)
         run_state.SECONDS_BETWEEN_SAVES = 0.3
         run_state.SAVE_COST = tensorboard_logger.FIGURE_COST = math.inf
+        tensorboard_logger.WAIT_FOR_FIGURES = ()
         Run.save_is_due = lambda run: time.perf_counter() - run._saved_at > run_state.SECONDS_BETWEEN_SAVES
         for hook in hooks:
             hook()

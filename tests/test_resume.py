@@ -75,7 +75,8 @@ def fail(run: Run) -> None:
 
 
 def draw_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw figures slowly, so that the next epoch starts before they are finished."""
+    """Draw figures slowly and as on a GPU, so that the next epoch starts before they are finished."""
+    monkeypatch.setattr("tensorboard_logger.WAIT_FOR_FIGURES", ())
     draw = TensorBoardLogger.draw
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5) or draw(*figures))
 
@@ -182,6 +183,16 @@ def test_best_weights_are_saved_after_an_error_even_if_no_checkpoint_was_due(pet
     assert torch.load(weights / "best.pth", weights_only=True)["epoch"] == 0
     assert torch.load(weights / "last.pth", weights_only=True)["resume"]["epoch"] == 0
     assert train.main(["--resume"]) == 0
+
+
+def test_checkpoints_that_take_long_to_write_are_saved_less_often(pets, monkeypatch):
+    """Each epoch here takes a moment, and writing each checkpoint, by a false clock, 1,000 s."""
+    saved, clock = [], itertools.count(step=1000)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda content, path: saved.append(path.name))
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(run_state, "SAVE_COST", 1)
+    assert train.main(flags(pets)) == 0
+    assert saved.count("last.pth") == 2  # at the start and at the end
 
 
 def test_resume_accepts_more_epochs_but_not_fewer(pets, undisturbed, capsys):

@@ -2,11 +2,13 @@
 
 import argparse
 import gc
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_classes
+from fault_harness import accumulated
 from torch.utils.data import DataLoader
 
 from data_loading import DistributedBatchSampler, EpochSampler, Loaders, SafeImages
@@ -92,6 +94,21 @@ def test_diverged_model_is_not_saved(logger):
     with pytest.raises(FloatingPointError, match="training diverged"):
         logger.run.finish_epoch()
     assert list(logger.run.weights.iterdir()) == []
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(math.inf, [0, 1, 3, 4]), (0, [0, 4])])
+def test_slow_figures_are_drawn_at_the_ends_and_if_they_are_cheap_in_between(logger, monkeypatch, cost, expected):
+    monkeypatch.setattr("tensorboard_logger.FIGURE_COST", cost)
+    indices = torch.arange(1)
+    for epoch in range(5):
+        logger.run.epoch = epoch
+        logger.run.update_best(Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0]), indices=indices))
+        logger.run.finished = "5 epochs" if epoch == 4 else ""
+        features = {"features": torch.zeros(1, 2), "feature_rows": indices}
+        validation = Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0]), indices=indices, **features)
+        logger.log_epoch(logger.run.progress, validation, 0.1, 1.0)
+    logger.run.wait_for_background()
+    assert accumulated(logger.run.folder)["confusion matrix"] == expected
 
 
 def test_figures_of_many_epochs_do_not_leak_memory(logger):
