@@ -2,7 +2,7 @@
 
 It follows timm's train.py with `--amp --amp-dtype bfloat16 --channels-last --opt sgd --workers 2`, but uses
 torchvision's transforms: bfloat16 autocast, the channels-last format, persistent workers, one evaluation and one
-checkpoint with the optimizer's state per epoch, and no figures. Incomplete batches are dropped.
+checkpoint with the optimizer's state per epoch, and no figures. An incomplete last batch is dropped.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def plain_baseline(args: argparse.Namespace) -> None:
     train_set = TutorialDataSet(split.train_paths, split.train_labels, for_training)
     val_set = TutorialDataSet(split.val_paths, split.val_labels, for_validation)
     options = {"num_workers": args.workers or 2, "persistent_workers": True, "pin_memory": device.type == "cuda"}
-    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True, **options)
+    drop_last = len(train_set) >= args.batch_size
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=drop_last, **options)
     val_loader = DataLoader(val_set, args.batch_size, **options)
     model = MODELS[args.model](num_classes=len(split.class_names)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-5, nesterov=True)
