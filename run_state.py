@@ -209,12 +209,12 @@ class Run:
 
     def _reserve_time(self) -> None:
         """Reserve time in the schedule for the end of the last epoch, from that of this epoch."""
+        seconds = time.perf_counter() - self.validation_start
         if self.epoch == 1:
             self.wait_for_background()  # for the first slow figures, to measure them
         before, self._seconds_before = self._seconds_before, self.background.seconds
         self._background_seconds = max(self._background_seconds, self._seconds_before - before)
-        seconds = time.perf_counter() - self.validation_start + self._background_seconds
-        self.schedule.reserve_time(*self.dist.all_reduce_max(seconds))
+        self.schedule.reserve_time(*self.dist.all_reduce_max(seconds + self._background_seconds))
 
     def wait_for_background(self) -> None:
         """Wait until figures and checkpoints have been written. The time counts as that of the last checkpoint."""

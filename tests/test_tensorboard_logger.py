@@ -102,10 +102,10 @@ def test_slow_figures_are_drawn_at_the_ends_and_if_they_are_cheap_in_between(log
     indices = torch.arange(1)
     for epoch in range(5):
         logger.run.epoch = epoch
-        logger.run.update_best(Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0]), indices=indices))
-        logger.run.finished = "5 epochs" if epoch == 4 else ""
         features = {"features": torch.zeros(1, 2), "feature_rows": indices}
         validation = Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0]), indices=indices, **features)
+        logger.run.update_best(validation)
+        logger.run.finished = "5 epochs" if epoch == 4 else ""
         logger.log_epoch(logger.run.progress, validation, 0.1, 1.0)
     logger.run.wait_for_background()
     assert accumulated(logger.run.folder)["confusion matrix"] == expected

@@ -96,7 +96,8 @@ def test_plan_measures_the_size_that_it_chooses(two_classes, monkeypatch):
 
 
 def test_time_budget_reserves_time_for_figures(two_classes, monkeypatch):
-    """They are drawn in the background, so that only the last epoch waits for them."""
+    """On a GPU, they are drawn in the background, so that only the last epoch waits for them."""
+    monkeypatch.setattr("tensorboard_logger.WAIT_FOR_FIGURES", ())
     monkeypatch.setattr(TensorBoardLogger, "draw", lambda *figures: time.sleep(0.5))
     monkeypatch.setattr(Run, "save_is_due", lambda run: time.sleep(0.2))  # after each of four steps
     assert train.main(["--data-path", str(two_classes), *TINY, "--img-size", "32", "--time-budget", "0.08"]) == 0
