@@ -42,6 +42,7 @@ class Recipe:
     progressive_resize_end: float = 1.0  # below 1: objects appear smaller at test time (arXiv:1906.06423)
     feature_views: int = 0  # --freeze-layers: precompute the features of this many augmented views per image; 0: never
     ema_decay: float = 0.0  # moving average of the weights, which is validated and saved as best.pth; 0: none
+    pca_conv1: bool = False  # initialise conv1 with the principal components of patches of the bn_images
     bn_images: int = 0  # estimate BatchNorm statistics from this many training images; 0: use the running averages
 
     def __str__(self) -> str:
@@ -58,6 +59,7 @@ RECIPES = {
         progressive_resize_start=0.5,
         progressive_resize_end=0.85,
         ema_decay=0.9,
+        pca_conv1=True,
         bn_images=128,
     ),
     "finetune": Recipe(

@@ -222,6 +222,27 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor) -> Tensor:
         return F.interpolate(heat.unsqueeze(1), images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
 
 
+@torch.no_grad()
+def init_conv1_with_pca(model: ResNet, images: Tensor) -> None:
+    """Initialise `conv1` with the principal components of image patches (Krähenbühl et al. 2016, section 4).
+
+    https://arxiv.org/abs/1511.06856. Most random filters respond to a patch's mean colour; components respond to
+    different features, and BatchNorm gives them equal variance. Each comes with its negative, because ReLU passes one
+    sign only (Shang et al. 2016, https://arxiv.org/abs/1603.05201).
+
+    Args:
+        images: (N, 3, H, W) float, normalised, at least as large as the kernel.
+    """
+    weight = model.conv1.weight
+    stride = max(1, min(images.shape[-2:]) // 16)
+    patches = F.unfold(images, model.conv1.kernel_size, stride=stride)  # (N, values, positions)
+    patches = patches.double().movedim(1, 0).flatten(1)
+    components = torch.linalg.eigh(torch.cov(patches)).eigenvectors  # in columns, by increasing variance
+    components = components[:, -(len(weight) // 2) :].mT
+    filters = torch.cat([components, -components]).view(weight.shape)
+    weight.copy_(filters * (weight.norm() / filters.norm()))
+
+
 def named_convolutions(model: ResNet) -> dict[str, nn.Conv2d]:
     """Return the convolutions by their TensorBoard tags in the tutorial, such as "layer1/block0/conv1"."""
     return {

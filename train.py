@@ -33,7 +33,8 @@ from image_folders import CHECK_CACHE
 from inference import gather_outputs, run_inference
 from labelled_images import ErrorLog, ImageFile
 from metrics import Evaluation
-from model import MODELS, ResNet, freeze_backbone, to_device
+from model import MODELS, ResNet, freeze_backbone, init_conv1_with_pca, to_device
+from my_dataset import prepare_batch
 from optimization import (
     build_average,
     build_class_weights,
@@ -87,9 +88,9 @@ def train(
     model, weights_description = build_model(args, data.class_names, device, dist, load_weights=is_new)
     optimizer = build_optimizer(args, model, device, amp_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    checkpoint = None if is_new else folder.checkpoint
-    img_size, evaluation_seconds = choose_img_size(args, model, data, device, amp_dtype, dist, checkpoint)
+    img_size, evaluation_seconds = choose_img_size(args, model, data, device, amp_dtype, dist, folder)
     loaders = build_loaders(args, data, img_size, device, dist)
+    init_conv1(args, model, loaders)
     class_weights = build_class_weights(args, data.counts, device)
     schedule = build_schedule(args, len(loaders.batches.steps()), img_size, dist)
     schedule.reserve_time(2 * evaluation_seconds)
@@ -311,6 +312,12 @@ def build_model(
         if not args.weights:
             print("warning: --freeze-layers without --weights freezes a random backbone")
     return to_device(model, device), description
+
+
+def init_conv1(args: argparse.Namespace, model: ResNet, loaders: Loaders) -> None:
+    """Initialise `conv1` for the recipe, unless the weights come from a file. On resume, they are loaded later."""
+    if args.recipe.pca_conv1 and not args.weights and loaders.bn_images is not None:
+        init_conv1_with_pca(model, prepare_batch(loaders.bn_images, "cpu"))
 
 
 def start_run(

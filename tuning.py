@@ -5,7 +5,7 @@ import bisect
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from model import ResNet
 from my_dataset import MyDataSet
 from optimization import build_optimizer, set_learning_rate
 from prepare_data import Data
+from run_utils import RunFolder
 from train_eval_utils import Callback, NonFiniteLossError, Progress, train_one_epoch
 
 WINDOW = 11  # steps over which the range test averages the loss
@@ -147,7 +148,7 @@ def choose_img_size(
     device: torch.device,
     amp_dtype: torch.dtype | None,
     dist: Distributed,
-    checkpoint: Mapping[str, Any] | None = None,
+    folder: RunFolder | None = None,
 ) -> tuple[int, float]:
     """Return --img-size, or by default 224 pixels or the size that fits --time-budget; on resume, the stored size.
 
@@ -157,8 +158,8 @@ def choose_img_size(
     Returns:
         The size, and for a time budget the seconds that an evaluation will take, else 0.
     """
-    if checkpoint is not None:
-        return checkpoint["img_size"], 0.0
+    if folder is not None:
+        return folder.checkpoint["img_size"], 0.0
     if not args.time_budget:
         return args.img_size or DEFAULT_SIZE, 0.0
     probe = SpeedProbe(args, model, data.train_set, device, amp_dtype, dist)

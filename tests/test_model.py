@@ -17,6 +17,7 @@ from model import (
     fold_batch_norm,
     freeze_backbone,
     grad_cam,
+    init_conv1_with_pca,
     named_convolutions,
     resnet18,
     resnet34,
@@ -96,6 +97,28 @@ def test_convolutions_use_kaiming_normal_fan_out():
     weight = resnet18().layer3[0].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
     assert weight.mean().item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_conv1_responses_to_patches_are_uncorrelated(size):
+    model = to_device(resnet18(num_classes=5), "cpu")
+    norm = model.conv1.weight.norm()
+    images = F.interpolate(torch.randn(20, 3, 12, 12), size=(size, size), mode="bilinear")
+    init_conv1_with_pca(model, images)
+    torch.testing.assert_close(model.conv1.weight.norm(), norm)
+    positive, negative = model.conv1.weight.detach().chunk(2)
+    assert torch.equal(positive, -negative)
+    patches = F.unfold(images, 7, stride=size // 16).movedim(1, 0).flatten(1)
+    covariance = torch.cov(positive.flatten(1) @ patches)
+    variances = covariance.diagonal()
+    assert (covariance - variances.diag()).abs().max() < 1e-3 * variances.max()
+    assert variances.sum() > 0.9 * torch.cov(patches).trace() * positive.square().sum() / 32  # of the smooth images
+
+
+def test_conv1_stays_finite_on_a_single_colour():
+    model = resnet18(num_classes=5)
+    init_conv1_with_pca(model, torch.ones(2, 3, 32, 32))
+    assert model.conv1.weight.isfinite().all()
 
 
 def test_evaluation_mode_restores_the_mode_of_each_module():

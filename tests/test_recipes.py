@@ -119,6 +119,24 @@ def test_scratch_recipe_sets_sizes_smoothing_and_rates(two_classes, monkeypatch,
     }
 
 
+def test_scratch_initialises_conv1_unless_weights_are_given(two_classes, tmp_path):
+    def conv1(*flags: str) -> torch.Tensor:
+        assert train.main([*flags, *TINY, "--data-path", str(two_classes), "--img-size", "32", "--lr", "1e-9"]) == 0
+        path = max(Path("runs").glob("*/weights/best.pth"), key=lambda path: path.stat().st_mtime_ns)
+        return torch.load(path, weights_only=True)["state_dict"]["conv1.weight"]
+
+    def is_paired(kernel: torch.Tensor) -> bool:
+        positive, negative = kernel.chunk(2)
+        return torch.allclose(positive, -negative, atol=1e-4)
+
+    assert is_paired(conv1("--recipe", "scratch", "--epochs", "1"))
+    assert not is_paired(conv1("--recipe", "tutorial", "--epochs", "1"))
+    model = MODELS["resnet18"](num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    kernel = conv1("--recipe", "scratch", "--epochs", "1", "--weights", str(tmp_path / "weights.pth"))
+    torch.testing.assert_close(kernel, model.conv1.weight.data, atol=1e-4, rtol=0)
+
+
 def test_validation_uses_batch_norm_statistics_of_the_current_weights(two_classes):
     flags = ["--data-path", str(two_classes), *TINY, "--recipe", "scratch", "--img-size", "32", "--epochs", "2"]
     assert train.main([*flags, "--amp", "off"]) == 0
