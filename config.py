@@ -42,7 +42,7 @@ class Recipe:
     progressive_resize_end: float = 1.0  # below 1: objects appear smaller at test time (arXiv:1906.06423)
     feature_views: int = 0  # --freeze-layers: precompute the features of this many augmented views per image; 0: never
     ema_decay: float = 0.0  # moving average of the weights, which is validated and saved as best.pth; 0: none
-    pca_conv1: bool = False  # initialise conv1 with the principal components of patches of the bn_images
+    pca_conv1: bool = False  # initialise conv1 with the principal components of patches; needs bn_images
     bn_images: int = 0  # estimate BatchNorm statistics from this many training images; 0: use the running averages
 
     def __str__(self) -> str:
@@ -77,6 +77,7 @@ RECIPES = {
 }
 FLAG_DEFAULTS = {  # for the flags that depend on the recipe
     "tutorial": {
+        "model": "resnet34",
         "epochs": 30,
         "batch_size": 16,
         "lr": 0.001,
@@ -86,6 +87,7 @@ FLAG_DEFAULTS = {  # for the flags that depend on the recipe
         "label_smoothing": 0.0,
     },
     "scratch": {
+        "model": "resnet18",
         "epochs": 30,
         "batch_size": 64,
         "lr": 0.0003,
@@ -95,6 +97,7 @@ FLAG_DEFAULTS = {  # for the flags that depend on the recipe
         "label_smoothing": 0.1,
     },
     "finetune": {
+        "model": "resnet34",
         "epochs": 10,
         "batch_size": 32,
         "lr": 0.03,
@@ -192,7 +195,7 @@ def _add_data_and_model_flags(parser: FlagParser) -> None:
     add("--strict", action="store_true", help=strict_help)
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, default="resnet34", help="network (default: %(default)s)")
+    add("--model", choices=MODELS, help="network " + default_help("model"))
     add("--weights", default="", help="weights file to start from, or imagenet (default: train from scratch)")
     add("--freeze-layers", nargs="?", const=True, default=False, type=parse_bool, help="train only the classifier, fc")
     size = checked(int, lambda n: n >= 32, "at least 32")
@@ -262,7 +265,9 @@ def _add_run_flags(parser: FlagParser) -> None:
 
 def default_help(flag: str) -> str:
     """Describe a flag's default in each recipe, for its help text."""
-    return f"(default: {', '.join(f'{name} {defaults[flag]:g}' for name, defaults in FLAG_DEFAULTS.items())})"
+    values = {name: defaults[flag] for name, defaults in FLAG_DEFAULTS.items()}
+    texts = (f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items())
+    return f"(default: {', '.join(texts)})"
 
 
 def training_sizes(recipe: Recipe, img_size: int) -> tuple[int, int]:

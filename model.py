@@ -9,7 +9,7 @@ torchvision's.
 import copy
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -223,23 +223,22 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_conv1_with_pca(model: ResNet, images: Tensor) -> None:
+def init_conv1_with_pca(model: ResNet, batches: Iterable[Tensor]) -> None:
     """Initialise `conv1` with the principal components of image patches (Krähenbühl et al. 2016, section 4).
 
-    https://arxiv.org/abs/1511.06856. Most random filters respond to a patch's mean colour; components respond to
-    different features, and BatchNorm gives them equal variance. Each comes with its negative, because ReLU passes one
-    sign only (Shang et al. 2016, https://arxiv.org/abs/1603.05201).
+    https://arxiv.org/abs/1511.06856. Random filters respond mostly to the mean colour of a patch. Principal
+    components have uncorrelated outputs, whose variances BatchNorm equalises. Each component is used with both signs,
+    because ReLU discards negative outputs (Shang et al. 2016, https://arxiv.org/abs/1603.05201).
 
     Args:
-        images: (N, 3, H, W) float, normalised, at least as large as the kernel.
+        batches: images (N, 3, H, W) float, normalised, on the CPU.
     """
     weight = model.conv1.weight
-    stride = max(1, min(images.shape[-2:]) // 16)
-    patches = F.unfold(images, model.conv1.kernel_size, stride=stride)  # (N, values, positions)
-    patches = patches.double().movedim(1, 0).flatten(1)
-    components = torch.linalg.eigh(torch.cov(patches)).eigenvectors  # in columns, by increasing variance
+    patches = [F.unfold(images, weight.shape[-2:], stride=images.shape[-1] // 16) for images in batches]
+    patches = torch.cat([each.movedim(1, 0).flatten(1) for each in patches], dim=1)  # (values, patches)
+    components = torch.linalg.eigh(torch.cov(patches.double())).eigenvectors  # in columns, by increasing variance
     components = components[:, -(len(weight) // 2) :].mT
-    filters = torch.cat([components, -components]).view(weight.shape)
+    filters = torch.cat([components, -components]).view(weight.shape).to(weight)
     weight.copy_(filters * (weight.norm() / filters.norm()))
 
 

@@ -315,9 +315,12 @@ def build_model(
 
 
 def init_conv1(args: argparse.Namespace, model: ResNet, loaders: Loaders) -> None:
-    """Initialise `conv1` for the recipe, unless the weights come from a file. On resume, they are loaded later."""
+    """Initialise `conv1` with principal components if the recipe does, unless --weights is given.
+
+    On resume, the checkpoint overwrites it.
+    """
     if args.recipe.pca_conv1 and not args.weights and loaders.bn_images is not None:
-        init_conv1_with_pca(model, prepare_batch(loaders.bn_images, "cpu"))
+        init_conv1_with_pca(model, (prepare_batch(images, "cpu") for images in loaders.bn_images.split(16)))
 
 
 def start_run(

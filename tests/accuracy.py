@@ -33,7 +33,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
     path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
     settings = {"set": "test" if args.set_aside else "validation"}
     settings["length"] = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
-    settings |= {"model": args.model, "amp": args.amp, "hardware": hardware(torch.device(args.device))}
+    settings |= {"model": args.model or "recipe", "amp": args.amp, "hardware": hardware(torch.device(args.device))}
     settings |= {"img_size": str(args.img_size or "planned"), "data_path": args.data_path or "sample"}
     with divided(args.data_path, args.set_aside) as data:
         for seed, kind in itertools.product(range(args.rounds), args.kinds):
@@ -45,7 +45,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
             print(f"seed {seed}  {kind:40} {accuracy} (loss {loss}) after {last['at_minute']} min", flush=True)
     wanted = [settings | {"kind": kind, "values": values_of(kind, args)} for kind in args.kinds]
     rows = [row for row in read_rows(path) if any(kind.items() <= row.items() for kind in wanted)]
-    print(f"{settings['hardware']}; {args.model}, {settings['length']}, evaluated on the {settings['set']} images")
+    print(f"{settings['hardware']}; {settings['length']}, evaluated on the {settings['set']} images")
     for kind in args.kinds:
         ends = {row["seed"]: float(row["accuracy"]) for row in rows if row["kind"] == kind}
         print(f"{kind:40} mean {statistics.fmean(ends.values()):.4f} of {sorted(ends.values())}")
@@ -95,12 +95,14 @@ def divided(data_path: str | None, set_aside: bool):
 def train_for_minutes(args: argparse.Namespace, data: Path, kind: str, seed: int) -> list[dict[str, str]]:
     """Run one training; return the minutes since its start, accuracy and validation loss of each epoch."""
     recipe, _, changes = kind.partition(":")
-    flags = ["--data-path", str(data), "--device", args.device, "--model", args.model]
+    flags = ["--data-path", str(data), "--device", args.device]
     if kind == "loop":
+        flags += ["--model", args.model or "resnet34"]
         flags += ["--epochs", str(args.epochs), "--img-size", str(args.img_size or 224), "--seed", str(seed)]
         command = [sys.executable, str(BENCH), "baseline", *flags]
     else:
         flags += ["--recipe", recipe, "--seed", str(seed), *our_flags(args)]
+        flags += ["--model", args.model] if args.model else []
         flags += ["--time-budget", str(args.minutes)] if args.minutes else ["--epochs", str(args.epochs)]
         flags += ["--img-size", str(args.img_size)] if args.img_size else []
         code = f"import sys; sys.path.insert(0, {str(BENCH.parent)!r}); import accuracy, train; "

@@ -361,7 +361,7 @@ def main() -> None:
     add("--kinds", nargs="+", default=["tutorial", "scratch"], help="accuracy: recipes (default: tutorial scratch)")
     add("--minutes", type=float, default=25, help="accuracy: minutes per training (default: %(default)s); 0: --epochs")
     add("--set-aside", action="store_true", help="accuracy: evaluate on the held-out test images, for final figures")
-    add("--model", default="resnet34", help="network (default: %(default)s)")
+    add("--model", help="network (default: resnet34; accuracy: the recipe's)")
     add("--img-size", type=int, help="input size in pixels (default: 224; accuracy: chosen for the time)")
     add("--batch-size", type=int, default=16, help="images per batch (default: %(default)s)")
     add("--device", default="cuda", help="cuda or cpu (default: cuda if available)")
@@ -378,8 +378,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.bench == "accuracy" and (args.images or args.batch_size != parser.get_default("batch_size")):
         parser.error("accuracy uses all images and the recipe's batch size (--kinds scratch:batch_size=64 changes it)")
-    if args.img_size is None and args.bench != "accuracy":
-        args.img_size = 224
+    if args.bench != "accuracy":
+        args.model, args.img_size = args.model or "resnet34", args.img_size or 224
     args.device = str(select_device(args.device))  # reports a missing GPU only once
     (benches | baselines)[args.bench](args)
 
