@@ -212,7 +212,7 @@ class Loaders(NamedTuple):
     Attributes:
         train: yields training images and their labels.
         val: yields validation images and their indices in the validation set.
-        bn_images: training images for `estimate_batch_norm`, (N, 3, img_size, img_size) uint8 on the CPU, the same on
+        bn_images: training images to compute statistics on, (N, 3, img_size, img_size) uint8 on the CPU, the same on
             every rank; None if the recipe uses BatchNorm's running averages.
         val_layer1: layer1's mean activations for the validation images, see `inference.Outputs`; None if `val` yields
             images, so that they are computed anew.

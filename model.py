@@ -224,11 +224,11 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_conv1_with_pca(model: ResNet, batches: Iterable[Tensor]) -> None:
-    """Initialise `conv1` with the principal components of image patches (Krähenbühl et al. 2016, section 4).
+    """Initialise `conv1` with the principal components of image patches.
 
-    https://arxiv.org/abs/1511.06856. Random filters respond mostly to the mean colour of a patch. Principal
-    components have uncorrelated outputs, whose variances BatchNorm equalises. Each component is used with both signs,
-    because ReLU discards negative outputs (Shang et al. 2016, https://arxiv.org/abs/1603.05201).
+    Random filters respond mostly to the mean colour of a patch. Principal components have uncorrelated outputs, whose
+    variances BatchNorm equalises (Krähenbühl et al. 2016, https://arxiv.org/abs/1511.06856). Each component is used
+    with both signs, because ReLU discards negative outputs (Shang et al. 2016, https://arxiv.org/abs/1603.05201).
 
     Args:
         batches: images (N, 3, H, W) float, normalised, on the CPU.
