@@ -190,11 +190,13 @@ def fold_batch_norm(model: ResNet) -> ResNet:
     In evaluation mode BatchNorm is an affine map; folding saves a pass over the activations (Jacob et al. 2018,
     https://arxiv.org/abs/1712.05877, section 3.2).
     """
-    folded = copy.deepcopy(model).eval()
+    # A process group cannot be copied, so the copy shares it.
+    groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    folded = copy.deepcopy(model, {id(group): group for group in groups}).eval()
     for module in list(folded.modules()):
         children = list(module.named_children())
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return folded

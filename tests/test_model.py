@@ -146,6 +146,18 @@ def test_folding_batch_norm_preserves_logits(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_folding_synchronised_batch_norm_preserves_logits():
+    images = torch.randn(2, 3, 64, 64)
+    model, _ = pair("resnet18")
+    expected = fold_batch_norm(model)(images)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, torch.distributed.group.WORLD)
+        assert torch.equal(fold_batch_norm(synchronised)(images), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_freezing_leaves_fc_trainable():
     model = resnet18(num_classes=2)
     freeze_backbone(model)
