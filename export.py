@@ -7,6 +7,7 @@ python export.py --with-resize                           # takes an image of any
 
 import argparse
 import functools
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cli_utils import (
     output_path,
     print_note,
     printable,
+    quote_command,
     run_program,
 )
 from evaluation_report import Classified, Results, build_report
@@ -115,10 +117,7 @@ def output_file(args: argparse.Namespace, weights: Path) -> Path:
     if args.output is None:
         form = "_with_resize" if args.with_resize else "_int8" if args.int8 else ""
         return weights.with_name(f"{weights.stem}{form}{suffix or PT2}")
-    path = output_path("--output", args.output, [suffix] if suffix else [*FORMATS.values()])
-    if path.is_dir():
-        raise UsageError(f"--output {path}: is a folder; pass the name of a file")
-    return path
+    return output_path("--output", args.output, [suffix] if suffix else [*FORMATS.values()])
 
 
 # --- images to check the file with --------------------------------------------------------------------------------
@@ -171,6 +170,8 @@ def find_run_images(run: Path, wanted: str, class_names: list[str]) -> list[Imag
         for path in paths:
             if Path(path).name in names and (label := labels.get(file_checksum(path))) is not None:
                 files[path] = ImageFile(path, label if label in class_names else None, source)
+    if files and len(files) < len(wanted_files):
+        print_note(f"export.py: found only {len(files)} of the {len(wanted_files)} {wanted} images of the run")
     return [*files.values()]
 
 
@@ -178,7 +179,7 @@ def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     """Read batches of training images of the run, to calibrate the quantisation with.
 
     Raises:
-        UsageError: too few of them are found.
+        UsageError: none of them is found.
     """
     run = Path(classifier.weights).absolute().parent.parent
     files = evenly_spaced(find_run_images(run, "train", classifier.class_names), CALIBRATION_IMAGES)
@@ -186,10 +187,10 @@ def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     read = functools.partial(read_or_error, with_checksum=False, **options)
     items = map_files(read, [file.path for file in files], None, "calibrating")
     images = [item[0] for item in items if not isinstance(item, ImageError)]
-    batches = [stack_images(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
-    if not batches:
-        raise UsageError("--int8: calibration needs training images of the run, but too few were found; omit --int8")
-    return batches
+    if not images:
+        raise UsageError("--int8: calibration needs training images of the run, but none were found; omit --int8")
+    images = [*itertools.islice(itertools.cycle(images), max(batch, len(images)))]  # at least one full batch
+    return [stack_images(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
 
 
 def measure_thresholds(classifier: Classifier, files: list[ImageFile]) -> list[dict[str, Any]] | None:
@@ -281,7 +282,7 @@ def print_result(output: Path, size: int, metadata: dict[str, Any], result: Chec
         print_note("export.py: --skip-check: the file has not been compared with the network")
     else:
         print(*result.format_lines(), sep="\n")
-    print(printable(f"next: python predict.py photo.jpg --weights {output}"))
+    print(f"next: {quote_command(['python', 'predict.py', 'photo.jpg', '--weights', str(output)])}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -138,6 +138,8 @@ def start_process(path: Path, whole: bool) -> Iterator[ExportedProcess]:
                 yield ExportedProcess(process, errors, whole)
             finally:
                 process.kill()
+                with contextlib.suppress(OSError):  # the pipe of a process that has ended cannot be flushed
+                    process.stdin.close()
 
 
 def check_exported_file(
@@ -168,7 +170,8 @@ def check_exported_file(
     )
     indices = {name: index for index, name in enumerate(classifier.class_names)}
     labels = [indices.get(file.label, -1) for file in files]
-    items = zip(map_files(read, [file.path for file in files], None, "checking"), labels, strict=True)
+    workers = 0 if with_resize else None  # whole images would take gigabytes in the queues of the workers
+    items = zip(map_files(read, [file.path for file in files], workers, "checking"), labels, strict=True)
     with start_process(path, with_resize) as process:
         while chosen := [*itertools.islice(readable(items, log), size)]:
             pairs = [pair for pair, _ in chosen]

@@ -211,6 +211,13 @@ def test_file_that_disagrees_is_removed(fault, weights, sample, tmp_path, capsys
     assert output.read_bytes() == b"before"
 
 
+def test_file_that_stops_the_process_before_the_first_image_is_an_error():
+    with export_check.start_process(Path("missing.pt2"), whole=False) as process:
+        process.process.wait()
+        with pytest.raises(export_check.ExportCheckError, match="the exported file cannot be run"):
+            process.predict([torch.zeros(3, 64, 64, dtype=torch.uint8)])
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_unreadable_images_are_reported(labelled, weights, sample, capsys):
     folder = Path("images", "roses") if labelled else Path("images")
@@ -357,6 +364,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (["--weights", "missing.pth"], 1, "missing.pth: no such weights file"),
         (["--output", "a.onnx", "--format", "pt2"], 1, "--output a.onnx: name a .pt2 file in an existing folder"),
         (["--output", "nowhere/a.pt2"], 1, "name a .pt2/.onnx file in an existing folder"),
+        (["--output", "folder.pt2"], 1, "--output folder.pt2: name a .pt2/.onnx file in an existing folder"),
         (["--output", ""], 2, "it must be the name of a file"),
         (["--batch", "0"], 2, 'it must be at least 1, or "dynamic"'),
         (["--batch", "2", "--with-resize"], 2, "--batch has no effect with --with-resize"),
@@ -365,7 +373,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (
             ["--int8", "--format", "onnx", "--skip-check"],
             1,
-            "--int8: calibration needs training images of the run, but too few were found",
+            "--int8: calibration needs training images of the run, but none were found",
         ),
         (["--int8", "--with-resize"], 2, "--int8 cannot be combined with --with-resize"),
         (["--images", "a", "--skip-check"], 2, "--images has no effect with --skip-check"),
@@ -373,6 +381,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
     ],
 )
 def test_invalid_flags_are_one_line(weights, capsys, flags, status, message):
+    Path("folder.pt2").mkdir(exist_ok=True)
     arguments = flags if "--weights" in flags else ["--weights", str(weights), *flags]
     if status == 2:
         with pytest.raises(SystemExit):
