@@ -192,23 +192,16 @@ def _format_metric(metric: Mapping[str, Any] | None, digits: int = 4) -> str:
 # --- table ------------------------------------------------------------------------------------------------------------
 
 
-def prediction_rows(results: Results) -> list[dict[str, str]]:
-    """Return the rows of predictions.csv, with the probability of each class."""
+def prediction_rows(results: Results) -> Iterator[dict[str, str]]:
+    """Yield the rows of predictions.csv, with the probability of each class."""
     evaluation, names = results.evaluation, results.class_names
-    return [
-        {
+    columns = [f"probability of {name}" for name in names]
+    pairs = zip(evaluation.predicted.tolist(), evaluation.losses.tolist(), strict=True)
+    for file, (predicted, loss), probabilities in zip(results.files, pairs, evaluation.probabilities, strict=True):
+        yield {
             "path": file.path,
             "label": file.label,
             "predicted": names[predicted],
-            "probability": f"{max(probabilities):.6f}",
+            "probability": f"{probabilities.max():.6f}",
             "loss": f"{loss:.6f}",
-        }
-        | {f"probability of {name}": f"{value:.6f}" for name, value in zip(names, probabilities, strict=True)}
-        for file, predicted, probabilities, loss in zip(
-            results.files,
-            evaluation.predicted.tolist(),
-            evaluation.probabilities.tolist(),
-            evaluation.losses.tolist(),
-            strict=True,
-        )
-    ]
+        } | {column: f"{value:.6f}" for column, value in zip(columns, probabilities.tolist(), strict=True)}

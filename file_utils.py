@@ -2,9 +2,10 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,20 +44,21 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         unfinished.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
-    """Write a CSV file atomically: first `columns`, then the other keys of the rows.
+def write_csv(rows: Iterable[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
+    """Write a CSV file atomically: first `columns`, then the other keys of the first row.
 
     The file starts with a byte-order mark, without which Excel does not read UTF-8: open it with encoding="utf-8-sig".
     Characters that UTF-8 cannot encode, which file names may contain, are escaped.
     """
-    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    rows = iter(rows)
+    first = next(rows, {})
     with (
         atomic_file(path) as unfinished,
         open(unfinished, "w", newline="", encoding="utf-8-sig", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, [*dict.fromkeys([*columns, *first])])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(itertools.chain([first] if first else [], rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:

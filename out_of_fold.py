@@ -136,10 +136,10 @@ def write_results(args: argparse.Namespace, folder: Path, device: torch.device, 
 
     write_json(report, folder / "report.json")
     columns = ("path", "label", "predicted", "probability", "loss", "fold")
-    rows = [
+    rows = (
         row | {"fold": " ".join(map(str, numbers))}
         for row, numbers in zip(prediction_rows(results), predictions.folds, strict=True)
-    ]
+    )
     write_csv(rows, folder / "out_of_fold.csv", columns)
     write_figures(folder, figures)
     if not (folder / ISSUES_FILE).exists():  # it may contain verdicts

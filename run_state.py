@@ -109,11 +109,10 @@ class Run:
 
     # --- validation -----------------------------------------------------------------------------------------------
 
-    def update_best(self, validation: Evaluation) -> bool:
+    def update_best(self, validation: Evaluation) -> None:
         """Record an epoch's validation metrics, and decide whether training is complete.
 
-        Returns:
-            Whether it is the best epoch so far in `best_metric`, and if equal, in validation loss.
+        The best epoch is that with the best `best_metric`, and among equal ones, the lowest validation loss.
         """
         self.last = {
             "epoch": self.epoch,
@@ -129,7 +128,6 @@ class Run:
             self.best, self.best_confusion = self.last, validation.confusion
             self.familiarity = None if validation.layer1 is None else fit_familiarity(validation.layer1)
         self.finished = self._finish_reason(self.epoch + 1)
-        return is_best
 
     def _score(self, metrics: Mapping[str, Any]) -> float:
         if self.best_metric == "last":

@@ -172,7 +172,7 @@ class TensorBoardLogger:
         self.add_histograms(epoch)
         run.history.append({"epoch": epoch} | scalars)
         with skip_if_open_on_windows(run.folder / "metrics.csv") as path:
-            write_csv(run.history, path)
+            write_csv(run.history, path, [*dict.fromkeys(tag for row in run.history for tag in row)])
         if run.best is run.last:
             with skip_if_open_on_windows(run.folder / "mistakes.csv") as path:
                 write_csv(self.rows_by_loss(validation), path)
@@ -272,7 +272,7 @@ class TensorBoardLogger:
             torch.stack(points), rows, torch.cat(thumbnails), self.run.epoch, "validation", metadata_header=header
         )
 
-    def rows_by_loss(self, validation: Evaluation) -> list[dict[str, str | float]]:
+    def rows_by_loss(self, validation: Evaluation) -> list[dict[str, str]]:
         """Return the rows of mistakes.csv: all validation images, the highest loss first."""
         paths, names = self.val_set.images_path, self.class_names
         confidence = validation.probabilities.amax(dim=1)

@@ -89,7 +89,8 @@ def test_a_file_open_on_windows_is_left_unchanged(logger, monkeypatch, capsys):
 def test_diverged_model_is_not_saved(logger):
     """The losses can stay finite although a BatchNorm variance is infinite."""
     logger.run.weights.mkdir()
-    assert logger.run.update_best(Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0])))
+    logger.run.update_best(Evaluation(torch.zeros(1, len(CLASSES)), torch.tensor([0])))
+    assert logger.run.best is logger.run.last
     logger.run.model.bn1.running_var.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="training diverged"):
         logger.run.finish_epoch()
