@@ -69,8 +69,8 @@ def load_pretrained(model: ResNet, weights: str | os.PathLike, model_name: str) 
             downloaded once and verified by their hash.
 
     Returns:
-        The names of the parameters that were not loaded because their shape differs: those of `fc`, if the number of
-        classes differs.
+        The names of the parameters that were not loaded: those of `fc`, if the number of classes differs or the file
+        has none.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -95,6 +95,8 @@ def load_initial_weights(model: ResNet, weights: str | os.PathLike, model_name: 
     same_classes = not known or [*map(normalise, stored)] == [*map(normalise, class_names)]
     skipped = _load_pretrained(model, file, weights, model_name, load_fc=same_classes)
     description = f"weights of {weights}"
+    if skipped and not {*skipped} & file.state.keys():
+        return f"{description}, which has no {' and '.join(skipped)}"
     if skipped:
         same_number = known and len(stored) == len(class_names)
         classes = "other classes" if same_number else "a different number of classes"
@@ -113,7 +115,10 @@ def _read_pretrained(weights: str | os.PathLike, model_name: str) -> WeightsFile
 def _load_pretrained(
     model: ResNet, file: WeightsFile, weights: str | os.PathLike, model_name: str, load_fc: bool = True
 ) -> list[str]:
-    """Load all parameters except those of `fc` that have another shape, or all of `fc`. Returns the skipped names."""
+    """Load all parameters except those of `fc` that have another shape, or all of `fc`. Returns the skipped names.
+
+    A file without any parameters of `fc` is a backbone, such as one from self-supervised training.
+    """
     own = model.state_dict()
     skipped = [
         name
@@ -121,6 +126,8 @@ def _load_pretrained(
         if name.startswith("fc.") and name in own and (value.shape != own[name].shape or not load_fc)
     ]
     state = {name: value for name, value in file.state.items() if name not in skipped}
+    if not any(name.startswith("fc.") for name in file.state):
+        skipped = [name for name in own if name.startswith("fc.")]
     _load_state(model, state, weights, model_name, skipped)
     return skipped
 

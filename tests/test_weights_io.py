@@ -199,6 +199,20 @@ def test_fc_starts_afresh_for_other_classes(state, tmp_path, place, stored, skip
         assert torch.equal(model.fc.weight, torch.ones_like(before))
 
 
+def test_fc_may_be_missing_from_initial_weights(state, tmp_path):
+    backbone = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
+    path = save(tmp_path / "w.pth", {"state_dict": backbone | {"head.weight": torch.ones(2, 2)}})
+    model = MODELS["resnet18"](num_classes=2)
+    before = model.fc.weight.clone()
+    description = load_initial_weights(model, path, "resnet18", NAMES)
+    assert description == f"weights of {path}, which has no fc.weight and fc.bias"
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+    assert torch.equal(model.fc.weight, before)
+    save(path, {name: value for name, value in state.items() if name != "fc.bias"})
+    with pytest.raises(WeightsError, match=r"fc\.bias is missing"):
+        load_initial_weights(model, path, "resnet18", NAMES)
+
+
 def test_fc_is_kept_if_its_class_names_are_unknown(state, tmp_path):
     path = save(tmp_path / "w.pth", state)
     model = MODELS["resnet18"](num_classes=2)
