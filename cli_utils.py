@@ -439,12 +439,14 @@ def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Pat
     """Return the path of the output file that a flag names, or None if the name is empty.
 
     Raises:
-        UsageError: its folder is missing, or its extension is not in `formats`.
+        UsageError: it cannot be written, or its extension is not in `formats`.
     """
     if not name:
         return None
     path = Path(name)
-    if not path.parent.is_dir() or (formats and path.suffix.lower() not in formats):
-        kind = f"{'/'.join(formats)} file" if formats else "file"
+    if not path.parent.is_dir() or path.is_dir() or (formats and path.suffix.lower() not in formats):
+        kind = f"{'/'.join(formats)} file".lstrip()
         raise UsageError(f"{flag} {path}: name a {kind} in an existing folder")
+    if (path.is_file() or not path.exists()) and not os.access(path.resolve().parent, os.W_OK):  # see `atomic_file`
+        raise UsageError(f"{flag} {path}: no permission to write to its folder")
     return path
