@@ -25,6 +25,7 @@ from tables import Row, is_table, read_table
 TRAINING_FOLDERS = ("train", "training")  # the first one found is used
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 TEST_FOLDERS = ("test", "testing")
+VAL_RATE = 0.2  # the default
 
 
 class Count(NamedTuple):
@@ -98,7 +99,7 @@ class TrainingImages(NamedTuple):
     skipped: list[Skipped]
 
 
-def split_folder(root: str | os.PathLike, val_rate: float = 0.2) -> Split:
+def split_folder(root: str | os.PathLike, val_rate: float = VAL_RATE) -> Split:
     """Split a folder like `read_split_data`, without printing, writing or plotting."""
     skipped: list[Skipped] = []
     return _hold_out(TrainingImages(root, list_images_by_class(root, skipped), None, None, skipped), val_rate)
@@ -133,7 +134,7 @@ def _draw(paths: list[str], rate: float, total: int, generator: random.Random) -
 def find_split(
     data_path: str | os.PathLike,
     val_path: str | os.PathLike | None = None,
-    val_rate: float = 0.2,
+    val_rate: float = VAL_RATE,
     test_rate: float = 0.0,
 ) -> tuple[Split, str]:
     """Find the training, validation and test images of a folder or a table.
@@ -152,8 +153,9 @@ def find_split(
 
     Raises:
         DataError: a class of the validation or test images is missing from the training images, the validation folder
-            or table is the training one or inside it, a table has no validation images, or there are test images
-            although `test_rate` is above 0. For other errors, see `read_split_data` and `read_table`.
+            or table is the training one, inside it or the test folder, a table has no validation images, or there are
+            test images although `test_rate` is above 0. For other errors, see `read_split_data` and `read_table`.
+        UsageError: the sum of the rates is 1 or more.
     """
     find = _find_in_table if is_table(data_path) else _find_in_folder
     images = find(data_path, val_path)
@@ -175,7 +177,8 @@ def find_split(
         where = "" if Path(source) == Path(data_path) else f" in {source}"
         return split, f"{100 * val_rate:g}% of each class{where}, held out"
     _add_subset(split, "val", val_path, source)
-    return split, f"from {os.fspath(val_path)}"
+    unused = "" if val_rate == VAL_RATE else "; --val-rate has no effect"
+    return split, f"from {os.fspath(val_path)}{unused}"
 
 
 def _add_subset(split: Split, subset: str, path: str | os.PathLike, source: str | os.PathLike) -> None:
@@ -215,9 +218,9 @@ def _find_in_folder(root: str | os.PathLike, val_path: str | os.PathLike | None)
     train_path, own_val_path, test_path = _find_subset_folders(root)
     images = list_images_by_class(train_path, skipped)
     if train_path != Path(root):
-        used = {train_path, Path(val_path) if val_path else own_val_path, test_path}
+        used = {Path(path).resolve() for path in (train_path, val_path or own_val_path, test_path) if path}
         skipped += list_loose_files(root)
-        skipped += list_unused(folder for folder in subfolders(root) if folder not in used)
+        skipped += list_unused(folder for folder in subfolders(root) if folder.resolve() not in used)
     return TrainingImages(train_path, images, own_val_path, test_path, skipped)
 
 

@@ -107,7 +107,7 @@ def test_strict_refuses_unsupported_images(messy, capsys):
     (messy / "cat" / "broken.png").unlink()
     status, _, errors = run(capsys, train, "--data-path", messy, *SMALL, "--strict")
     assert status == 1
-    assert "--strict: 3 unusable images" in errors
+    assert "--strict: unusable images: 3; " in errors
     assert len(errors.splitlines()) == 2  # the first one is about the device
 
 
@@ -145,6 +145,8 @@ def test_folders_beside_train_and_val_are_reported(tmp_path):
     assert count_skipped(split.skipped) == "1 file: 1 outside the training, validation and test folders"
     assert [len(paths) for paths, _ in split.subsets.values()] == [6, 6, 6]
     assert len(split.paths) + len(split.skipped) == number_of_files(root)
+    assert find_split(root, root / "test" / ".." / "val")[0].skipped == split.skipped
+    assert find_split(root, val_rate=0.5)[1] == f"from {root / 'val'}; --val-rate has no effect"
 
     other = write_classes(tmp_path / "classes", {"bus": 2, "train/red": 2, "car": 2})  # "train" is a class here
     assert find_split(other)[0].class_names == ["bus", "car", "train"]
