@@ -169,7 +169,7 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
         if run.average is not None:
             run.average.load_state_dict(resume["average"])
         if resume["rank_buffers"]:
-            own = resume["rank_buffers"][run.dist.rank % len(resume["rank_buffers"])]
+            own = resume["rank_buffers"][run.dist.rank]
             run.model.load_state_dict(own, strict=False)
             run.eval_model.load_state_dict(own, strict=False)
         _load_optimizer(run.optimizer, resume["optimizer"])
@@ -187,7 +187,7 @@ def restore(run: "Run", checkpoint: Mapping[str, Any]) -> dict[str, int]:
         run.improved_at = resume["improved_at"]
         run.finished = str(resume["finished"])
         return dict(resume["events"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         path = run.weights / "last.pth"
         raise WeightsError(f"{path}: corrupt, or not a checkpoint of this program") from error
 

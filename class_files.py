@@ -29,7 +29,7 @@ def read_class_indices(path: str | os.PathLike = "class_indices.json") -> list[s
         DataError: it is not a JSON object of the form {"0": "daisy", "1": ...}, or names a class twice.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{os.fspath(path)}: no such file; read_split_data writes it, with the class names")
+        raise FileNotFoundError(f"{os.fspath(path)}: no such file; train.py writes one to the folder of each run")
     wrong = DataError(f'{os.fspath(path)}: not of the form {{"0": "daisy", "1": "dandelion", ...}}')
     try:
         indices = json.loads(Path(path).read_text(encoding="utf-8-sig"))

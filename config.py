@@ -142,7 +142,7 @@ def parse_args(
     if args.time_budget and uses_cached_features(args):
         parser.error("--time-budget is not supported for a frozen backbone, whose epochs take seconds: omit it")
     if args.patience and args.best_metric == "last":
-        parser.error("--patience has no effect with --best-metric last: omit it, or pass another --best-metric")
+        parser.error("--patience has no effect with --best-metric last: omit it")
     if args.batch_size == 1 and needs_two_images(args):
         parser.error("--batch-size must be at least 2 for training images of 32 pixels")
     if args.find_lr and args.accumulate > 1:
@@ -339,17 +339,18 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
     args = parse_args(argv, {**saved, "recipe": recipe.name})
     for flag, value in saved.items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value and flag != "recipe":
-            raise UsageError(_conflict(flag, run, value, "omit the flag to resume it, or start a new run"))
+            raise UsageError(describe_conflict(flag, run, value, "omit the flag to resume it, or start a new run"))
     if args.recipe.name != recipe.name:
-        raise UsageError(_conflict("recipe", run, recipe, "omit the flag to resume it, or start a new run"))
+        raise UsageError(describe_conflict("recipe", run, recipe, "omit the flag to resume it, or start a new run"))
     if args.epochs < saved["epochs"]:
-        raise UsageError(_conflict("epochs", run, saved["epochs"], "it can only be increased"))
+        raise UsageError(describe_conflict("epochs", run, saved["epochs"], "it can only be increased"))
     args.recipe, args.resume = recipe, str(run)
     return args
 
 
-def _conflict(flag: str, run: Path, value: Any, advice: str) -> str:
-    return f"--{flag.replace('_', '-')}: the run {run} was started with {value}; {advice}"
+def describe_conflict(flag: str, run: Path, value: Any, advice: str) -> str:
+    start = "without it" if value is None or value is False or value == "" else f"with {value}"
+    return f"--{flag.replace('_', '-')}: the run {run} was started {start}; {advice}"
 
 
 def same_schema(values: Any, defaults: Mapping[str, Any]) -> bool:

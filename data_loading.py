@@ -280,8 +280,8 @@ def build_train_loader(
         drop_last=args.sync_bn,  # SyncBatchNorm needs equal batch sizes on all ranks
     )
     if not batches.steps():
-        count, needed = len(train_set), batches.global_batch
-        dist.fail(UsageError(f"{count} training images are too few: one step over all ranks takes {needed}"))
+        needed = batches.global_batch if args.sync_bn else dist.world_size * (2 if needs_two_images(args) else 1)
+        dist.fail(UsageError(f"{len(train_set)} training images are too few for one step; it takes at least {needed}"))
     workers = number_of_workers(args.workers, dist.local_world_size)
     return make_loader(SafeImages(train_set, replace=True), batches, workers, device)
 

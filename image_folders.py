@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from class_files import normalise
-from cli_utils import DataError
+from cli_utils import DataError, printable
 from file_utils import read_json
 from image_io import ImageError, conversion_advice, is_image_file
 
@@ -45,7 +45,7 @@ def count_skipped(skipped: Sequence[Skipped]) -> str:
     suffixes = collections.Counter(
         Path(file.path).suffix.lower() or "no extension" for file in skipped if file.kind == UNKNOWN_TYPE
     )
-    types = ", ".join(f"{suffix} {count}" for suffix, count in suffixes.most_common(5))
+    types = ", ".join(f"{printable(suffix)} {count}" for suffix, count in suffixes.most_common(5))
     details = {UNKNOWN_TYPE: f" ({types})"}
     counts = ", ".join(f"{count} {reason}{details.get(reason, '')}" for reason, count in reasons.most_common())
     return f"{len(skipped)} {'file' if len(skipped) == 1 else 'files'}: {counts}"

@@ -1,4 +1,4 @@
-"""Run a network over a data loader, on one or several ranks, and compute metrics from the result."""
+"""Run a network over a data loader, on one or several ranks."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -121,7 +121,7 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
 def build_optimizer(
     args: argparse.Namespace, model: ResNet, device: torch.device, amp_dtype: torch.dtype | None = None
 ) -> torch.optim.SGD:
-    """Create the optimizer of the trainable parameters, with one parameter group per learning-rate scale.
+    """Create the optimizer of the trainable parameters, with a parameter group per learning-rate scale and update rule.
 
     Args:
         amp_dtype: the dtype for mixed precision; None for float32.

@@ -19,7 +19,7 @@ Files = dict[str, list[list[str]]]  # the checksums of the image files, see `des
 
 
 def find_data(args: argparse.Namespace) -> str | Path:
-    """Return the folder to train on; download the photographs or draw the built-in sample if needed."""
+    """Return the folder or table to train on; download the photographs or draw the built-in sample if needed."""
     if args.download:
         download_flower_photos(args.data_path)
     if args.data_path:
@@ -167,7 +167,7 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     split = drop_unusable(found, checked)
     unusable = [file for file in split.skipped if file.kind in (UNREADABLE, UNSUPPORTED)]
     if unusable and args.strict:
-        raise DataError(f"--strict: {len(unusable)} unusable images; {unusable[0]}")
+        raise DataError(f"--strict: unusable images: {len(unusable)}; {unusable[0]}")
     if checkpoint is None:
         seen = [checked[_absolute(path)] for path in split.train_paths + split.val_paths]
         pixel_range = merge_pixel_ranges(image.pixel_range for image in seen)

@@ -1,4 +1,4 @@
-"""Manage a run's folder (lock, metadata, data and event files) and the signals that stop a run."""
+"""Manage a run's folder (lock, metadata, check for changed data) and the signals that stop a run."""
 
 import argparse
 import contextlib
@@ -282,8 +282,8 @@ def check_same_data(folder: RunFolder, data: Data, corrections: str | None, allo
         print(f"{printable(name)} {difference}", file=sys.stderr)
     if differences and not allow_changed:
         raise UsageError(
-            f"{len(differences)} files have changed since the run started; restore them, or pass "
-            f"--allow-changed-data to resume with the current files"
+            f"files changed since the run started: {len(differences)}; restore them, or pass --allow-changed-data to "
+            f"resume with the current files"
         )
     used = _checksums(before, "train") | _checksums(before, "val")
     if spoilt := (_checksums(now, "test") - _checksums(before, "test")) & used:

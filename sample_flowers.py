@@ -299,6 +299,8 @@ def main() -> None:
         folder = draw_sample(args.folder, args.images_per_class, args.size, args.seed)
     except OSError as error:
         parser.exit(1, f"sample_flowers.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "sample_flowers.py: interrupted\n")
     print(f"drew {len(CLASS_NAMES) * args.images_per_class} images in {folder}")
 
 

@@ -119,7 +119,7 @@ def train(
                 logger.log_start(describe_run(args, data.counts, hardware), vars(args))
                 callback.save(wait=True)
             learner, eval_model = model, run.eval_model
-            if uses_cached_features(args):  # train only fc, on features that are computed once
+            if uses_cached_features(args) and not run.finished:  # train only fc, on features that are computed once
                 learner = eval_model = model.fc
                 loaders = cache_features(args, model, loaders, img_size, device, dist, amp_dtype, stop.check, store)
             learner = dist.wrap_ddp(learner, device, sync_bn=args.sync_bn)
@@ -381,7 +381,7 @@ def run_training(argv: list[str]) -> int:
         except StopRequest as stop:
             return 128 + stop.number
         except BrokenPipeError as error:  # `train.py | head`
-            raise UsageError("standard output is closed; resume the run with --resume") from error
+            raise UsageError("standard output is closed") from error
     return 0
 
 

@@ -21,6 +21,7 @@ from distributed import Distributed
 from inference import EmptyLoaderError, compute_logits, disable_bar, run_inference
 from metrics import Evaluation
 from my_dataset import copy_to_device, prepare_batch
+from optimization import current_learning_rate
 
 READ_SECONDS = 0.5  # interval between reads of the losses
 
@@ -213,7 +214,7 @@ def _explain_divergence(optimizer: Optimizer, epoch: int) -> Iterator[None]:
     try:
         yield
     except NonFiniteLossError as error:
-        lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in optimizer.param_groups)
+        lr = current_learning_rate(optimizer)
         message = f"{error} of epoch {epoch}, with learning rate {lr:g}; try a lower learning rate"
         raise NonFiniteLossError(message) from error
 

@@ -331,7 +331,7 @@ def test_flags_without_effect_are_errors(capsys, arguments, message):
 def test_resume_refuses_other_flags(pets, capsys):
     assert cross_validate.main(flags(pets)) == 0
     assert cross_validate.main(["--resume", "--folds", "7"]) == 1
-    assert "--folds: runs/cross_validation was started with 3" in capsys.readouterr().err
+    assert "--folds: the run runs/cross_validation was started with 3; omit the flag" in capsys.readouterr().err
     assert cross_validate.main(["--resume", "nothing"]) == 1
     assert (
         "--resume nothing: no cross_validation.json to resume from; start a new cross-validation"

@@ -257,11 +257,19 @@ def test_resume_does_not_download_again(pets, undisturbed, monkeypatch):
 # --- refused resumes and other errors -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--model", "resnet34"], ["--batch-size", "8"], ["--lr", "0.1"], ["--seed", "1"]])
-def test_resume_with_a_conflicting_flag_is_a_one_line_error(undisturbed, capsys, words):
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["--model", "resnet34"], "with resnet18"),
+        (["--batch-size", "8"], "with "),
+        (["--lr", "0.1"], "with "),
+        (["--weights", "w.pth"], "without it"),
+    ],
+)
+def test_resume_with_a_conflicting_flag_is_a_one_line_error(undisturbed, capsys, words, start):
     assert train.main(["--resume", str(undisturbed), *words, "--epochs", "9"]) == 1
     said = capsys.readouterr().err
-    assert words[0] in said
+    assert f"{words[0]}: the run {undisturbed} was started {start}" in said
     assert len(said.splitlines()) == 1
 
 
@@ -281,7 +289,7 @@ def test_changed_data_is_listed_file_by_file(pets, undisturbed, tmp_path, capsys
         "dog/another.png is new",
         "dog/dog 01.png has changed",
     ]
-    assert "--allow-changed-data" in said[-1]
+    assert "files changed since the run started: 3; restore them, or pass --allow-changed-data" in said[-1]
     assert train.main([*resume, "--allow-changed-data"]) == 0
     shutil.copytree("pets/dog", "pets/fox")
     assert train.main(["--resume", "a", "--epochs", "5", "--allow-changed-data"]) == 1
