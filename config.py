@@ -41,6 +41,7 @@ class Recipe:
     progressive_resize_start: float = 1.0  # size of the first training images, as a fraction of --img-size
     progressive_resize_end: float = 1.0  # below 1: objects appear smaller at test time (arXiv:1906.06423)
     feature_views: int = 0  # --freeze-layers: precompute the features of this many augmented views per image; 0: never
+    color_jitter: float = 0.0  # strength of the colour jitter in long trainings, see `Schedule.color_jitter`
     ema_decay: float = 0.0  # moving average of the weights, which is validated and saved as best.pth; 0: none
     pca_conv1: bool = False  # initialise conv1 with the principal components of patches; needs bn_images
     bn_images: int = 0  # estimate BatchNorm statistics from this many training images; 0: use the running averages
@@ -58,6 +59,7 @@ RECIPES = {
         muon_lr_scale=50.0,
         progressive_resize_start=0.5,
         progressive_resize_end=0.85,
+        color_jitter=0.4,
         ema_decay=0.9,
         pca_conv1=True,
         bn_images=128,

@@ -32,10 +32,11 @@ T = TypeVar("T")
 
 
 class EpochSampler(Sampler):
-    """Shuffle an epoch's images, and add an augmentation seed per image and the image size, for `MyDataSet`.
+    """Shuffle an epoch's images, and add an augmentation seed per image and other options, for `MyDataSet`.
 
-    Yields (index, seed) or (index, seed, img_size). The order depends on `seed` and the epoch, and an image's seed also
-    on its index. Neither depends on the number of workers. Call `set_epoch` before each epoch.
+    Yields (index, seed), (index, seed, img_size) or (index, seed, img_size, color_jitter). The order depends on `seed`
+    and the epoch, and an image's seed also on its index. Neither depends on the number of workers. Call `set_epoch`
+    before each epoch.
 
     Args:
         size: the number of images.
@@ -47,25 +48,26 @@ class EpochSampler(Sampler):
         self.seed = seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0, img_size: int | None = None) -> None:
+    def set_epoch(self, epoch: int, start: int = 0, img_size: int | None = None, color_jitter: float = 0.0) -> None:
         """Set the epoch of the next pass, from 0.
 
         Args:
             start: the number of images to skip when resuming mid-epoch.
             img_size: the image size in pixels; None for the transform's own.
+            color_jitter: the strength of the colour jitter.
         """
-        self.epoch = epoch
-        self.start = start
-        self.img_size = img_size
+        self.epoch, self.start = epoch, start
+        self.img_size, self.color_jitter = img_size, color_jitter
 
     def __len__(self) -> int:
         return max(0, self.size - self.start)
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
+    def __iter__(self) -> Iterator[tuple[float, ...]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        img_size = () if self.img_size is None else (self.img_size,)
+        options = (self.img_size, self.color_jitter) if self.color_jitter > 0 else (self.img_size,)
+        options = () if self.img_size is None else options
         for index in order[self.start :].tolist():
-            yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]), *img_size
+            yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]), *options
 
 
 class DistributedBatchSampler(Sampler):

@@ -33,7 +33,7 @@ class MyDataSet(Dataset):
 
     `dataset[i]` returns (image, label), or raises an ImageError if the file is unreadable. `dataset[i, seed]` seeds the
     transform without changing the global generator, so that an item depends neither on the process nor on the order.
-    `dataset[i, seed, img_size]` also sets the image size.
+    `dataset[i, seed, img_size]` and `dataset[i, seed, img_size, color_jitter]` pass these to the transform as well.
 
     Args:
         images_path: the image files.
@@ -71,14 +71,14 @@ class MyDataSet(Dataset):
     def __len__(self) -> int:
         return len(self.images_path)
 
-    def __getitem__(self, item: int | tuple[int, ...]) -> tuple[Tensor | Image.Image, int]:
-        index, seed, *img_size = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | tuple[float, ...]) -> tuple[Tensor | Image.Image, int]:
+        index, seed, *options = item if isinstance(item, tuple) else (item, None)
         image = self._image(index)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)
-                image = self.transform(image, *img_size)
+                image = self.transform(image, *options)
         return image, self.images_class[index]
 
     def _image(self, index: int) -> Image.Image | Tensor:
@@ -129,13 +129,18 @@ class TrainTransform:
         self.hflip = v2.RandomHorizontalFlip(hflip)
         self.vflip = v2.RandomVerticalFlip(vflip) if vflip > 0 else v2.Identity()  # draws no random number
 
-    def __call__(self, image: Image.Image | Tensor, img_size: int | None = None) -> Tensor:
-        """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size)."""
+    def __call__(self, image: Image.Image | Tensor, img_size: int | None = None, color_jitter: float = 0.0) -> Tensor:
+        """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size).
+
+        Args:
+            color_jitter: brightness, contrast and saturation change by random factors of up to 1 +- this.
+        """
         pixels = _to_tensor(image)
         if self.resize != "crop":
             pixels = make_square(pixels, min(self.min_side, max(pixels.shape[-2:])), self.resize)
         self.crop.size = [img_size or self.img_size] * 2
-        return self.vflip(self.hflip(self.crop(pixels)))
+        pixels = self.vflip(self.hflip(self.crop(pixels)))
+        return v2.ColorJitter(color_jitter, color_jitter, color_jitter)(pixels) if color_jitter > 0 else pixels
 
 
 class EvalTransform:

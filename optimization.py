@@ -192,6 +192,7 @@ class Schedule:
         warmup: the fraction of the training in which the learning rate rises.
         per_step: update the learning rate after every step instead of every epoch.
         img_sizes: the image sizes in pixels at the start and at the end.
+        color_jitter: the maximum strength of the colour jitter.
     """
 
     def __init__(
@@ -204,10 +205,11 @@ class Schedule:
         warmup: float = 0.0,
         per_step: bool = False,
         img_sizes: tuple[int, int] = (224, 224),
+        color_jitter: float = 0.0,
     ) -> None:
         self.epochs, self.steps = epochs, max(1, steps)
         self.lr, self.lrf, self.warmup, self.per_step = lr, lrf, warmup, per_step
-        self.img_sizes = img_sizes
+        self.img_sizes, self.max_color_jitter = img_sizes, color_jitter
 
     def progress(self, epoch: int, step: int = 0) -> float:
         """Return the progress before a step of an epoch, both counted from 0."""
@@ -235,6 +237,22 @@ class Schedule:
         first, last = self.img_sizes
         grown = min(1.0, self.progress(epoch) / 0.8)
         return last if grown == 1 else first + round(grown * (last - first) / SIZE_STEP) * SIZE_STEP
+
+    def expected_epochs(self, epoch: int) -> float:
+        """Estimate the total number of epochs before an epoch; 0 if it is unknown."""
+        return self.epochs
+
+    def color_jitter(self, epoch: int) -> float:
+        """Return the strength of the colour jitter in an epoch.
+
+        A longer training sees each image more often, and needs more augmentation: it is 0 for up to 16 epochs, and
+        grows linearly to its maximum for 48.
+        """
+        return self.max_color_jitter * min(1.0, max(0.0, (self.expected_epochs(epoch) - 16) / 32))
+
+    def image_options(self, epoch: int) -> dict[str, float]:
+        """Return the options of an epoch's training images, for `EpochSampler.set_epoch`."""
+        return {"img_size": self.img_size(epoch), "color_jitter": self.color_jitter(epoch)}
 
     def reserve_time(self, seconds: float) -> None:
         """Reserve time between the last step of an epoch and the first of the next; a no-op without a time budget."""
@@ -282,6 +300,9 @@ class TimedSchedule(Schedule):
     def end_reason(self) -> str:
         return "its time budget is spent"
 
+    def expected_epochs(self, epoch: int) -> float:
+        return epoch / max(self.progress(epoch), EPSILON)
+
     def reserve_time(self, seconds: float) -> None:
         """Reserve time for evaluation, figures and checkpoints after the last step."""
         self.reserve = 1.2 * seconds
@@ -297,7 +318,7 @@ class TimedSchedule(Schedule):
 def build_schedule(args: argparse.Namespace, steps: int, img_size: int, dist: Distributed) -> Schedule:
     """Create the schedule for --epochs of `steps` steps each, or for --time-budget."""
     options = {"lr": args.lr, "lrf": args.lrf, "warmup": args.warmup, "per_step": args.recipe.schedule_per_step}
-    options |= {"img_sizes": training_sizes(args.recipe, img_size)}
+    options |= {"img_sizes": training_sizes(args.recipe, img_size), "color_jitter": args.recipe.color_jitter}
     if args.time_budget:
         return TimedSchedule(60 * args.time_budget, dist.elapsed, **options)
     return Schedule(args.epochs, steps, **options)

@@ -345,7 +345,7 @@ class TensorBoardLogger:
         If training uses cached features, they come from other augmentations.
         """
         order = self.batches.order
-        order.set_epoch(self.run.epoch, img_size=order.img_size)
+        order.set_epoch(self.run.epoch, img_size=order.img_size, color_jitter=order.color_jitter)
         items = [self.train_images[item] for item in itertools.islice(order, min(self.batches.batch_size, 16))]
         images, labels = self.train_images.collate_fn(items)
         names = [self.class_names[label] for label in labels.tolist()]

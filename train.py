@@ -127,7 +127,7 @@ def train(
             while not run.finished:
                 stop.sync()
                 start = time.perf_counter()
-                loaders.batches.order.set_epoch(run.epoch, run.images_before, schedule.img_size(run.epoch))
+                loaders.batches.order.set_epoch(run.epoch, run.images_before, **schedule.image_options(run.epoch))
                 options |= {"steps": loaders.batches.steps(), "progress": run.progress}
                 train_one_epoch(learner, optimizer, loaders.train, device, run.epoch, **options)
                 learning_rate = schedule.learning_rate(run.epoch, run.progress.steps - 1)  # of the last step

@@ -141,6 +141,18 @@ def test_train_transform_is_random(tmp_path):
     assert TrainTransform(64)(image).shape == (3, 64, 64)
 
 
+def test_color_jitter_changes_the_colours_only(tmp_path):
+    image = read_image(write_image(tmp_path / "a.png", (64, 64)))
+    torch.manual_seed(0)
+    plain = TrainTransform(64)(image)
+    torch.manual_seed(0)
+    jittered = TrainTransform(64)(image, 64, 0.4)
+    assert (jittered.shape, jittered.dtype) == (plain.shape, plain.dtype)
+    assert not torch.equal(jittered, plain)
+    brightness = [pixels.float().mean(dim=0).flatten() for pixels in (jittered, plain)]
+    assert torch.corrcoef(torch.stack(brightness))[0, 1] > 0.9
+
+
 def test_flips():
     image = torch.arange(16, dtype=torch.uint8).view(1, 4, 4).expand(3, 4, 4)
     upright = TrainTransform(4, hflip=0)

@@ -40,6 +40,17 @@ def test_image_size_grows():
     assert len(set(sizes)) > 4
 
 
+def test_color_jitter_grows_with_the_length_of_the_training():
+    options = {"lr": 1.0, "lrf": 0.0, "color_jitter": 0.4}
+    strengths = [Schedule(epochs, 5, **options).color_jitter(epoch=3) for epochs in (8, 16, 32, 48, 96)]
+    assert strengths == pytest.approx([0, 0, 0.2, 0.4, 0.4])
+    now = [0.0]
+    timed = TimedSchedule(100.0, lambda: now[0], **options)
+    assert timed.color_jitter(0) == 0
+    now[0] = 25.0
+    assert timed.color_jitter(8) == pytest.approx(0.2)  # for 32 epochs
+
+
 def test_timed_schedule_follows_the_clock():
     now = [10.0]
     options = {"lr": 0.4, "lrf": 0.01, "warmup": 0.2, "per_step": True, "img_sizes": (64, 128)}

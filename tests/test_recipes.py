@@ -9,17 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_resume import after_steps, send
 
 import train
 from config import FLAG_DEFAULTS, RECIPES, training_sizes
-from data_loading import EpochSampler, Loaders, build_train_loader, build_val_loader, cache_features
+from data_loading import (
+    EpochSampler,
+    Loaders,
+    build_train_loader,
+    build_val_loader,
+    cache_features,
+)
 from dataset_split import find_split
 from distributed import Distributed
 from metrics import Evaluation
 from model import MODELS, ResNet, to_device
 from my_dataset import EvalTransform, MyDataSet, TrainTransform, prepare_batch
-from optimization import Muon, Schedule, build_optimizer, set_learning_rate
+from optimization import Muon, Schedule, build_optimizer, build_schedule, set_learning_rate
 from train_eval_utils import estimate_batch_norm
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder", "small_network", "no_figures")
@@ -333,6 +340,20 @@ def test_frozen_backbone_features_are_computed_once(two_classes, tmp_path, monke
     figures = 8 * 2 + 4 * 8  # 2 images after each epoch, up to 8 mistakes after 4 of them
     projector = 5
     assert sum(passes) <= views * 20 + 5 + figures + projector
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_long_trainings_with_scratch_change_the_colours(tmp_path, recipe):
+    Image.new("RGB", (40, 40), (200, 100, 50)).save(tmp_path / "a.png")
+    images = MyDataSet([tmp_path / "a.png"], [0], TrainTransform(32))
+    for epochs in (16, 48):
+        args = train.parse_args(["--recipe", recipe, "--epochs", str(epochs)])
+        schedule = build_schedule(args, 1, 32, Distributed())
+        order, colours = EpochSampler(1), set()
+        for epoch in range(5):
+            order.set_epoch(epoch, **schedule.image_options(epoch))
+            colours |= {tuple(images[item][0][:, 0, 0].tolist()) for item in order}
+        assert (len(colours) > 1) == (recipe == "scratch" and epochs == 48)
 
 
 def test_cached_features_match_their_images(two_classes):
