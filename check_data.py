@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, checked, output_path, printable, run_program
+from cli_utils import FIGURE_FORMATS, FlagParser, UsageError, checked, printable, run_program
 from corrections import Corrections
-from dataset_split import Split, find_split, require_usable_images
+from dataset_split import VAL_RATE, Split, find_split, require_usable_images
 from duplicates import MAX_COMPARED, Picture, find_duplicates, read_pictures
-from file_utils import atomic_file, write_csv
+from file_utils import atomic_file, output_path, write_csv
 from image_folders import UNKNOWN_TYPE, Skipped
 from image_io import ImageError, PixelRange, read_image
 
@@ -290,7 +290,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("folder", metavar="FOLDER", help=folder_help)
     add("--val-path", metavar="DIR", help="a validation folder with one sub-folder per class, or a table")
     rate = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    add("--val-rate", type=rate, default=0.2, help="fraction of each class to hold out (default: %(default)s)")
+    add("--val-rate", type=rate, default=VAL_RATE, help="fraction of each class to hold out (default: %(default)s)")
     test_help = "fraction of each class to hold out for testing (default: %(default)g)"
     add("--test-rate", type=rate, default=0.0, help=test_help)
     corrections_help = "apply the verdicts in this table, such as label_issues.csv of cross_validate.py"

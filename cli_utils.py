@@ -430,23 +430,3 @@ class _MappedFiles(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.function(self.paths[index])
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
-    """Return the path of the output file that a flag names, or None if the name is empty.
-
-    Raises:
-        UsageError: it cannot be written, or its extension is not in `formats`.
-    """
-    if not name:
-        return None
-    path = Path(name)
-    if not path.parent.is_dir() or path.is_dir() or (formats and path.suffix.lower() not in formats):
-        kind = f"{'/'.join(formats)} file".lstrip()
-        raise UsageError(f"{flag} {path}: name a {kind} in an existing folder")
-    if (path.is_file() or not path.exists()) and not os.access(path.resolve().parent, os.W_OK):  # see `atomic_file`
-        raise UsageError(f"{flag} {path}: no permission to write to its folder")
-    return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli_utils import FlagParser, UsageError, checked, parse_bool
+from dataset_split import VAL_RATE
 from model import MODELS
 from my_dataset import RESIZE_MODES
 
@@ -41,7 +42,7 @@ class Recipe:
     progressive_resize_start: float = 1.0  # size of the first training images, as a fraction of --img-size
     progressive_resize_end: float = 1.0  # below 1: objects appear smaller at test time (arXiv:1906.06423)
     feature_views: int = 0  # --freeze-layers: precompute the features of this many augmented views per image; 0: never
-    color_jitter: float = 0.0  # strength of the colour jitter in long trainings, see `Schedule.color_jitter`
+    color_jitter: float = 0.0  # maximum strength, which long runs reach: see `Schedule.color_jitter`
     ema_decay: float = 0.0  # moving average of the weights, which is validated and saved as best.pth; 0: none
     pca_conv1: bool = False  # initialise conv1 with the principal components of patches; needs bn_images
     bn_images: int = 0  # estimate BatchNorm statistics from this many training images; 0: use the running averages
@@ -179,7 +180,7 @@ def _add_data_and_model_flags(parser: FlagParser) -> None:
     add("--val-path", type=FOLDER, help=val_help)
     val_rate_help = "fraction of each class held out for validation (default: %(default)s)"
     val_rate = checked(float, lambda x: 0 < x < 1, "above 0 and below 1")
-    add("--val-rate", type=val_rate, default=0.2, help=val_rate_help)
+    add("--val-rate", type=val_rate, default=VAL_RATE, help=val_rate_help)
     test_rate_help = "fraction of each class held out for a test after the training (default: %(default)g)"
     add("--test-rate", type=FRACTION, default=0.0, help=test_rate_help)
     corrections_help = "apply the verdicts in this table, such as label_issues.csv of cross_validate.py"
@@ -341,9 +342,9 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
     args = parse_args(argv, {**saved, "recipe": recipe.name})
     for flag, value in saved.items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value and flag != "recipe":
-            raise UsageError(describe_conflict(flag, run, value, "omit the flag to resume it, or start a new run"))
+            raise UsageError(describe_conflict(flag, run, value, "omit the flag to resume, or start a new run"))
     if args.recipe.name != recipe.name:
-        raise UsageError(describe_conflict("recipe", run, recipe, "omit the flag to resume it, or start a new run"))
+        raise UsageError(describe_conflict("recipe", run, recipe, "omit the flag to resume, or start a new run"))
     if args.epochs < saved["epochs"]:
         raise UsageError(describe_conflict("epochs", run, saved["epochs"], "it can only be increased"))
     args.recipe, args.resume = recipe, str(run)
@@ -351,6 +352,7 @@ def resume_args(argv: list[str], saved: Mapping[str, Any], run: Path) -> argpars
 
 
 def describe_conflict(flag: str, run: Path, value: Any, advice: str) -> str:
+    """Describe a flag that contradicts how a run was started."""
     start = "without it" if value is None or value is False or value == "" else f"with {value}"
     return f"--{flag.replace('_', '-')}: the run {run} was started {start}; {advice}"
 

@@ -252,7 +252,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
     args.weights = absolute_weights(args.weights)
     for flag, value in vars(before).items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
-            raise UsageError(config.describe_conflict(flag, folder, value, "omit the flag to resume it"))
+            raise UsageError(config.describe_conflict(flag, folder, value, "omit the flag to resume"))
     is_complete = (folder / ISSUES_FILE).exists()
     if not is_complete:
         require_same_images(folder, content["checksums"])

@@ -62,10 +62,11 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return max(0, self.size - self.start)
 
-    def __iter__(self) -> Iterator[tuple[float, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        options = (self.img_size, self.color_jitter) if self.color_jitter > 0 else (self.img_size,)
-        options = () if self.img_size is None else options
+        options = () if self.img_size is None else (self.img_size,)
+        if self.color_jitter > 0:
+            options = (self.img_size, self.color_jitter)
         for index in order[self.start :].tolist():
             yield index, int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]), *options
 
@@ -118,7 +119,7 @@ class DistributedBatchSampler(Sampler):
     def __len__(self) -> int:
         return sum(map(len, self.steps()))
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+    def __iter__(self) -> Iterator[list[tuple[Any, ...]]]:
         items = iter(self.order)
         for images in self._sizes():
             step_items = list(itertools.islice(items, images))
@@ -158,7 +159,7 @@ class SafeImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: int | tuple[int, ...]) -> tuple[Tensor | Image.Image, int] | None:
+    def __getitem__(self, item: int | tuple[Any, ...]) -> tuple[Tensor | Image.Image, int] | None:
         index, *how = item if isinstance(item, tuple) else (item,)
         try:
             image, label = self.images[item]
@@ -199,7 +200,7 @@ class CachedFeatures(Dataset):
     def __len__(self) -> int:
         return len(self.views[0][1])
 
-    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         index, seed, *_ = item
         features, labels = self.views[seed % len(self.views)]
         return features[index], labels[index]
@@ -282,8 +283,8 @@ def build_train_loader(
         drop_last=args.sync_bn,  # SyncBatchNorm needs equal batch sizes on all ranks
     )
     if not batches.steps():
-        needed = batches.global_batch if args.sync_bn else dist.world_size * (2 if needs_two_images(args) else 1)
-        dist.fail(UsageError(f"{len(train_set)} training images are too few for one step; it takes at least {needed}"))
+        message = f"too few training images for one step: {len(train_set)}; {batches.global_batch} are enough"
+        dist.fail(UsageError(message))
     workers = number_of_workers(args.workers, dist.local_world_size)
     return make_loader(SafeImages(train_set, replace=True), batches, workers, device)
 

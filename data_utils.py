@@ -23,7 +23,7 @@ from class_files import (  # noqa: F401 - part of the tutorial's data_utils
     write_pickle,
 )
 from cli_utils import DataError
-from dataset_split import split_folder
+from dataset_split import VAL_RATE, split_folder
 from image_io import ImageError, read_image
 from model import evaluation_mode
 from my_dataset import MyDataSet, prepare_batch, to_pixels
@@ -36,7 +36,7 @@ FIGURE_IMAGES = 24  # maximum in the prediction figure
 
 def read_split_data(
     root: str | os.PathLike,
-    val_rate: float = 0.2,
+    val_rate: float = VAL_RATE,
     plot_image: bool = False,
     *,
     class_indices_path: str | os.PathLike = "class_indices.json",

@@ -25,7 +25,7 @@ from tables import Row, is_table, read_table
 TRAINING_FOLDERS = ("train", "training")  # the first one found is used
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 TEST_FOLDERS = ("test", "testing")
-VAL_RATE = 0.2  # the default
+VAL_RATE = 0.2  # default fraction of each class to hold out for validation
 
 
 class Count(NamedTuple):
@@ -152,9 +152,10 @@ def find_split(
         The split, and a description of the source of its validation images.
 
     Raises:
-        DataError: a class of the validation or test images is missing from the training images, the validation folder
-            or table is the training one, inside it or the test folder, a table has no validation images, or there are
-            test images although `test_rate` is above 0. For other errors, see `read_split_data` and `read_table`.
+        DataError: a class of the validation or test images is missing from the training images; the validation folder
+            or table is the training one, is inside it, or is the test folder; a table has no validation images; or
+            there are test images although `test_rate` is above 0. For other errors, see `read_split_data` and
+            `read_table`.
         UsageError: the sum of the rates is 1 or more.
     """
     find = _find_in_table if is_table(data_path) else _find_in_folder

@@ -23,7 +23,6 @@ from cli_utils import (
     checked,
     exit_on_signals,
     map_files,
-    output_path,
     print_note,
     printable,
     quote_command,
@@ -34,7 +33,7 @@ from export_check import CheckResult, check_exported_file
 from exported_file import ONNX, PT2, is_exported, is_onnx, require_packages, write_exported
 from exported_network import ExportedNetwork
 from familiarity import Familiarity
-from file_utils import atomic_file, read_json
+from file_utils import atomic_file, output_path, read_json
 from image_folders import file_checksum, list_images, read_run_files
 from image_io import ImageError
 from labelled_images import ErrorLog, ImageFile, find_and_report
@@ -114,10 +113,9 @@ def output_file(args: argparse.Namespace, weights: Path) -> Path:
         UsageError: its extension is neither .pt2 nor .onnx, or differs from --format.
     """
     suffix = FORMATS.get(args.format)
-    if args.output is None:
-        form = "_with_resize" if args.with_resize else "_int8" if args.int8 else ""
-        return weights.with_name(f"{weights.stem}{form}{suffix or PT2}")
-    return output_path("--output", args.output, [suffix] if suffix else [*FORMATS.values()])
+    form = "_with_resize" if args.with_resize else "_int8" if args.int8 else ""
+    output = args.output or str(weights.with_name(f"{weights.stem}{form}{suffix or PT2}"))
+    return output_path("--output", output, [suffix] if suffix else [*FORMATS.values()])
 
 
 # --- images to check the file with --------------------------------------------------------------------------------
@@ -171,7 +169,8 @@ def find_run_images(run: Path, wanted: str, class_names: list[str]) -> list[Imag
             if Path(path).name in names and (label := labels.get(file_checksum(path))) is not None:
                 files[path] = ImageFile(path, label if label in class_names else None, source)
     if files and len(files) < len(wanted_files):
-        print_note(f"export.py: found only {len(files)} of the {len(wanted_files)} {wanted} images of the run")
+        name = {"train": "training", "val": "validation"}[wanted]
+        print_note(f"export.py: found only {len(files)} of the {len(wanted_files)} {name} images of the run")
     return [*files.values()]
 
 
@@ -179,7 +178,7 @@ def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     """Read batches of training images of the run, to calibrate the quantisation with.
 
     Raises:
-        UsageError: none of them is found.
+        UsageError: none of them is found or readable.
     """
     run = Path(classifier.weights).absolute().parent.parent
     files = evenly_spaced(find_run_images(run, "train", classifier.class_names), CALIBRATION_IMAGES)
@@ -188,7 +187,7 @@ def read_calibration_images(classifier: Classifier, batch: int) -> list[Tensor]:
     items = map_files(read, [file.path for file in files], None, "calibrating")
     images = [item[0] for item in items if not isinstance(item, ImageError)]
     if not images:
-        raise UsageError("--int8: calibration needs training images of the run, but none were found; omit --int8")
+        raise UsageError("--int8: no training images of the run were found to calibrate with; omit --int8")
     images = [*itertools.islice(itertools.cycle(images), max(batch, len(images)))]  # at least one full batch
     return [stack_images(images[start : start + batch]) for start in range(0, len(images) - batch + 1, batch)]
 

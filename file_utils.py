@@ -1,4 +1,4 @@
-"""Write files atomically, and read and write JSON and CSV files."""
+"""Check output paths, write files atomically, and read and write JSON and CSV files."""
 
 import contextlib
 import csv
@@ -9,8 +9,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli_utils import UsageError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def output_path(flag: str, name: str | None, formats: Sequence[str] = ()) -> Path | None:
+    """Return the path of the output file that a flag names, or None if the name is empty.
+
+    Raises:
+        UsageError: it cannot be written, or its extension is not in `formats`.
+    """
+    if not name:
+        return None
+    path = Path(name)
+    folder = path.resolve().parent
+    if not folder.is_dir() or (formats and path.suffix.lower() not in formats):
+        kind = f"{'/'.join(formats)} file".lstrip()
+        raise UsageError(f"{flag} {path}: name a {kind} in an existing folder")
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder; name a file")
+    if (path.is_file() or not path.exists()) and not os.access(folder, os.W_OK):  # see `atomic_file`
+        raise UsageError(f"{flag} {path}: no permission to write to its folder")
+    return path
 
 
 @contextlib.contextmanager
@@ -49,6 +71,9 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: Path, columns: Sequence[s
 
     The file starts with a byte-order mark, without which Excel does not read UTF-8: open it with encoding="utf-8-sig".
     Characters that UTF-8 cannot encode, which file names may contain, are escaped.
+
+    Raises:
+        ValueError: a later row has other keys.
     """
     rows = iter(rows)
     first = next(rows, {})

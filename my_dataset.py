@@ -4,6 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class MyDataSet(Dataset):
     def __len__(self) -> int:
         return len(self.images_path)
 
-    def __getitem__(self, item: int | tuple[float, ...]) -> tuple[Tensor | Image.Image, int]:
+    def __getitem__(self, item: int | tuple[Any, ...]) -> tuple[Tensor | Image.Image, int]:
         index, seed, *options = item if isinstance(item, tuple) else (item, None)
         image = self._image(index)
         if self.transform is not None:
@@ -133,7 +134,8 @@ class TrainTransform:
         """PIL image or uint8 (3, H, W) -> uint8 (3, img_size, img_size).
 
         Args:
-            color_jitter: brightness, contrast and saturation change by random factors of up to 1 +- this.
+            color_jitter: brightness, contrast and saturation are multiplied by random factors between
+                1 - `color_jitter` and 1 + `color_jitter`.
         """
         pixels = _to_tensor(image)
         if self.resize != "crop":

@@ -178,7 +178,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 class Schedule:
-    """The learning rate and the training image size as functions of the training's progress from 0 to 1.
+    """The learning rate, the image size and the colour jitter as functions of the training's progress from 0 to 1.
 
     After a linear warm-up the learning rate falls by half a cosine (Loshchilov & Hutter 2017,
     https://arxiv.org/abs/1608.03983); without the warm-up this is the tutorial's schedule. The image size grows, as
@@ -239,14 +239,14 @@ class Schedule:
         return last if grown == 1 else first + round(grown * (last - first) / SIZE_STEP) * SIZE_STEP
 
     def expected_epochs(self, epoch: int) -> float:
-        """Estimate the total number of epochs before an epoch; 0 if it is unknown."""
+        """Return the total number of epochs, estimated at the start of `epoch`; 0 if unknown."""
         return self.epochs
 
     def color_jitter(self, epoch: int) -> float:
         """Return the strength of the colour jitter in an epoch.
 
-        A longer training sees each image more often, and needs more augmentation: it is 0 for up to 16 epochs, and
-        grows linearly to its maximum for 48.
+        Longer runs repeat each image more often and need more augmentation. The strength is 0 for up to 16 epochs, and
+        grows linearly to its maximum at 48.
         """
         return self.max_color_jitter * min(1.0, max(0.0, (self.expected_epochs(epoch) - 16) / 32))
 
@@ -301,7 +301,8 @@ class TimedSchedule(Schedule):
         return "its time budget is spent"
 
     def expected_epochs(self, epoch: int) -> float:
-        return epoch / max(self.progress(epoch), EPSILON)
+        # The epochs so far had smaller images, which are faster.
+        return epoch / max(self.progress(epoch), EPSILON) * self.img_size(epoch) / self.img_sizes[1]
 
     def reserve_time(self, seconds: float) -> None:
         """Reserve time for evaluation, figures and checkpoints after the last step."""

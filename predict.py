@@ -31,13 +31,12 @@ from cli_utils import (
     FlagParser,
     UsageError,
     checked,
-    output_path,
     print_note,
     printable,
     run_program,
     shorten,
 )
-from file_utils import atomic_file, write_csv
+from file_utils import atomic_file, output_path, write_csv
 from image_folders import file_checksum
 from image_io import ImageError
 from labelled_images import ErrorLog, ImageFile, find_and_report, require_outside, require_writable

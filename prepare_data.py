@@ -167,7 +167,7 @@ def prepare_data(args: argparse.Namespace, known_images: Path, checkpoint: Mappi
     split = drop_unusable(found, checked)
     unusable = [file for file in split.skipped if file.kind in (UNREADABLE, UNSUPPORTED)]
     if unusable and args.strict:
-        raise DataError(f"--strict: unusable images: {len(unusable)}; {unusable[0]}")
+        raise DataError(f"--strict: unusable images found: {len(unusable)}; {unusable[0]}")
     if checkpoint is None:
         seen = [checked[_absolute(path)] for path in split.train_paths + split.val_paths]
         pixel_range = merge_pixel_ranges(image.pixel_range for image in seen)

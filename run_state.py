@@ -112,7 +112,7 @@ class Run:
     def update_best(self, validation: Evaluation) -> None:
         """Record an epoch's validation metrics, and decide whether training is complete.
 
-        The best epoch is that with the best `best_metric`, and among equal ones, the lowest validation loss.
+        The best epoch has the best `best_metric`; among equals, the lowest validation loss.
         """
         self.last = {
             "epoch": self.epoch,

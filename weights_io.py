@@ -96,7 +96,7 @@ def load_initial_weights(model: ResNet, weights: str | os.PathLike, model_name: 
     skipped = _load_pretrained(model, file, weights, model_name, load_fc=same_classes)
     description = f"weights of {weights}"
     if skipped and not {*skipped} & file.state.keys():
-        return f"{description}, which has no {' and '.join(skipped)}"
+        return f"{description}, which has no fc"
     if skipped:
         same_number = known and len(stored) == len(class_names)
         classes = "other classes" if same_number else "a different number of classes"
@@ -117,7 +117,7 @@ def _load_pretrained(
 ) -> list[str]:
     """Load all parameters except those of `fc` that have another shape, or all of `fc`. Returns the skipped names.
 
-    A file without any parameters of `fc` is a backbone, such as one from self-supervised training.
+    If the file has no `fc`, like a backbone from self-supervised training, the model keeps its own.
     """
     own = model.state_dict()
     skipped = [

@@ -192,7 +192,7 @@ def test_too_few_images_for_one_step_are_refused(two_classes):
     args.sync_bn = True
     assert len(build_train_loader(args, images, torch.device("cpu"), Distributed())) == 1  # for 20 images
     args.accumulate = 2
-    with pytest.raises(UsageError, match="20 training images are too few for one step; it takes at least 32"):
+    with pytest.raises(UsageError, match="too few training images for one step: 20; 32 are enough"):
         build_train_loader(args, images, torch.device("cpu"), Distributed())
 
 

@@ -364,7 +364,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (["--weights", "missing.pth"], 1, "missing.pth: no such weights file"),
         (["--output", "a.onnx", "--format", "pt2"], 1, "--output a.onnx: name a .pt2 file in an existing folder"),
         (["--output", "nowhere/a.pt2"], 1, "name a .pt2/.onnx file in an existing folder"),
-        (["--output", "folder.pt2"], 1, "--output folder.pt2: name a .pt2/.onnx file in an existing folder"),
+        (["--output", "folder.pt2"], 1, "--output folder.pt2: is a folder; name a file"),
         (["--output", ""], 2, "it must be the name of a file"),
         (["--batch", "0"], 2, 'it must be at least 1, or "dynamic"'),
         (["--batch", "2", "--with-resize"], 2, "--batch has no effect with --with-resize"),
@@ -373,7 +373,7 @@ def test_external_data_in_an_onnx_file_is_not_read(exported, tmp_path, capsys, m
         (
             ["--int8", "--format", "onnx", "--skip-check"],
             1,
-            "--int8: calibration needs training images of the run, but none were found",
+            "--int8: no training images of the run were found to calibrate with; omit --int8",
         ),
         (["--int8", "--with-resize"], 2, "--int8 cannot be combined with --with-resize"),
         (["--images", "a", "--skip-check"], 2, "--images has no effect with --skip-check"),

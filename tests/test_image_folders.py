@@ -107,7 +107,7 @@ def test_strict_refuses_unsupported_images(messy, capsys):
     (messy / "cat" / "broken.png").unlink()
     status, _, errors = run(capsys, train, "--data-path", messy, *SMALL, "--strict")
     assert status == 1
-    assert "--strict: unusable images: 3; " in errors
+    assert "--strict: unusable images found: 3; " in errors
     assert len(errors.splitlines()) == 2  # the first one is about the device
 
 

@@ -44,11 +44,19 @@ def test_color_jitter_grows_with_the_length_of_the_training():
     options = {"lr": 1.0, "lrf": 0.0, "color_jitter": 0.4}
     strengths = [Schedule(epochs, 5, **options).color_jitter(epoch=3) for epochs in (8, 16, 32, 48, 96)]
     assert strengths == pytest.approx([0, 0, 0.2, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("epochs", [16, 32, 48])
+def test_timed_schedule_estimates_the_number_of_epochs(epochs):
+    """The images grow, so the first epochs are faster than the last ones."""
+    sizes = 64, 112
+    seconds = [Schedule(epochs, 1, lr=1.0, lrf=0.0, img_sizes=sizes).img_size(epoch) ** 2 for epoch in range(epochs)]
     now = [0.0]
-    timed = TimedSchedule(100.0, lambda: now[0], **options)
-    assert timed.color_jitter(0) == 0
-    now[0] = 25.0
-    assert timed.color_jitter(8) == pytest.approx(0.2)  # for 32 epochs
+    timed = TimedSchedule(sum(seconds), lambda: now[0], lr=1.0, lrf=0.0, img_sizes=sizes)
+    assert timed.expected_epochs(0) == 0
+    for epoch in range(1, epochs):
+        now[0] = sum(seconds[:epoch])
+        assert timed.expected_epochs(epoch) == pytest.approx(epochs, rel=0.35)
 
 
 def test_timed_schedule_follows_the_clock():

@@ -335,7 +335,7 @@ def test_invalid_flags_are_one_line_errors(capsys, flags):
         (["--save-plot", "nowhere/out.png"], "--save-plot"),
         (["--save-plot", "out.xyz"], "--save-plot"),
         (["--csv", "nowhere/out.csv"], "--csv nowhere/out.csv"),
-        (["--csv", "."], "--csv .: name a file in an existing folder"),
+        (["--csv", "."], "--csv .: is a folder; name a file"),
         (["--device", "gpu"], "--device gpu"),
         (["--class-indices", "nowhere.json"], "nowhere.json: no such file"),
         (["--save-plot", "."], "--save-plot"),

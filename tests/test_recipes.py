@@ -14,13 +14,7 @@ from test_resume import after_steps, send
 
 import train
 from config import FLAG_DEFAULTS, RECIPES, training_sizes
-from data_loading import (
-    EpochSampler,
-    Loaders,
-    build_train_loader,
-    build_val_loader,
-    cache_features,
-)
+from data_loading import EpochSampler, Loaders, build_train_loader, build_val_loader, cache_features
 from dataset_split import find_split
 from distributed import Distributed
 from metrics import Evaluation
@@ -343,7 +337,7 @@ def test_frozen_backbone_features_are_computed_once(two_classes, tmp_path, monke
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_only_long_trainings_with_scratch_change_the_colours(tmp_path, recipe):
+def test_only_long_runs_of_scratch_change_the_colours(tmp_path, recipe):
     Image.new("RGB", (40, 40), (200, 100, 50)).save(tmp_path / "a.png")
     images = MyDataSet([tmp_path / "a.png"], [0], TrainTransform(32))
     for epochs in (16, 48):
