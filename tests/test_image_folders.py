@@ -18,7 +18,7 @@ import prepare_data
 import train
 from cli_utils import DataError
 from dataset_split import find_split, split_folder
-from image_folders import count_skipped, likely_class
+from image_folders import UNKNOWN_TYPE, Skipped, count_skipped, likely_class
 from labelled_images import describe_unlabelled, find_images
 from my_dataset import EvalTransform
 
@@ -132,6 +132,11 @@ def test_names_of_training_and_validation_folders(tmp_path, train_name, val_name
     split, source = find_split(tmp_path / "data")
     assert (split.class_names, source) == (["cat", "dog"], f"from {tmp_path / 'data' / val_name}")
     assert len(split.train_paths) == 6
+
+
+def test_extensions_are_printed_without_control_characters():
+    skipped = [Skipped("photos/a.\x1b[2J", UNKNOWN_TYPE, UNKNOWN_TYPE)]
+    assert count_skipped(skipped) == r"1 file: 1 unknown file type (.\x1b[2j 1)"
 
 
 def test_folders_beside_train_and_val_are_reported(tmp_path):

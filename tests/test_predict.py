@@ -328,6 +328,15 @@ def test_invalid_flags_are_one_line_errors(capsys, flags):
     assert len(stderr.splitlines()) == 1
 
 
+def test_folder_that_cannot_be_written_to_is_an_error_before_classifying(capsys, weights, sample, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    image = str(next((sample / "roses").iterdir()))
+    assert predict.main([image, "--device", "cpu", "--weights", str(weights), "--csv", "out.csv"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--csv out.csv: no permission to write to its folder" in captured.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

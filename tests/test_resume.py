@@ -263,6 +263,7 @@ def test_resume_does_not_download_again(pets, undisturbed, monkeypatch):
         (["--model", "resnet34"], "with resnet18"),
         (["--batch-size", "8"], "with "),
         (["--lr", "0.1"], "with "),
+        (["--seed", "1"], "with 0"),
         (["--weights", "w.pth"], "without it"),
     ],
 )
