@@ -30,7 +30,7 @@ def compare_recipes(args: argparse.Namespace) -> None:
     which is the baseline for --epochs. A hash of the file names holds out a fifth of the images as a test set. Choices
     are made without it, and --set-aside evaluates on it. Runs already in the CSV file are not repeated.
     """
-    path, picture = Path(args.csv).with_name("accuracy.csv"), Path(args.csv).with_name("accuracy.png")
+    path, picture = Path(args.csv), Path(args.csv).with_suffix(".png")
     settings = {"set": "test" if args.set_aside else "validation"}
     settings["length"] = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
     settings |= {"model": args.model or "recipe", "amp": args.amp, "hardware": hardware(torch.device(args.device))}

@@ -374,12 +374,16 @@ def main() -> None:
         default=20,
         help="scaling: milliseconds per step on a GPU, for the estimate (default: %(default)s)",
     )
-    add("--csv", default="bench.csv", help="file to append the rounds to (default: %(default)s)")
+    add(
+        "--csv",
+        help="file to append the rounds to (default: bench.csv; accuracy: accuracy.csv, with its curves in a PNG)",
+    )
     args = parser.parse_args()
     if args.bench == "accuracy" and (args.images or args.batch_size != parser.get_default("batch_size")):
         parser.error("accuracy uses all images and the recipe's batch size (--kinds scratch:batch_size=64 changes it)")
     if args.bench != "accuracy":
         args.model, args.img_size = args.model or "resnet34", args.img_size or 224
+    args.csv = args.csv or ("accuracy.csv" if args.bench == "accuracy" else "bench.csv")
     args.device = str(select_device(args.device))  # reports a missing GPU only once
     (benches | baselines)[args.bench](args)
 
