@@ -191,7 +191,10 @@ def _add_subset(split: Split, subset: str, path: str | os.PathLike, source: str 
     """
     if is_table(path):
         wanted = ("", "val") if subset == "val" else ("test",)
-        images = _group_by_label([row for row in read_table(path) if row.subset in wanted])
+        rows = read_table(path)
+        images = _group_by_label([row for row in rows if row.subset in wanted])
+        if Path(path) != Path(source):
+            split.skipped += [Skipped(row.path, UNUSED, UNUSED) for row in rows if row.subset not in wanted]
         if not images:
             raise DataError(f"{os.fspath(path)}: no row has the split {subset}")
     else:
@@ -257,8 +260,9 @@ def _find_subset_folders(root: str | os.PathLike) -> tuple[Path, Path | None, Pa
     if train is None:  # then "train" and "test" may be class names
         return Path(root), None, None
     # A folder without sub-folders may hold the unlabelled test images of a competition.
-    val, *others = [name for name in (*VALIDATION_FOLDERS, *TEST_FOLDERS) if classes.get(name)] or [None]
-    test = next((name for name in others if name in TEST_FOLDERS), None)
+    held_out = [name for name in (*VALIDATION_FOLDERS, *TEST_FOLDERS) if classes.get(name)]
+    val = held_out[0] if held_out else None
+    test = next((name for name in held_out[1:] if name in TEST_FOLDERS), None)
     only_subsets = folders.keys() <= {*TRAINING_FOLDERS, *VALIDATION_FOLDERS, *TEST_FOLDERS}
     if only_subsets or (val and classes[train] & classes[val]):
         return folders[train], folders.get(val), folders.get(test)

@@ -60,10 +60,10 @@ def save_png(figure: "Figure", path: Path) -> None:
         figure.savefig(unfinished, pil_kwargs={"compress_level": 1})  # the default takes three times as long
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
+def write_json(content: dict[str, Any], path: Path, indent: int | None = None) -> None:
     """Write a JSON file atomically."""
     with atomic_file(path) as unfinished:
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.write_text(json.dumps(content, indent=indent), encoding="utf-8")
 
 
 def write_csv(rows: Iterable[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:

@@ -145,7 +145,8 @@ def write_results(args: argparse.Namespace, folder: Path, device: torch.device, 
     if not (folder / ISSUES_FILE).exists():  # it may contain verdicts
         verdicts = read_json(folder / FOLDS_FILE).get("verdicts", {})
         write_csv(issue_rows(results, issues, verdicts), folder / ISSUES_FILE)
-    print_results(report, results, issues, folder, args.data_path)
+    data_flags = {"--data-path": args.data_path, "--val-path": args.val_path}
+    print_results(report, results, issues, folder, data_flags)
 
 
 def describe_spread(folds: Sequence[Fold]) -> dict[str, Any]:
@@ -285,7 +286,7 @@ def write_figures(folder: Path, figures: dict[str, "Figure"]) -> None:
 
 
 def print_results(
-    report: dict[str, Any], results: Results, issues: LabelIssues, folder: Path, data_path: str | None
+    report: dict[str, Any], results: Results, issues: LabelIssues, folder: Path, data_flags: dict[str, str | None]
 ) -> None:
     """Print the report, the most suspicious labels, and what to do with them."""
     print("\n--- all folds ---\n")
@@ -309,6 +310,6 @@ def print_results(
         print(printable(f"  {file.path}: labelled {file.label}, suggested {suggested}"))
     table = folder / ISSUES_FILE
     print(f"all labels         {printable(str(table))}; the first {WORST} are shown in label_issues.png")
-    data = ["--data-path", data_path] if data_path else []
+    data = [word for flag, value in data_flags.items() if value for word in (flag, value)]
     command = quote_command(["python", "train.py", *data, "--corrections", str(table)])
     print(f"next: fill in the column verdict with a class, ok or drop, and train with the table: {command}", flush=True)

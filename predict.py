@@ -124,7 +124,7 @@ def predict(args: argparse.Namespace) -> int:
     print_accuracies(hits, len(class_names), print_note if args.json else print)
     if sorter:
         print_note(str(sorter))
-    if csv_path:
+    if rows:
         write_csv(rows, csv_path, columns=("image", "class", "probability", "label", "flags"))
         print_note(f"predictions: {csv_path}")
     if plotted:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -39,6 +38,7 @@ except ImportError:  # Windows
 
 SKIPPED_FILE = "skipped_files.txt"  # in a run's folder: the files of the data folder that were not used, and why
 FOLDS_FILE = "cross_validation.json"  # in the folder of a cross-validation: its flags
+LISTED = 20  # changed files that are printed
 TEST_REPORT = "test_report.json"  # in a run's folder: the evaluation of best.pth on the test images
 LAUNCH_FILE = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
 SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
@@ -197,7 +197,7 @@ def write_metadata(
     if args.corrections:
         content["corrections_checksum"] = file_checksum(args.corrections)
     if args.corrections or args.resume is None:
-        (folder / "args.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
+        write_json(content, folder / "args.json", indent=4)
     if launch_ids:
         (folder / LAUNCH_FILE).write_text("\n".join(sorted(launch_ids)), encoding="utf-8")
     write_json(data.files, folder / "files.json")
@@ -278,8 +278,10 @@ def check_same_data(folder: RunFolder, data: Data, corrections: str | None, allo
     if not differences:  # otherwise they may have changed the split
         moved = (name for name in now if before[name] != now[name])
         differences = dict.fromkeys(moved, "has moved to another subset")
-    for name, difference in differences.items():
+    for name, difference in islice(differences.items(), LISTED):
         print(f"{printable(name)} {difference}", file=sys.stderr)
+    if len(differences) > LISTED:
+        print(f"... and {len(differences) - LISTED} more files", file=sys.stderr)
     if differences and not allow_changed:
         raise UsageError(
             f"files changed since the run started: {len(differences)}; restore them, or pass --allow-changed-data to "

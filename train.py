@@ -149,7 +149,7 @@ def train(
 
 
 class RunCallback(Callback):
-    """Sets the learning rate, averages the weights, logs losses, and saves the run at intervals."""
+    """Sets the learning rate, enforces the time budget, averages the weights, logs losses, and saves the run."""
 
     def __init__(self, run: Run, stop: StopSignals, logger: TensorBoardLogger | NullLogger) -> None:
         self.run, self.stop, self.logger = run, stop, logger
@@ -157,7 +157,7 @@ class RunCallback(Callback):
     def before_step(self, step: int) -> bool:
         run = self.run
         set_learning_rate(run.optimizer, run.schedule.learning_rate(run.epoch, step))
-        return step == 0 or run.schedule.progress(run.epoch, step) < 1
+        return step == 0 or run.schedule.progress(run.epoch, step) < 1  # the time budget may be spent
 
     def after_step(self, step: int) -> None:
         if self.run.average is not None:
@@ -376,6 +376,8 @@ def run_training(argv: list[str]) -> int:
         if folder is not None:
             flags = folder.checkpoint["resume"].get("flags")
             args = dist.broadcast_from_main(lambda: resume_args(argv, flags, folder.path))
+        elif args.allow_changed_data:
+            raise UsageError("--allow-changed-data has no effect without --resume")
         try:
             train(args, dist, folder)
         except StopRequest as stop:

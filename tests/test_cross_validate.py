@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_events, run_in_fork, write_classes
+from conftest import read_events, run_in_fork, write_classes, write_image
 from ranks import run_ranks
 
 import cross_validate
@@ -238,6 +238,15 @@ def test_corrections_are_applied(pets, tmp_path):
     arguments = flags(pets, "--corrections", "runs/cross_validation/label_issues.csv", "--name", "second")
     assert cross_validate.main(arguments) == 0
     assert len(read_csv(Path("runs/second/out_of_fold.csv"))) == 21
+
+
+def test_next_command_names_all_data(pets, tmp_path, capsys):
+    shutil.copytree(pets, tmp_path / "more")
+    for number, path in enumerate(sorted((tmp_path / "more").rglob("*.png"))):
+        write_image(path, seed=100 + number)
+    assert cross_validate.main(flags(pets, "--val-path", str(tmp_path / "more"))) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert f"train.py --data-path {pets} --val-path {tmp_path / 'more'} --corrections " in command
 
 
 def test_test_images_are_those_of_train(pets):

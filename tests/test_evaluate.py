@@ -228,6 +228,8 @@ def test_unreadable_and_unlabelled_images_are_reported(capsys, weights, sample):
     shutil.copytree(sample, "photos")
     Path("photos/roses/broken.jpg").write_bytes(b"not an image")
     write_image(Path("photos/holiday/1.png"))
+    for number in range(3):
+        Path(f"photos/roses/{number}.heic").touch()
     status, lines, errors = run(capsys, "photos", "--weights", weights)
     assert status == 1
     assert any("broken.jpg" in line for line in errors)

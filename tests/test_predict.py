@@ -100,6 +100,11 @@ def test_unreadable_files_do_not_stop_the_rest(capsys, weights, sample, tmp_path
     assert len(errors) == 3
     for path in bad:
         assert [line.startswith("predict.py: ") for line in errors if path.name in line] == [True]
+    table = tmp_path / "predictions.csv"
+    assert run(capsys, good, "--weights", weights, "--csv", table)[0] == 0
+    earlier = table.read_bytes()
+    assert run(capsys, *bad, "--weights", weights, "--csv", table)[0] == 1
+    assert table.read_bytes() == earlier
 
 
 def test_workers_give_the_same_output(capsys, weights, sample, tmp_path, monkeypatch):

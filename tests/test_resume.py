@@ -291,6 +291,12 @@ def test_changed_data_is_listed_file_by_file(pets, undisturbed, tmp_path, capsys
         "dog/dog 01.png has changed",
     ]
     assert "files changed since the run started: 3; restore them, or pass --allow-changed-data" in said[-1]
+    for number in range(40):
+        write_image(Path(f"pets/dog/new {number}.png"))
+    assert train.main(resume) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2] == "... and 23 more files"
+    assert len(said) == 22
     assert train.main([*resume, "--allow-changed-data"]) == 0
     shutil.copytree("pets/dog", "pets/fox")
     assert train.main(["--resume", "a", "--epochs", "5", "--allow-changed-data"]) == 1

@@ -121,6 +121,9 @@ def test_rows_outside_the_split_are_reported(tmp_path):
     split, _ = find_split(table, other)
     assert [len(paths) for paths, _ in split.subsets.values()] == [2, 1, 1]
     assert count_skipped(split.skipped) == "2 files: 2 outside the training, validation and test folders"
+    rows = [["path", "label", "split"], ["5.png", "a", "val"], ["6.png", "a", "train"], ["7.png", "a", "test"]]
+    split, _ = find_split(table, write_table(tmp_path / "other.csv", rows))
+    assert sorted(Path(file.path).name for file in split.skipped) == ["2.png", "4.png", "6.png", "7.png"]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -320,6 +320,7 @@ def test_invalid_flags_are_one_line_errors(flags, capsys):
         (["--weights", "a.png"], "a.png: not a PyTorch weights file"),
         (["--device", "gpu"], "--device gpu"),
         (["--download"], "not an empty folder"),
+        (["--allow-changed-data"], "--allow-changed-data has no effect without --resume"),
     ],
 )
 def test_user_errors_are_one_line_and_write_nothing(two_classes, flags, message, capsys):
