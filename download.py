@@ -43,7 +43,7 @@ def download_flower_photos(root: str | os.PathLike, url: str = FLOWER_PHOTOS_URL
         raise DataError(
             f"cannot download to {root}: not an empty folder; if it already holds the images, omit --download"
         )
-    if root.is_mount():
+    if os.path.ismount(root):
         raise DataError(f"cannot download to {root}: it is a mount point; choose a folder inside it")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as unfinished:

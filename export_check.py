@@ -116,7 +116,7 @@ class ExportedProcess:
             self.process.stdin.write(json.dumps({"shape": [*batch.shape]}).encode() + b"\n")
             self.process.stdin.write(batch.contiguous().numpy().tobytes())
             self.process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:  # BrokenPipeError, or EINVAL on Windows
             pass  # reported below, as there is no answer
         answer = self.process.stdout.readline()
         if not answer:

@@ -319,7 +319,8 @@ def range_test(
     axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss", xscale="log")
     axes.plot(rates, losses, color=FIRST, alpha=0.3, linewidth=1, label="per step")
     axes.plot(rates, smoothed, color=FIRST, linewidth=2, label="smoothed")
-    axes.axvline(suggestion, color=SECOND, linestyle="--", label=f"suggestion: {suggestion:.2g}")
+    if math.isfinite(suggestion):
+        axes.axvline(suggestion, color=SECOND, linestyle="--", label=f"suggestion: {suggestion:.2g}")
     start, lowest = smoothed[0], smoothed.min()
     axes.set_ylim(lowest - 0.3 * (start - lowest) - 0.05, start + 0.7 * (start - lowest) + 0.05)
     axes.grid(alpha=0.3)

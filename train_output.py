@@ -57,7 +57,8 @@ def print_header(
         low, high = data.pixel_range
         print(f"pixel range  {low:g} to {high:g}, scaled to 8 bits")
     print(f"run          {folder}{'' if is_new else f', resumed at epoch {run.epoch}, step {run.progress.steps}'}")
-    print("TensorBoard  tensorboard --logdir=runs, then open http://localhost:6006/", flush=True)
+    command = quote_command(["tensorboard", f"--logdir={run.folder.parent}"])
+    print(f"TensorBoard  {printable(command)}, then open http://localhost:6006/", flush=True)
 
 
 def describe_risks(args: argparse.Namespace, data: Data) -> list[str]:
