@@ -284,7 +284,7 @@ def training_sizes(recipe: Recipe, img_size: int) -> tuple[int, int]:
 
 
 def needs_two_images(args: argparse.Namespace) -> bool:
-    """Return whether BatchNorm needs batches of two images, as the smallest ones end as a single pixel."""
+    """Return whether BatchNorm needs batches of two images, as `layer4` reduces images of 32 px to a single pixel."""
     return min(training_sizes(args.recipe, args.img_size or DEFAULT_SIZE)) <= 32 and not args.freeze_layers
 
 

@@ -87,7 +87,7 @@ def run_inference(
             if len(batch):  # a batch without readable images is empty
                 logits.append(compute_logits(model, batch, device, amp_dtype))
                 labels.append(batch_labels)
-            while inputs:
+            if inputs:
                 kept = (batch_labels % feature_stride == 0).nonzero().flatten()
                 features.append(inputs.pop()[copy_to_device(kept, device)])
             if after_batch is not None:

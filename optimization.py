@@ -53,8 +53,8 @@ class Muon(torch.optim.SGD):
     so its learning rate is the angle of an update in radians.
 
     Args:
-        groups: parameter groups, each with the key "orthogonal".
-        options: `torch.optim.SGD`'s, for the other groups. Kernels use Nesterov momentum and no weight decay.
+        those of `torch.optim.SGD`. Each parameter group needs the key "orthogonal". The orthogonal groups use Nesterov
+            momentum of 0.9 and no weight decay, whatever the arguments.
     """
 
     @torch.no_grad()

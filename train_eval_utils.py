@@ -41,7 +41,7 @@ class Callback:
         """Act after a step. An exception ends the epoch."""
 
     def on_loss(self, step: int, loss: float) -> None:
-        """Receive the mean loss of each step, in order, up to half a second after the step."""
+        """Receive the mean loss of each step, in order, during a later step or at the end of the epoch."""
 
 
 class Progress:
