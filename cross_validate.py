@@ -265,6 +265,7 @@ def reopen(argv: list[str], name: str) -> Prepared:
 def parse_args(argv: list[str] | None = None, saved: dict[str, Any] | None = None) -> argparse.Namespace:
     """Parse and validate the command line; see `config.parse_args`."""
     parser = config.build_parser("cross_validate.py", __doc__)
+    parser.epilog = "Not supported: --find-lr, --val-rate and --allow-changed-data. --resume takes a name or a folder."
     add = parser.add_argument_group("cross-validation").add_argument
     two, positive = checked(int, lambda n: n >= 2, "at least 2"), checked(int, lambda n: n >= 1, "at least 1")
     add("--folds", type=two, default=5, help="number of folds (default: %(default)s)")

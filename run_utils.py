@@ -140,6 +140,8 @@ def find_run(run: str) -> Path:
     for folder in (path, Path("runs", run)):
         if (folder / "weights" / "last.pth").is_file():
             return folder
+        if (folder / FOLDS_FILE).is_file():
+            raise UsageError(f"--resume {run}: it is a cross-validation; resume it with cross_validate.py --resume")
     raise UsageError(f"--resume {run}: no weights/last.pth to resume from, neither there nor in {Path('runs', run)}")
 
 

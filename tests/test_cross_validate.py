@@ -94,6 +94,13 @@ def test_results(pets, capsys):
         assert read_events(folder / f"fold-{number}").Scalars("accuracy")[-1].value == pytest.approx(values[number])
 
 
+def test_train_does_not_resume_a_cross_validation(pets, capsys):
+    assert cross_validate.main(flags(pets)) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", "cross_validation"]) == 1
+    assert "resume it with cross_validate.py --resume" in capsys.readouterr().err
+
+
 def test_kill_and_resume_are_bit_identical(pets, capsys):
     assert cross_validate.main(flags(pets, "--name", "undisturbed")) == 0
     steps, due = itertools.count(), Run.save_is_due
