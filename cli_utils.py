@@ -223,8 +223,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_dead_worker(error: Exception) -> bool:
-    """Return whether an error means that a DataLoader worker has died."""
-    messages = ("DataLoader worker (pid", "received 0 items of ancdata", "got end of file during message")
+    """Return whether an error means that a DataLoader worker, or the thread that pins its batches, has died."""
+    messages = ("DataLoader worker (pid", "Pin memory thread exited")
+    messages += ("received 0 items of ancdata", "got end of file during message")
     return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(messages)
 
 

@@ -72,7 +72,7 @@ def cross_validate(args: argparse.Namespace, folder: Path, dist: Distributed) ->
         run = None if is_new else open_run(str(folder / fold_run.name), dist)
         if run is not None:
             if run.checkpoint["resume"].get("finished"):
-                require_weights(run.path)
+                dist.broadcast_from_main(functools.partial(require_weights, run.path))
                 continue
             saved = config.resume_args([], run.checkpoint["resume"].get("flags"), run.path)
             changed = {flag: getattr(args, flag) for flag in MAY_CHANGE - {"resume"}}

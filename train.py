@@ -98,7 +98,7 @@ def train(
     # --- start or resume the run; nothing is written before this, in case a flag or the data is invalid
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule}
     run = start_run(args, folder, data, img_size, loaders.batches.global_batch, state, dist)
-    if run.finished and not is_test_pending(run, data):
+    if run.finished and not dist.broadcast_from_main(lambda: is_test_pending(run, data)):
         print(f"{printable(str(run.folder))} is complete: {run.finished}", flush=True)
         return
     logger = NullLogger()
@@ -377,7 +377,7 @@ def run_training(argv: list[str]) -> int:
             flags = folder.checkpoint["resume"].get("flags")
             args = dist.broadcast_from_main(lambda: resume_args(argv, flags, folder.path))
         elif args.allow_changed_data:
-            raise UsageError("--allow-changed-data has no effect without --resume")
+            dist.fail(UsageError("--allow-changed-data has no effect without --resume"))
         try:
             train(args, dist, folder)
         except StopRequest as stop:

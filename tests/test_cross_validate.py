@@ -201,9 +201,20 @@ def test_invalid_weights_leave_nothing(pets, capsys, content):
     assert not Path("runs").exists()
 
 
-def test_two_ranks(pets):
+def test_two_ranks(pets, tmp_path_factory):
     assert run_ranks(2, lambda: cross_validate.main(flags(pets))) == [0, 0]
     assert len(read_csv(Path("runs/cross_validation/out_of_fold.csv"))) == 22
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+
+    def resume_with_runs_on_one_machine_only() -> int:
+        if os.environ["RANK"] == "1":
+            os.chdir(elsewhere)
+        return cross_validate.main(["--resume", "cross_validation"])
+
+    Path("runs/cross_validation/label_issues.csv").unlink()
+    assert run_ranks(2, resume_with_runs_on_one_machine_only) == [0, 0]
+    assert Path("runs/cross_validation/label_issues.csv").exists()
 
 
 def test_repeats_are_averaged(pets):

@@ -278,12 +278,32 @@ def test_local_rank_zero_first_makes_other_ranks_wait():
     assert run_ranks(2, load) == [0, 0]
 
 
-@pytest.mark.parametrize("flag", ["--data-path", "--weights"])
-def test_an_error_before_training_is_printed_once(sample, capfd, flag):
-    flags = ["--data-path", str(sample), *SMALL, flag, "nowhere"]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "nowhere"], "nowhere: no such"),
+        (["--weights", "nowhere"], "nowhere: no such"),
+        (["--allow-changed-data"], "--allow-changed-data has no effect"),
+    ],
+)
+def test_an_error_before_training_is_printed_once(sample, capfd, flags, message):
+    flags = ["--data-path", str(sample), *SMALL, *flags]
     assert run_ranks(2, lambda: train.main(flags)) == [1, 1]
     (line,) = capfd.readouterr().err.splitlines()
-    assert "nowhere: no such" in line
+    assert message in line
+
+
+def test_complete_run_is_resumed_with_runs_on_one_machine_only(sample, tmp_path):
+    flags = ["--data-path", str(sample), *SMALL, "--epochs", "1", "--test-rate", "0.2"]
+    assert run_ranks(2, lambda: train.main(flags)) == [0, 0]
+    (tmp_path / "elsewhere").mkdir()
+
+    def resume() -> int:
+        if os.environ["RANK"] == "1":
+            os.chdir(tmp_path / "elsewhere")
+        return train.main(["--resume", "flower_experiment"])
+
+    assert run_ranks(2, resume) == [0, 0]
 
 
 def test_frozen_backbone_training_does_not_depend_on_world_size(sample, monkeypatch):
