@@ -95,7 +95,8 @@ def run_inference(
     if not logits:
         raise EmptyLoaderError("nothing to evaluate: the data loader is empty")
     features = features[1:] or features  # the empty tensor has another shape
-    return Outputs(*(torch.cat(column).cpu() for column in (logits, labels, features, layer1)))
+    columns = (logits, labels, features, layer1)
+    return Outputs(*(torch.cat([part.cpu() for part in column]) for column in columns))
 
 
 @contextlib.contextmanager
