@@ -371,7 +371,7 @@ def run_training(argv: list[str]) -> int:
     args = parse_args(argv)
     with Distributed(args.timeout) as dist, silence_other_ranks(dist):
         # torchrun restarts a failed launch with its original flags: resume the run that it started.
-        name = dist.broadcast_from_main(lambda: find_launched_run(dist.launch_ids)) or args.resume
+        name = dist.broadcast_from_main(lambda: find_launched_run(dist.launch_ids) or args.resume)
         folder = None if name is None else open_run(name, dist)
         if folder is not None:
             flags = folder.checkpoint["resume"].get("flags")

@@ -306,6 +306,16 @@ def test_complete_run_is_resumed_with_runs_on_one_machine_only(sample, tmp_path)
     assert run_ranks(2, resume) == [0, 0]
 
 
+def test_resume_on_the_first_rank_decides(sample):
+    flags = ["--data-path", str(sample), *SMALL, "--epochs", "1"]
+    assert run_ranks(2, lambda: train.main(flags)) == [0, 0]
+
+    def resume() -> int:
+        return train.main(["--timeout", "5", *(["--resume"] if os.environ["RANK"] == "0" else flags)])
+
+    assert run_ranks(2, resume) == [0, 0]
+
+
 def test_frozen_backbone_training_does_not_depend_on_world_size(sample, monkeypatch):
     run_inference = data_loading.run_inference
 
