@@ -193,7 +193,7 @@ def _add_subset(split: Split, subset: str, path: str | os.PathLike, source: str 
         wanted = ("", "val") if subset == "val" else ("test",)
         rows = read_table(path)
         images = _group_by_label([row for row in rows if row.subset in wanted])
-        if Path(path) != Path(source):
+        if Path(path) != Path(source):  # the rows of the training table are reported by `_find_in_table`
             split.skipped += [Skipped(row.path, UNUSED, UNUSED) for row in rows if row.subset not in wanted]
         if not images:
             raise DataError(f"{os.fspath(path)}: no row has the split {subset}")

@@ -30,8 +30,9 @@ class Distributed:
     """The process group of a run. As a context manager it initialises the group and destroys it.
 
     Tensors on GPUs are communicated by NCCL, everything else by Gloo. NCCL's timeout aborts the process; it is twice
-    as long as Gloo's, which raises an error. The methods that communicate are collective: every rank must call
-    them, in the same order. The environment variables are those of torchrun, https://docs.pytorch.org/docs/stable/elastic/run.html.
+    as long as Gloo's, which raises an error. The methods that communicate are collective: every rank must call them, in
+    the same order. The environment variables are those of torchrun,
+    https://docs.pytorch.org/docs/stable/elastic/run.html.
 
     Args:
         timeout: seconds to wait for an unreachable rank. A rank that has ended is detected at once.

@@ -71,10 +71,8 @@ def evaluate(args: argparse.Namespace) -> int:
         raise DataError(f"none of the {len(files)} images is readable")
     results = Results.collect(chosen, classifier)
     report = {"weights": str(weights), "inputs": args.images, "subset": chosen[0].subset}
-    report |= {
-        "found": {subset: len(found) for subset, found in by_subset.items()},
-        "unreadable": len(files) - len(images),
-    }
+    report["found"] = {subset: len(found) for subset, found in by_subset.items()}
+    report["unreadable"] = len(files) - len(images)
     report |= build_report(results, args.topk)
     lines = [*describe_subsets(by_subset, classifier), *format_report(report)]
     differences = []

@@ -52,9 +52,8 @@ class Muon(torch.optim.SGD):
     the time (Khaled et al. 2025, https://arxiv.org/abs/2510.16981). A kernel keeps its norm, which BatchNorm cancels,
     so its learning rate is the angle of an update in radians.
 
-    Args:
-        those of `torch.optim.SGD`. Each parameter group needs the key "orthogonal". The orthogonal groups use Nesterov
-            momentum of 0.9 and no weight decay, whatever the arguments.
+    The arguments are those of `torch.optim.SGD`. Each parameter group needs the key "orthogonal"; if it is true, the
+    group uses Nesterov momentum of 0.9 and no weight decay, whatever its other options.
     """
 
     @torch.no_grad()

@@ -38,8 +38,8 @@ except ImportError:  # Windows
 
 SKIPPED_FILE = "skipped_files.txt"  # in a run's folder: the files of the data folder that were not used, and why
 FOLDS_FILE = "cross_validation.json"  # in the folder of a cross-validation: its flags
-LISTED = 20  # changed files that are printed
 TEST_REPORT = "test_report.json"  # in a run's folder: the evaluation of best.pth on the test images
+LISTED = 20  # how many changed files `--resume` prints
 LAUNCH_FILE = ".launch"  # in a run's folder: the launch ids of its torchruns, one per line
 SECONDS_TO_STOP = 10  # with several ranks, after a signal; torchrun kills them after 30
 
@@ -141,7 +141,7 @@ def find_run(run: str) -> Path:
         if (folder / "weights" / "last.pth").is_file():
             return folder
         if (folder / FOLDS_FILE).is_file():
-            raise UsageError(f"--resume {run}: it is a cross-validation; resume it with cross_validate.py --resume")
+            raise UsageError(f"--resume {run}: is a cross-validation; use cross_validate.py --resume {run}")
     raise UsageError(f"--resume {run}: no weights/last.pth to resume from, neither there nor in {Path('runs', run)}")
 
 

@@ -157,7 +157,7 @@ class RunCallback(Callback):
     def before_step(self, step: int) -> bool:
         run = self.run
         set_learning_rate(run.optimizer, run.schedule.learning_rate(run.epoch, step))
-        return step == 0 or run.schedule.progress(run.epoch, step) < 1  # the time budget may be spent
+        return step == 0 or run.schedule.progress(run.epoch, step) < 1  # a time budget may end the epoch
 
     def after_step(self, step: int) -> None:
         if self.run.average is not None:

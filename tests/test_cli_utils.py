@@ -128,8 +128,9 @@ def test_expected_errors_are_one_line(capsys, error, status, line):
     assert capsys.readouterr() == ("", line)
 
 
-def test_dead_worker_is_reported(capsys):
-    assert run(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")) == 2
+@pytest.mark.parametrize("dead", ["DataLoader worker (pid(s) 7)", "Pin memory thread"])
+def test_dead_worker_is_reported(capsys, dead):
+    assert run(RuntimeError(f"{dead} exited unexpectedly")) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("p: error: a DataLoader worker died: ")
     assert "try --workers 0" in stderr

@@ -92,13 +92,8 @@ def test_results(pets, capsys):
     assert set(read_events(folder).Tags()["images"]) == {"confusion matrix", "label issues", "reliability"}
     for number in range(FOLDS):
         assert read_events(folder / f"fold-{number}").Scalars("accuracy")[-1].value == pytest.approx(values[number])
-
-
-def test_train_does_not_resume_a_cross_validation(pets, capsys):
-    assert cross_validate.main(flags(pets)) == 0
-    capsys.readouterr()
     assert train.main(["--resume", "cross_validation"]) == 1
-    assert "resume it with cross_validate.py --resume" in capsys.readouterr().err
+    assert "is a cross-validation; use cross_validate.py --resume cross_validation" in capsys.readouterr().err
 
 
 def test_kill_and_resume_are_bit_identical(pets, capsys):
@@ -204,7 +199,6 @@ def test_invalid_weights_leave_nothing(pets, capsys, content):
 def test_two_ranks(pets, tmp_path_factory):
     assert run_ranks(2, lambda: cross_validate.main(flags(pets))) == [0, 0]
     assert len(read_csv(Path("runs/cross_validation/out_of_fold.csv"))) == 22
-
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     def resume_with_runs_on_one_machine_only() -> int:
